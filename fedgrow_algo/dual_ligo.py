@@ -1,0 +1,46 @@
+"""Dual-LiGO: two operators of one kind, one private, one shared.
+
+    M_i = Local_i(S_i)        small form of participant i -> common intermediate form
+    T_i = Global(M_i)         intermediate form           -> target form
+
+Local and Global are the same class with different sizes (`fedgrow_algo.ligo.Operator`). The grown model is run with the
+grown tensors in place of the module's parameters, so gradients reach the operator through an unmodified Hugging Face
+forward pass, and the operator is applied once a step, not once an example.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedgrow_algo.ligo import Operator
+from fedgrow_algo.presets import by_name
+from fedsim.models import Form
+from fedsim.task import Batch, Task
+from fedsim.training import Forward
+from fedsim.tree import Tree
+
+
+def operator_between(preset: str, task: Task, small: Form, large: Form) -> Operator:
+    """The LiGO operator from one form of the task's family to another.
+
+    **Raises:** `ValueError` if the preset cannot map `small` into `large`; both forms are named.
+    """
+    try:
+        return Operator(by_name(preset), task.specs(small), task.specs(large), small.axes, large.axes)
+    except ValueError as error:
+        raise ValueError(f"growing {small} into {large}: {error}") from error
+
+
+def grown_forward(task: Task, operator: Operator, small: Mapping[str, Tensor], large: Form) -> Forward:
+    """`(operator's tensors, batch) -> logits` of the model of form `large` grown from `small`, which stays frozen."""
+    stacked = operator.stack(small)
+
+    def forward(tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return task.forward(large, operator.grow(tensors, stacked), batch)
+
+    return forward
+
+
+def grown(operator: Operator, tensors: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Tree:
+    """The grown weights as a tree of their own, detached."""
+    return {name: tensor.detach().contiguous() for name, tensor in operator(tensors, small).items()}

@@ -1,0 +1,1 @@
+"""fedsim: federated growth of transformers, simulated."""

@@ -1,0 +1,177 @@
+"""The server: its state, its rounds, and the accounts of what crossed the network.
+
+It reaches participants through one callable and cannot tell where they are. It reports numbers only: models stay here.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsim import tree as trees
+from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, ServerContext
+from fedsim.checkpoint import Versions
+from fedsim.experiment import Experiment
+from fedsim.participant import Reply
+from fedsim.runtime.base import Call, Failure
+from fedsim.task import Task, load_task
+from fedsim.tree import Tree
+
+
+class ParticipantError(RuntimeError):
+    """A participant raised and the policy is to stop. `client` is its id; the text ends in its traceback."""
+
+    def __init__(self, client: int, text: str) -> None:
+        super().__init__(client, text)
+        self.client, self.text = client, text
+
+    def __str__(self) -> str:
+        return f"participant {self.client} raised: {self.text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What is left of the replies of a chunk of consecutive participants once their updates are added up."""
+
+    updates: list[ClientUpdate | Partial]
+    replies: list[tuple[int, Reply | Failure]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """Adds up the updates of one chunk, where they are. Picklable: it travels to the hosts."""
+
+    algorithm: Algorithm
+
+    def __call__(self, replies: Sequence[tuple[int, Any]]) -> Chunk:
+        updates = [reply.update for _, reply in replies if isinstance(reply, Reply) and reply.update is not None]
+        partial = self.algorithm.combine(updates) if updates else None
+        stripped = [
+            (id_, dataclasses.replace(reply, update=None) if isinstance(reply, Reply) else reply)
+            for id_, reply in replies
+        ]
+        return Chunk([partial] if partial is not None else list(updates), stripped)
+
+
+class Aggregator:
+    """A plain class: it runs wherever a runtime puts it.
+
+    A call for round r starts from the state of round r-1, read from disk if this object does not hold it, so a server
+    that was restarted, or a run that was resumed, goes on from the last finished round.
+    """
+
+    def __init__(
+        self, experiment: Experiment, clients: Sequence[ClientInfo], data_dir: str | None, folder: str, call: Call
+    ) -> None:
+        self.experiment, self.clients, self.data_dir, self.call = experiment, clients, data_dir, call
+        self.versions = Versions(Path(folder), "server")
+        self.round: int | None = None
+        self.state: Tree = {}
+        self.private: dict[int, str] = {}  # id -> hash of that participant's private state
+
+    def run_round(self, round: int, cohort: Sequence[int], scored: Sequence[int]) -> dict[str, Any]:
+        """One round: broadcast, local work, aggregation, checkpoint, scores. Round 0 makes the states and scores them.
+
+        **Returns:** what the round's rows are made of: rows per participant, traffic, `state_sha256`; no tensors.
+        """
+        self.call.reset()
+        rows: dict[int, dict[str, Any]] = {}
+        context = self._context(round)
+        if round == 0:
+            self.state, self.private = self.experiment.algorithm.server_init(context), {}
+            chosen = sorted({*cohort, *scored})
+            for chunk in self.call("begin", round, {id_: {} for id_ in chosen}):
+                self._note(chunk, rows)
+        else:
+            self._enter(round)
+            payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(cohort), context)
+            arriving = self._updates(self.call("train", round, payloads, Fold(self.experiment.algorithm)), rows)
+            self.state = self.experiment.algorithm.server_aggregate(self.state, arriving, context)
+            for _ in arriving:
+                pass  # an algorithm that stopped early must not leave replies unread
+        trained = self.call.traffic("train")
+        scores = self._scores(round, scored, rows) if scored else {}
+        self.versions.save(round, self.state, {"private": json.dumps(self.private)})
+        self.round = round
+        return {
+            "rows": rows,
+            "seam_bytes_up": trained.up,
+            "seam_bytes_down": trained.down,
+            "bytes_moved": self.call.moved(),
+            "retries": self.call.retries(),
+            "state_sha256": self._sha256(),
+            **scores,
+        }
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    def _enter(self, round: int) -> None:
+        if self.round == round - 1:
+            return
+        found = self.versions.load(round)
+        if found is None or found[0] != round - 1:
+            raise RuntimeError(f"{self.versions.folder}: no server state of round {round - 1} to go on from")
+        _, self.state, metadata = found
+        self.private = {int(id_): sha for id_, sha in json.loads(metadata["private"]).items()}
+
+    def _context(self, round: int) -> ServerContext:
+        experiment = self.experiment
+        return ServerContext(
+            experiment.seed, round, Task(experiment.task), experiment.intermediate, experiment.target, self.clients
+        )
+
+    def _infos(self, ids: Sequence[int]) -> list[ClientInfo]:
+        return [self.clients[id_] for id_ in ids]
+
+    def _updates(self, chunks: Iterator[Chunk], rows: dict[int, dict[str, Any]]) -> Iterator[ClientUpdate | Partial]:
+        """Updates in cohort order, one chunk in memory at a time; rows and hashes are noted as they pass."""
+        for chunk in chunks:
+            self._note(chunk.replies, rows)
+            yield from chunk.updates
+
+    def _note(self, replies: Sequence[tuple[int, Reply | Failure]], rows: dict[int, dict[str, Any]]) -> None:
+        for id_, reply in replies:
+            row = rows.setdefault(id_, {"host": None, "node": None, "retries": 0})
+            if isinstance(reply, Failure):
+                if self.experiment.on_error == "stop":
+                    raise ParticipantError(id_, reply.text)
+                row["error"] = reply.text.strip().splitlines()[-1]
+                continue
+            merged = combined_work(row, reply.row)
+            row.update(merged)
+            self.private[id_] = reply.state_sha256
+        for id_, place in self.call.places().items():
+            if id_ in rows:
+                rows[id_].update(place)
+
+    def _scores(self, round: int, scored: Sequence[int], rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        """Scores of participants, noted in their rows, and of the server's own model where there is one."""
+        context = self._context(round)
+        payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(scored), context)
+        for replies in self.call("score", round, payloads):
+            self._note(replies, rows)
+        model = self.experiment.algorithm.server_model(self.state, context)
+        if model is None:
+            return {"accuracy_global": None}
+        task = load_task(self.experiment.task, self.data_dir)
+        assert task.dataset is not None
+        return {"accuracy_global": task.score(model, task.dataset.test).accuracy}
+
+    def _sha256(self) -> str:
+        """Over the server's state and, in order of id, the hash of each participant's private state."""
+        private = ";".join(f"{id_}:{self.private[id_]}" for id_ in sorted(self.private))
+        return trees.sha256_of_text(f"{trees.sha256(self.state)}|{private}")
+
+
+def combined_work(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A participant's row after one more call in the same round: seconds and FLOPs add up, marks take the highest."""
+    merged = row | {name: value for name, value in more.items() if value is not None or name not in row}
+    for name in ("flops", "trainable_params"):
+        merged[name] = row.get(name, 0) + more.get(name, 0)
+    if "accuracy" in more:
+        merged["train_seconds"] = row.get("train_seconds", 0.0)  # scoring is not training
+    else:
+        merged["train_seconds"] = row.get("train_seconds", 0.0) + more["train_seconds"]
+    merged["peak_memory_bytes"] = max(row.get("peak_memory_bytes") or 0, more["peak_memory_bytes"] or 0) or None
+    return merged

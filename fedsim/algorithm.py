@@ -1,0 +1,195 @@
+"""The contract between the platform and a federated algorithm.
+
+What runs at the aggregator is named `server_*`, what runs at a participant `client_*`: the signatures say what crosses
+the network. An algorithm is a frozen dataclass whose fields are hyperparameters; all state goes in and comes out as
+trees. The smallest algorithm there is, federated averaging of a single number:
+
+    >>> import dataclasses, torch
+    >>> from fedsim.algorithm import Algorithm, ClientUpdate, weighted_mean
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class AverageOfMeans(Algorithm):
+    ...     @property
+    ...     def name(self): return "average_of_means"
+    ...     def server_init(self, ctx): return {"mean": torch.zeros(())}
+    ...     def server_broadcast(self, state, cohort, ctx): return {client.id: state for client in cohort}
+    ...     def server_aggregate(self, state, updates, ctx): return weighted_mean(updates, state)
+    ...     def client_update(self, payload, state, ctx):
+    ...         mean = ctx.train.labels.float().mean()
+    ...         return ClientUpdate(ctx.info.id, {"mean": mean}, weight=ctx.info.num_examples), state
+    ...     def client_model(self, payload, state, ctx): raise NotImplementedError("a number is no model")
+    >>> updates = [ClientUpdate(0, {"mean": torch.tensor(1.0)}, 1), ClientUpdate(1, {"mean": torch.tensor(4.0)}, 2)]
+    >>> AverageOfMeans().server_aggregate({"mean": torch.zeros(())}, iter(updates), None)
+    {'mean': tensor(3.)}
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedsim import tree as trees
+from fedsim.seeding import derive, generator
+from fedsim.tree import Tree
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedsim.data.source import Split
+    from fedsim.models import Form
+    from fedsim.task import Task
+    from fedsim.training import Meter
+
+Payload = Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client. `form` is the client's own small model's; `tier` its class of device."""
+
+    id: int
+    tier: str
+    form: "Form"
+    num_examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerContext:
+    """What a `server_*` method may read. `clients` is the whole population, in order of id."""
+
+    seed: int
+    round: int
+    task: "Task"
+    intermediate: "Form"
+    target: "Form"
+    clients: Sequence[ClientInfo]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """The server's random stream for one purpose in this round."""
+        return generator(self.seed, purpose, self.round)
+
+    def derive(self, purpose: str) -> int:
+        """The seed of that stream, for code that draws from torch's global stream."""
+        return derive(self.seed, purpose, self.round)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientContext:
+    """What a `client_*` method may read.
+
+    - `round`: 0 in `client_init`, whenever that happens to be called.
+    - `train`: the training part of the client's own shard; empty when the run is only being counted.
+    - `meter`: where `local_train` notes what it did; algorithms hand it on and never look.
+    """
+
+    seed: int
+    round: int
+    task: "Task"
+    intermediate: "Form"
+    target: "Form"
+    info: ClientInfo
+    train: "Split"
+    device: torch.device
+    meter: "Meter"
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """This client's random stream for one purpose in this round."""
+        return generator(self.seed, purpose, self.round, self.info.id)
+
+    def derive(self, purpose: str) -> int:
+        """The seed of that stream, for code that draws from torch's global stream."""
+        return derive(self.seed, purpose, self.round, self.info.id)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientUpdate:
+    """What one client uploads. `weight` is its weight in a mean (usually its number of examples)."""
+
+    client: int
+    tree: Tree
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A sum over a fixed chunk of clients: `tree` is sum(weight * update) in float64, `weight` sum(weight)."""
+
+    tree: Tree
+    weight: float
+
+
+class Algorithm(abc.ABC):
+    """A federated algorithm. Concrete classes are frozen dataclasses and are never subclassed."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What `--only` and the `algorithm` column call it."""
+
+    @property
+    def preset_name(self) -> str:
+        """The growth preset, for the `preset` column; empty where nothing is grown."""
+        return ""
+
+    def check(self, task: "Task", forms: Sequence["Form"], intermediate: "Form", target: "Form") -> None:
+        """Refuse, with a `ValueError`, forms this algorithm cannot work with. Called before anything starts."""
+        return None
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def server_init(self, ctx: ServerContext) -> Tree:
+        """The server's state before round 1."""
+
+    @abc.abstractmethod
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        """What each client of the cohort downloads. Give several clients the same object and it is put only once."""
+
+    @abc.abstractmethod
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        """The next state. `updates` is an iterator in cohort order: consume it, do not collect it."""
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        """A sum over a fixed chunk of consecutive clients, computed where the updates are; None: pass them through."""
+        return None
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> "nn.Module | None":
+        """The server's own model; None where there is no global model."""
+        return None
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_init(self, ctx: ClientContext) -> Tree:
+        """The client's private state, made when it first takes part. It never leaves the participant."""
+        return {}
+
+    @abc.abstractmethod
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        """Local work of one round: the update to upload and the next private state. Must not write into arguments."""
+
+    @abc.abstractmethod
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> "nn.Module":
+        """What this client would deploy: the model that is scored."""
+
+
+def weighted_sum(updates: Sequence[ClientUpdate]) -> Partial:
+    """`(sum_k w_k theta_k, sum_k w_k)` in the order given: what `combine` returns for methods that average."""
+    total: Tree | None = None
+    for update in updates:
+        total = trees.scaled_sum(total, update.tree, update.weight)
+    assert total is not None
+    return Partial(total, sum(update.weight for update in updates))
+
+
+def weighted_mean(updates: Iterable[ClientUpdate | Partial], like: Tree) -> Tree:
+    """`sum_k w_k theta_k / sum_k w_k` (FedAvg, McMahan et al. 2017, Algorithm 1, over the sampled clients only).
+
+    One accumulator, in the order of the iterator; `like` gives the dtypes and is returned if nobody contributed.
+    """
+    total, weight = None, 0.0
+    for update in updates:
+        partial = update if isinstance(update, Partial) else weighted_sum([update])
+        total, weight = trees.added(total, partial.tree), weight + partial.weight
+    return like if total is None else trees.divided(total, weight, like)

@@ -1,0 +1,98 @@
+"""The federation: who the participants are, what data they hold, and who takes part in which round.
+
+All of it depends on the seed, the data and the population alone, so every method of a suite meets the same federation.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedsim.algorithm import ClientInfo
+from fedsim.data.partition import train_validation
+from fedsim.experiment import Experiment, Tier
+from fedsim.seeding import numpy_generator
+from fedsim.task import Task
+
+
+EVERYONE_UP_TO = 100  # populations of at most this size are scored as a whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One participant: what the server may know of it, its tier, and its shard as indices into the training data."""
+
+    info: ClientInfo
+    tier: Tier
+    train: np.ndarray  # (n,) int64
+    validation: np.ndarray  # (m,) int64
+
+
+def tiers_of(experiment: Experiment) -> list[Tier]:
+    """The tier of each participant: numbers by share (largest remainder), places by the seed."""
+    shares = np.array([tier.share for tier in experiment.tiers])
+    exact = shares / shares.sum() * experiment.participants
+    counts = np.maximum(np.floor(exact).astype(int), 1)
+    while counts.sum() < experiment.participants:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > experiment.participants:
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+    dealt = np.repeat(np.arange(len(counts)), counts)
+    return [experiment.tiers[i] for i in numpy_generator(experiment.seed, "tiers").permutation(dealt)]
+
+
+def members(experiment: Experiment, task: Task) -> list[Member]:
+    """The population, in order of id.
+
+    **Raises:** `ValueError` if the data cannot be dealt as `experiment.partition` asks.
+    """
+    assert task.dataset is not None
+    train = task.dataset.train
+    groups = None if train.groups is None else train.groups.numpy()
+    shards = experiment.partition.split(train.labels.numpy(), groups, experiment.participants, experiment.seed)
+    population = []
+    for id_, (tier, shard) in enumerate(zip(tiers_of(experiment), shards, strict=True)):
+        rng = numpy_generator(experiment.seed, "validation", client=id_)
+        kept, validation = train_validation(shard, experiment.validation_share, rng)
+        population.append(Member(ClientInfo(id_, tier.name, tier.form, len(kept)), tier, kept, validation))
+    return population
+
+
+def cohort_of(experiment: Experiment, round: int) -> tuple[int, ...]:
+    """Who trains in a round, in order of id: uniform without replacement. Round 0 scores the state before round 1."""
+    everyone = np.arange(experiment.participants)
+    if experiment.cohort is None or experiment.cohort == experiment.participants:
+        return tuple(everyone.tolist())
+    rng = numpy_generator(experiment.seed, "cohort", max(round, 1))
+    return tuple(sorted(rng.choice(everyone, experiment.cohort, replace=False).tolist()))
+
+
+def scored_in(experiment: Experiment, round: int) -> tuple[int, ...]:
+    """Who is scored after a round; nobody where `eval_every` skips it."""
+    last = round == experiment.rounds
+    if round % experiment.eval_every and not last:
+        return ()
+    small = experiment.participants <= EVERYONE_UP_TO
+    if last or experiment.scored == "everyone" or (experiment.scored == "auto" and small):
+        return tuple(range(experiment.participants))
+    return cohort_of(experiment, round)
+
+
+def federation_sha256(experiment: Experiment, population: Sequence[Member]) -> str:
+    """Hash of shards, small forms and cohorts: equal for all methods that met the same federation."""
+    digest = hashlib.sha256()
+    for member in population:
+        digest.update(f"{member.info.id}:{member.info.tier}:{member.info.form!r};".encode())
+        digest.update(member.train.tobytes() + b"/" + member.validation.tobytes())
+    for round in range(1, experiment.rounds + 1):
+        digest.update(str(cohort_of(experiment, round)).encode())
+    return digest.hexdigest()
+
+
+def label_histograms(population: Sequence[Member], task: Task) -> list[list[int]]:
+    """How many training examples of each class every participant holds."""
+    assert task.dataset is not None
+    labels = task.dataset.train.labels.numpy()
+    classes = task.dataset.num_classes
+    return [np.bincount(labels[member.train], minlength=classes).tolist() for member in population]

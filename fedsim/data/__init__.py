@@ -1,0 +1,18 @@
+"""Data: what an experiment names (`DataConfig`), what it gets (`Dataset`), and how it is dealt (`Partition`)."""
+
+from fedsim.data.partition import Partition, train_validation
+from fedsim.data.source import DataConfig, Dataset, Split, cifar10, digits, load, pydoc, sst2
+
+
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "Partition",
+    "Split",
+    "cifar10",
+    "digits",
+    "load",
+    "pydoc",
+    "sst2",
+    "train_validation",
+]

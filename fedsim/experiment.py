@@ -1,0 +1,225 @@
+"""Experiments: frozen, typed, hashable. Everything that decides the numbers, nothing about where they are computed."""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fedsim.algorithm import Algorithm
+from fedsim.data.partition import Partition
+from fedsim.fields import check_range, check_types, refuse
+from fedsim.models import Form, get_family
+from fedsim.task import Task, TaskConfig
+
+
+PLACEMENT = {"placement": True}  # marks fields that say where a run is computed: left out of its identity
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """A class of device: the small form its owners have, and what a participant of it asks of the machine.
+
+    - `form`: the participant's own small model.
+    - `share`: the tier's part of the population, relative to the other tiers'.
+    - `num_cpus`, `num_gpus` (fractions allowed), `memory_mb`: resources of one participant's actor on Ray.
+    """
+
+    name: str
+    form: Form
+    share: float = 1.0
+    num_cpus: float = dataclasses.field(default=1.0, metadata=PLACEMENT)
+    num_gpus: float = dataclasses.field(default=0.0, metadata=PLACEMENT)
+    memory_mb: float | None = dataclasses.field(default=None, metadata=PLACEMENT)
+
+    def __post_init__(self) -> None:
+        check_types(self, "tiers")
+        check_range(self, "tiers", "share", "memory_mb", above=0)
+        check_range(self, "tiers", "num_cpus", "num_gpus", least=0)
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            refuse("tiers.num_gpus", self.num_gpus, "a fraction of one GPU, or a whole number of GPUs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run. Derive another with `dataclasses.replace`, or on the command line with `--set field=value`.
+
+    - `algorithm`: what runs, with its hyperparameters. - `task`: data and model family.
+    - `tiers`: classes of participants and their small forms. - `intermediate`, `target`: the common forms.
+    - `partition`: how the data are dealt. - `participants`: size of the population.
+    - `cohort`: participants a round; None: all of them. - `rounds`: federated rounds (round 0 comes on top).
+    - `validation_share`: part of each shard that is never trained on; the only scores tuning may look at.
+    - `eval_every`: score every so many rounds (round 0 and the last round always).
+    - `scored`: who is scored: "everyone", the round's "cohort", or "auto": everyone in populations of at most 100.
+    - `chunk`: consecutive participants whose updates are added up before anything else: fixes the order of the sum.
+    - `on_error`: what a participant that raises does: "stop" the run, or be "drop"ped from the round.
+    """
+
+    algorithm: Algorithm
+    task: TaskConfig
+    tiers: tuple[Tier, ...]
+    intermediate: Form
+    target: Form
+    partition: Partition = Partition()
+    participants: int = 6
+    cohort: int | None = None
+    rounds: int = 10
+    seed: int = 0
+    validation_share: float = 0.1
+    eval_every: int = 1
+    scored: Literal["auto", "everyone", "cohort"] = "auto"
+    chunk: int = 4
+    on_error: Literal["stop", "drop"] = "stop"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "", "participants", "rounds", "eval_every", "chunk", "cohort", least=1)
+        check_range(self, "", "seed", least=0)
+        check_range(self, "", "validation_share", least=0, most=0.9)
+        if self.cohort is not None and self.cohort > self.participants:
+            refuse("cohort", self.cohort, f"at most participants={self.participants}")
+        if not self.tiers:
+            refuse("tiers", self.tiers, "at least one tier")
+        if len({tier.name for tier in self.tiers}) < len(self.tiers):
+            refuse("tiers", [tier.name for tier in self.tiers], "tiers of different names")
+        if self.participants < len(self.tiers):
+            refuse("participants", self.participants, f"at least the number of tiers, {len(self.tiers)}")
+        for size in ("width", "depth", "inner"):
+            middle, target = getattr(self.intermediate, size), getattr(self.target, size)
+            if target < middle:
+                refuse(f"target.{size}", target, f"at least intermediate.{size}={middle}: growth never shrinks")
+        for tier in self.tiers:
+            if tier.form.width > self.intermediate.width:
+                accepted = f"at most intermediate.width={self.intermediate.width}"
+                refuse(f"tier {tier.name!r}: form.width", tier.form.width, accepted)
+        task = Task(self.task)
+        for form in (*self.forms, self.intermediate, self.target):
+            get_family(self.task.family).check(form, task.inputs)
+        self.algorithm.check(task, self.forms, self.intermediate, self.target)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The small forms, one a tier."""
+        return tuple(tier.form for tier in self.tiers)
+
+    @property
+    def run_id(self) -> str:
+        """Hash of the canonical JSON: equal for two experiments exactly if their numbers are."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+    def canonical_json(self) -> str:
+        """Every field that decides the numbers, classes by name, keys sorted."""
+        return json.dumps(canonical(self), sort_keys=True)
+
+
+def canonical(value: Any) -> Any:
+    """A JSON value that says the same as a tree of dataclasses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field for field in dataclasses.fields(value) if not field.metadata.get("placement")]
+        kind = {"class": f"{type(value).__module__}.{type(value).__qualname__}"}
+        return kind | {field.name: canonical(getattr(value, field.name)) for field in fields}
+    if isinstance(value, tuple | list):
+        return [canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # --set lr=1 and lr=1.0 are one experiment
+    return value
+
+
+# named on the command line -------------------------------------------------------------------------------------------
+
+
+def load_experiments(target: str) -> list[Experiment]:
+    """The experiments that `module:function` returns (one, or a list).
+
+    **Raises:** `ValueError` saying which part of `target` does not lead anywhere.
+    """
+    module_name, _, function_name = target.partition(":")
+    if not function_name:
+        refuse("MODULE:FUNCTION", target, "an importable module and a function in it, such as benchmarks.suites:tiny")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own module lies where the command is typed
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"MODULE:FUNCTION={target!r}: {error} (looked in {os.getcwd()} as well)") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
+        refuse("MODULE:FUNCTION", target, f"a function of {module_name}{nearest(function_name, names)}")
+    result = function()
+    experiments = list(result) if isinstance(result, list | tuple) else [result]
+    if not experiments or not all(isinstance(item, Experiment) for item in experiments):
+        refuse("MODULE:FUNCTION", target, "a function that returns an Experiment or a list of them")
+    return experiments
+
+
+def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment:
+    """The experiment with `field=value` applied; dotted paths reach inside, numbers index tuples (`tiers.0.num_gpus`).
+
+    **Raises:** `ValueError` naming the field, and the nearest names if there is none of that name.
+    """
+    changes: dict[tuple[str, ...], Any] = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            refuse("--set", setting, "of the form field=value")
+        changes[tuple(path.split("."))] = parsed(text)
+    return _replaced(experiment, changes, "")
+
+
+def parsed(text: str) -> Any:
+    """A value typed on the command line: a Python literal, true, false, none, or else a text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        try:
+            return float(text)  # inf, nan
+        except ValueError:
+            return text
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -> Any:
+    """`instance` with all changes below it applied at once: fields that depend on each other move together."""
+    if isinstance(instance, tuple):
+        names: dict[str, Any] = {str(index): item for index, item in enumerate(instance)}
+    elif dataclasses.is_dataclass(instance):
+        names = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    else:
+        raise ValueError(f"--set {prefix}: {prefix} has no fields")
+    values = dict(names)
+    for name in dict.fromkeys(path[0] for path in changes):
+        field = f"{prefix}.{name}" if prefix else name
+        if name not in names:
+            raise ValueError(f"--set {field}: no such field{nearest(name, list(names))}")
+        below = {path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1}
+        if (name,) in changes:
+            values[name] = changes[(name,)]
+            hint = typing.get_type_hints(type(instance)).get(name) if not isinstance(instance, tuple) else None
+            if dataclasses.is_dataclass(names[name]):
+                fields = ", ".join(f"{field}.{inner.name}" for inner in dataclasses.fields(names[name]))
+                raise ValueError(f"{field}={values[name]!r}: set its fields instead: {fields}")
+            if typing.get_origin(hint) is tuple and isinstance(values[name], str | int | float):
+                values[name] = (
+                    (values[name],) if not dataclasses.is_dataclass(typing.get_args(hint)[0]) else values[name]
+                )
+        if below:
+            values[name] = _replaced(values[name], below, field)
+    if isinstance(instance, tuple):
+        return tuple(values.values())
+    return dataclasses.replace(instance, **values)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`"; did you mean a, b?"`, or all the names if none is near."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(sorted(names))}"

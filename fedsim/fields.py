@@ -1,0 +1,89 @@
+"""Checks on the fields of frozen dataclasses: refused with the field, the value and what is accepted."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+
+def refuse(field: str, value: object, accepted: str) -> typing.NoReturn:
+    """Raise the `ValueError` every bad setting ends in."""
+    raise ValueError(f"{field}={value!r}: must be {accepted}")
+
+
+def check_types(instance: Any, prefix: str = "") -> None:
+    """Compare each field of a dataclass with its annotation.
+
+    **Raises:** `ValueError` naming `prefix.field`, the value and the accepted type. A bool is no number, an int is a
+    float, NaN is refused everywhere.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value, hint = getattr(instance, field.name), hints[field.name]
+        if not matches(value, hint):
+            refuse(dotted(prefix, field.name), value, describe(hint))
+
+
+def matches(value: object, hint: Any) -> bool:
+    """Whether `value` is what the annotation says. Understands the annotations experiments are written with."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(matches(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments and not isinstance(value, bool)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(matches(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(matches, value, arguments))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words: `int | None` -> "a whole number or None"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in arguments)
+    if origin is tuple:
+        return f"a tuple of {describe(arguments[0])}" if arguments else "a tuple"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
+    return words.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+def check_range(
+    instance: Any,
+    prefix: str,
+    *names: str,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Refuse a number outside its range; None passes (an optional field that is not set)."""
+    for name in names:
+        value = getattr(instance, name)
+        if value is None:
+            continue
+        field = dotted(prefix, name)
+        if above is not None and not value > above:
+            refuse(field, value, f"greater than {above}")
+        if least is not None and not value >= least:
+            refuse(field, value, f"at least {least}")
+        if most is not None and not value <= most:
+            refuse(field, value, f"at most {most}")
+        if math.isinf(value):
+            refuse(field, value, "finite")
+
+
+def dotted(prefix: str, name: str) -> str:
+    """`("algorithm", "lr")` -> `"algorithm.lr"`."""
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,24 @@
+"""Model families: one Hugging Face family a file. `get_family("vit")` finds the file of that name."""
+
+import importlib
+import pkgutil
+
+from fedsim.models.family import Family, Form, Inputs
+
+
+__all__ = ["Family", "Form", "Inputs", "families", "get_family"]
+
+
+def families() -> list[str]:
+    """Names of the families in this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "family")
+
+
+def get_family(name: str) -> Family:
+    """The family declared in `fedsim/models/<name>.py`, or in any importable module given as `package.module`.
+
+    **Raises:** `ValueError` naming the families there are.
+    """
+    if "." not in name and name not in families():
+        raise ValueError(f"task.family={name!r}: must be one of {', '.join(families())}, or a module's dotted name")
+    return importlib.import_module(name if "." in name else f"fedsim.models.{name}").FAMILY

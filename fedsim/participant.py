@@ -1,0 +1,204 @@
+"""One participant: its shard, its private state, and the calls the aggregator makes of it."""
+
+import dataclasses
+import resource
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsim import tree as trees
+from fedsim.algorithm import ClientContext, ClientUpdate, Payload
+from fedsim.checkpoint import Versions
+from fedsim.cohort import Member
+from fedsim.experiment import Experiment
+from fedsim.task import Task, load_task, subset
+from fedsim.training import Meter, StepCost
+from fedsim.tree import Tree
+
+    tuple, tuple[int, int]
+] = {}  # costs per shape, remembered by the process (a cache: never changes results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a participant sends: an update (or None) and what it notes about its work, without tensors."""
+
+    update: ClientUpdate | None
+    row: dict[str, Any]
+    state_sha256: str
+
+
+class Participant:
+    """A plain class: it runs wherever a runtime puts it.
+
+    Its private state is written to `folder` before a reply leaves, and read by nobody else. A call for round r always
+    starts from the newest state older than r, so a repeated call gives the same answer.
+    """
+
+    def __init__(
+        self, experiment: Experiment, member: Member, data_dir: str | None, folder: str, counted: dict[tuple, StepCost]
+    ) -> None:
+        self.experiment, self.member, self.counted = experiment, member, counted
+        self.data_dir = data_dir
+        self.versions = Versions(Path(folder), str(member.info.id))
+        gpu = member.tier.num_gpus > 0 and torch.cuda.is_available()
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.version: int | None = None
+        self.state: Tree = {}
+        self.sha256 = ""
+
+    # calls ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, round: int, payload: Payload) -> Reply:
+        """Make the private state (Fed-Grow's local stage)."""
+        return self._measured(round, payload, lambda received, meter: self._enter(round, round, meter))
+
+    def train(self, round: int, payload: Payload) -> Reply:
+        """One round of local work; the update is what is sent."""
+
+        def work(received: Tree, meter: Meter) -> ClientUpdate:
+            self._enter(round, round, meter)
+            algorithm, context = self.experiment.algorithm, self._context(round, meter)
+            update, state = algorithm.client_update(received, self.state, context)
+            if state is not self.state:
+                self._keep(round, state)
+            return dataclasses.replace(update, tree=trees.clone(trees.to(update.tree, "cpu")))
+
+        reply = self._measured(round, payload, work)
+        sent = reply.update.tree if reply.update else {}
+        counted = {"bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
+        return dataclasses.replace(reply, row=reply.row | counted | {"upload_params": trees.numel(sent)})
+
+    def score(self, round: int, payload: Payload) -> Reply:
+        """Accuracy and loss of the model this participant would deploy, after a round."""
+        scores: dict[str, Any] = {}
+
+        def work(received: Tree, meter: Meter) -> None:
+            self._enter(round + 1, round, meter)
+            context = self._context(round, meter)
+            model = self.experiment.algorithm.client_model(received, self.state, context)
+            scores.update(self._scores(model))
+
+        reply = self._measured(round, payload, work)
+        return dataclasses.replace(reply, row=reply.row | scores)
+
+    def export(self, round: int, payload: Payload) -> torch.nn.Module:
+        """The model this participant would deploy after a round, on the CPU."""
+        self._enter(round + 1, round, Meter("", {}))
+        received = trees.to(trees.clone(payload), self.device)
+        model = self.experiment.algorithm.client_model(received, self.state, self._context(round, Meter("", {})))
+        return model.cpu()
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    def _enter(self, before: int, round: int, meter: Meter) -> None:
+        """Hold the newest state older than round `before`; make one, in this round, if there never was any."""
+        if self.version is not None and self.version < before:
+            return
+        found = self.versions.load(before)
+        if found is not None:
+            self.version, state, _ = found
+            self.state = trees.to(state, self.device)
+            self.sha256 = trees.sha256(state)
+            return
+        self._keep(round, self.experiment.algorithm.client_init(self._context(0, meter)))
+
+    def _keep(self, version: int, state: Tree) -> None:
+        """Save before use: what a reply reports is already on disk."""
+        kept = trees.clone(state)
+        self.versions.save(version, kept)
+        self.version, self.state, self.sha256 = version, kept, trees.sha256(kept)
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> Task:
+        """The task with its data, loaded once a process."""
+        return load_task(self.experiment.task, self.data_dir)
+
+    def _context(self, round: int, meter: Meter) -> ClientContext:
+        task = self.task
+        assert task.dataset is not None
+        return ClientContext(
+            seed=self.experiment.seed,
+            round=round,
+            task=task,
+            intermediate=self.experiment.intermediate,
+            target=self.experiment.target,
+            info=self.member.info,
+            train=subset(task.dataset.train, self.member.train),
+            device=self.device,
+            meter=meter,
+        )
+
+    def _scores(self, model: torch.nn.Module) -> dict[str, Any]:
+        dataset = self.task.dataset
+        assert dataset is not None
+        test = self.task.score(model, dataset.test)
+        validation = self.task.score(model, subset(dataset.train, self.member.validation))
+        if dataset.kind == "lm":
+            local = validation.accuracy  # without labels: the participant's own held-out part
+        else:
+            labels = dataset.train.labels.numpy()[self.member.train]
+            local = test.accuracy_under(np.bincount(labels, minlength=dataset.num_classes))
+        return {
+            "accuracy": nullable(test.accuracy),
+            "accuracy_local": nullable(local),
+            "accuracy_val": nullable(validation.accuracy),
+            "loss": nullable(test.loss),
+            "num_test_examples": len(dataset.test.labels),
+        }
+
+    def _measured(self, round: int, payload: Payload, work) -> Reply:
+        """Run some work and note what it took. The payload is copied: nobody can write into what was sent."""
+        meter = Meter(repr(self.experiment.algorithm), self.counted)
+        reset_peak_memory(self.device)
+        started = time.perf_counter()
+        received = trees.to(trees.clone(payload), self.device)
+        update = work(received, meter)
+        row = {
+            "train_seconds": time.perf_counter() - started,
+            "train_loss": meter.loss,
+            "flops": meter.flops,
+            "trainable_params": meter.trainable,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        return Reply(update, row, self.sha256)
+
+
+def nullable(number: float) -> float | None:
+    """NaN (nothing to score) as None."""
+    return None if np.isnan(number) else number
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new high-water mark, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # not Linux, or not allowed: the mark is then the process's own
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """High-water mark in bytes: of the device's allocations on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return None
+
+
+def last_line(error: BaseException) -> str:
+    """What a traceback ends in."""
+    return traceback.format_exception_only(error)[-1].strip()

@@ -1,0 +1,274 @@
+"""Results on disk: three Parquet tables, one file a run and table, and the frames they are read back into.
+
+    DIR/runs/<run_id>.parquet      one row: a run that finished or failed
+    DIR/rounds/<run_id>.parquet    one row a round, round 0 included
+    DIR/clients/<run_id>.parquet   one row a participant and round
+
+A file is replaced as a whole and atomically, never appended to: whoever reads a folder while a run is writing into it
+sees every finished round and nothing half-written. Temporary files start with a dot, which every reader of Parquet
+folders (pandas, pyarrow, duckdb's `*.parquet`) leaves out.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+SCHEMA_KEY = b"fedsim_schema"
+SCHEMA_VERSION = 1
+
+
+def _schema(**columns: str) -> pa.Schema:
+    """Columns by name in order. A type that ends with `?` may be null."""
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    fields = [pa.field(name, types[kind.rstrip("?")], nullable=kind.endswith("?")) for name, kind in columns.items()]
+    return pa.schema(fields, metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
+
+
+RUNS = _schema(
+    run_id="str",
+    suite="str",
+    algorithm="str",
+    preset="str?",  # null where the method grows nothing
+    dataset="str",
+    family="str",
+    partition="str",
+    alpha="float?",  # null where the partition has no such parameter
+    participants="int",  # the population
+    cohort="int",
+    rounds="int",
+    seed="int",
+    target_params="int?",  # null, like the counts below, where a run failed before they were known
+    trainable_params="float?",  # mean over participants, who may differ: a fraction is possible
+    upload_params="float?",
+    status="str",  # finished | failed
+    wall_seconds="float?",
+    git_commit="str?",  # null outside a checkout
+    code_sha256="str",
+    versions="str",  # JSON
+    hardware="str",  # JSON
+    config="str",  # JSON: the experiment, canonical
+    bytes_per_upload="int?",  # one participant's upload in a federated round
+    model="str?",  # the target form, for example "128x4"
+    federation_sha256="str?",  # partition, small models and cohorts: equal for all methods of a suite and seed
+    error="str?",  # null unless failed
+    labels="str?",  # JSON: the participants' label histograms, a list of lists
+)
+
+ROUNDS = _schema(
+    run_id="str",
+    algorithm="str",
+    seed="int",
+    round="int",
+    stage="str",  # local | federated | finetune
+    accuracy_mean="float?",
+    accuracy_std="float?",
+    accuracy_min="float?",
+    accuracy_local_mean="float?",
+    accuracy_local_std="float?",
+    accuracy_local_min="float?",
+    accuracy_val_mean="float?",
+    accuracy_global="float?",
+    loss_mean="float?",
+    train_loss="float?",
+    bytes_up="int",
+    bytes_down="int",
+    bytes_up_total="int",
+    bytes_down_total="int",
+    flops="int?",
+    wall_seconds="float",
+    retries="int",
+    participants="int",  # the size of this round's cohort
+    state_sha256="str",
+    bytes_moved="int?",  # what physically moved inside the cluster
+    seam_bytes_up="int?",  # the runtime's own count, independent of bytes_up
+    seam_bytes_down="int?",
+    accuracy_val_std="float?",
+    accuracy_val_min="float?",
+    failed="int",  # participants dropped from this round
+)
+
+CLIENTS = _schema(
+    run_id="str",
+    algorithm="str",
+    seed="int",
+    round="int",
+    client="int",
+    tier="str?",
+    num_examples="int",
+    num_test_examples="int?",
+    accuracy="float?",
+    accuracy_local="float?",
+    accuracy_val="float?",
+    loss="float?",
+    train_loss="float?",
+    bytes_up="int",
+    bytes_down="int",
+    train_seconds="float?",
+    flops="int?",
+    peak_memory_bytes="int?",  # null where it cannot be read
+    host="str?",
+    node="str?",
+    retries="int",
+    stage="str",
+    model="str?",  # the participant's small form, for example "64x2"
+    trainable_params="int?",
+    upload_params="int?",
+)
+
+SCHEMAS: Mapping[str, pa.Schema] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS}
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The tables of one folder. A table without rows still has its columns."""
+
+    runs: pd.DataFrame
+    rounds: pd.DataFrame
+    clients: pd.DataFrame
+
+
+def write_table(directory: Path, table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Replace one run's part of a table by `rows`, atomically.
+
+    **Arguments:**
+
+    - `directory`: the results folder; made if it is not there.
+    - `table`: `runs`, `rounds` or `clients`.
+    - `run_id`: names the file, and must be what every row carries.
+    - `rows`: all of the run's rows so far, each with exactly the table's columns; only nullable ones may be `None`.
+
+    **Returns:** the file's path. Raises `OSError` naming it when it cannot be written; what lay there before stays.
+    """
+    path = Path(directory) / table / f"{run_id}.parquet"
+    assert run_id and Path(run_id).name == run_id and run_id[0] not in "._", f"run_id {run_id!r} cannot name a file"
+    # Serialised in memory, so that a disk that fills up fails in one plain write.
+    buffer = pa.BufferOutputStream()
+    pq.write_table(_to_arrow(table, run_id, rows), buffer, write_page_checksum=True)
+    # The name is fixed, so a leftover of a killed process is overwritten by the next attempt.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"results not written: {error.strerror or error}", str(path)) from error
+    _sync_folder(path.parent)
+    return path
+
+
+def read_table(directory: Path, table: str) -> pd.DataFrame:
+    """All rows of one table, ordered by run id. Empty if only the other tables have rows yet.
+
+    Raises `ValueError` for a folder without any results, a file that cannot be read, or one of a newer schema.
+    """
+    schema = SCHEMAS[table]
+    _check_has_results(Path(directory))
+    parts = [_read_file(path, schema) for path in _files(Path(directory), table)]
+    return pa.concat_tables([schema.empty_table(), *parts]).to_pandas()
+
+
+def read_run(directory: Path, table: str, run_id: str) -> pd.DataFrame:
+    """One run's rows of one table; empty if it has none yet."""
+    path, schema = Path(directory) / table / f"{run_id}.parquet", SCHEMAS[table]
+    return (_read_file(path, schema) if path.exists() else schema.empty_table()).to_pandas()
+
+
+def load(directory: Path | str) -> Results:
+    """The results of a folder that `fedsim run` or `benchmarks/sweep.py` wrote into."""
+    return Results(**{table: read_table(Path(directory), table) for table in SCHEMAS})
+
+
+def _to_arrow(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    schema = SCHEMAS[table]
+    for row in rows:
+        missing, unknown = set(schema.names) - set(row), set(row) - set(schema.names)
+        assert not missing, f"{table}: a row lacks the columns {sorted(missing)}"
+        assert not unknown, f"{table}: a row has the unknown columns {sorted(unknown)}"
+        assert row["run_id"] == run_id, f"{table}: a row of run {row['run_id']!r} in the file of run {run_id!r}"
+    columns = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        assert field.nullable or None not in values, f"{table}: column {field.name!r} must not be null"
+        # pyarrow would cut 1.5 down to 1 without a word.
+        fractions = [value for value in values if value is not None and not isinstance(value, Integral)]
+        assert field.type != pa.int64() or not fractions, (
+            f"{table}: column {field.name!r} must hold int64, got {fractions[0]!r}"
+        )
+        try:
+            columns.append(pa.array(values, field.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise AssertionError(f"{table}: column {field.name!r} must hold {field.type}: {error}") from error
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut. Not every file system (or system) can: then the write itself still counts."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _files(directory: Path, table: str) -> list[Path]:
+    return sorted(path for path in (directory / table).glob("*.parquet") if path.name[0] not in "._")
+
+
+def _check_has_results(directory: Path) -> None:
+    if not any(_files(directory, table) for table in SCHEMAS):
+        what = "is not a folder" if not directory.is_dir() else "holds no results"
+        looked_for = ", ".join(f"{table}/*.parquet" for table in SCHEMAS)
+        raise ValueError(f"{directory} {what}: looked for {looked_for} in it")
+
+
+def _read_file(path: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            metadata = file.schema_arrow.metadata or {}
+            _check_version(path, metadata.get(SCHEMA_KEY))
+            part = file.read()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # the system's refusal to read; pyarrow's own complaints carry no number
+            raise
+        raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
+    return _conform(path, part, schema)
+
+
+def _conform(path: Path, part: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Bring a file of this or an older schema to the columns of this one; what it did not know yet is null."""
+    columns = []
+    for field in schema:
+        known = field.name in part.column_names
+        if not known and not field.nullable:
+            raise ValueError(f"{path} has no column {field.name!r}, which fedsim schema {SCHEMA_VERSION} requires")
+        if known and part[field.name].type != field.type:
+            found = part[field.name].type
+            raise ValueError(f"{path} has {found} in column {field.name!r}, fedsim wants {field.type}")
+        columns.append(part[field.name] if known else pa.nulls(part.num_rows, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _check_version(path: Path, found: bytes | None) -> None:
+    if found is None or not found.isdigit():
+        raise ValueError(f"{path} was not written by fedsim: its metadata has {SCHEMA_KEY.decode()} = {found!r}")
+    if int(found) > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has fedsim schema {int(found)}, this fedsim reads up to {SCHEMA_VERSION}: read it with a newer one"
+        )

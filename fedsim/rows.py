@@ -1,0 +1,162 @@
+"""From what a round reported to the rows of the three tables. The columns' meanings are in `fedsim.results`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedsim.cohort import Member
+from fedsim.cost import Cost, whole
+from fedsim.experiment import Experiment
+from fedsim.provenance import git_commit, hardware, versions
+
+
+Row = dict[str, Any]
+
+
+def client_rows(
+    experiment: Experiment, run_id: str, population: Sequence[Member], round: int, noted: Mapping[int, Mapping]
+) -> list[Row]:
+    """One row a participant that trained or was scored in this round."""
+    rows = []
+    for id_ in sorted(noted):
+        note, info = noted[id_], population[id_].info
+        rows.append(
+            {
+                "run_id": run_id,
+                "algorithm": experiment.algorithm.name,
+                "seed": experiment.seed,
+                "round": round,
+                "client": id_,
+                "tier": info.tier,
+                "num_examples": info.num_examples,
+                "num_test_examples": note.get("num_test_examples"),
+                "accuracy": note.get("accuracy"),
+                "accuracy_local": note.get("accuracy_local"),
+                "accuracy_val": note.get("accuracy_val"),
+                "loss": note.get("loss"),
+                "train_loss": note.get("train_loss"),
+                "bytes_up": note.get("bytes_up", 0),
+                "bytes_down": note.get("bytes_down", 0),
+                "train_seconds": note.get("train_seconds"),
+                "flops": note.get("flops"),
+                "peak_memory_bytes": note.get("peak_memory_bytes"),
+                "host": None if note.get("host") is None else str(note["host"]),
+                "node": note.get("node"),
+                "retries": note.get("retries", 0),
+                "stage": stage_of(round),
+                "model": str(info.form),
+                "trainable_params": note.get("trainable_params"),
+                "upload_params": note.get("upload_params"),
+            }
+        )
+    return rows
+
+
+def round_row(
+    experiment: Experiment,
+    run_id: str,
+    round: int,
+    cohort: Sequence[int],
+    report: Mapping[str, Any],
+    before: Row | None,
+    wall_seconds: float,
+) -> Row:
+    """One row a round. `before` is the row of the round before: totals go on from it."""
+    noted = report["rows"]
+    up = sum(note.get("bytes_up", 0) for note in noted.values())
+    down = sum(note.get("bytes_down", 0) for note in noted.values())
+    accuracy, local, validation = (
+        statistics([note.get(name) for note in noted.values()])
+        for name in ("accuracy", "accuracy_local", "accuracy_val")
+    )
+    return {
+        "run_id": run_id,
+        "algorithm": experiment.algorithm.name,
+        "seed": experiment.seed,
+        "round": round,
+        "stage": stage_of(round),
+        "accuracy_mean": accuracy[0],
+        "accuracy_std": accuracy[1],
+        "accuracy_min": accuracy[2],
+        "accuracy_local_mean": local[0],
+        "accuracy_local_std": local[1],
+        "accuracy_local_min": local[2],
+        "accuracy_val_mean": validation[0],
+        "accuracy_global": report.get("accuracy_global"),
+        "loss_mean": statistics([note.get("loss") for note in noted.values()])[0],
+        "train_loss": statistics([note.get("train_loss") for note in noted.values()])[0],
+        "bytes_up": up,
+        "bytes_down": down,
+        "bytes_up_total": up + (before["bytes_up_total"] if before else 0),
+        "bytes_down_total": down + (before["bytes_down_total"] if before else 0),
+        "flops": sum(note.get("flops") or 0 for note in noted.values()),
+        "wall_seconds": wall_seconds,
+        "retries": report["retries"],
+        "participants": len(cohort),
+        "state_sha256": report["state_sha256"],
+        "bytes_moved": report["bytes_moved"],
+        "seam_bytes_up": report["seam_bytes_up"],
+        "seam_bytes_down": report["seam_bytes_down"],
+        "accuracy_val_std": validation[1],
+        "accuracy_val_min": validation[2],
+        "failed": sum("error" in note for note in noted.values()),
+    }
+
+
+def run_row(
+    experiment: Experiment,
+    *,
+    run_id: str,
+    suite: str,
+    code_sha256: str,
+    cost: Cost,
+    federation: str,
+    labels: list[list[int]] | None,
+    wall_seconds: float,
+    error: str | None,
+) -> Row:
+    """The one row of a run that finished, or failed with `error`."""
+    return {
+        "run_id": run_id,
+        "suite": suite,
+        "algorithm": experiment.algorithm.name,
+        "preset": experiment.algorithm.preset_name or None,
+        "dataset": experiment.task.data.name,
+        "family": experiment.task.family,
+        "partition": experiment.partition.scheme,
+        "alpha": experiment.partition.alpha if experiment.partition.scheme in ("dirichlet", "by_size") else None,
+        "participants": experiment.participants,
+        "cohort": experiment.cohort or experiment.participants,
+        "rounds": experiment.rounds,
+        "seed": experiment.seed,
+        "target_params": cost.target_params,
+        "trainable_params": float(cost.mean("trainable_params")),
+        "upload_params": float(cost.mean("upload_params")),
+        "status": "failed" if error else "finished",
+        "wall_seconds": wall_seconds,
+        "git_commit": git_commit(),
+        "code_sha256": code_sha256,
+        "versions": json.dumps(versions()),
+        "hardware": json.dumps(hardware()),
+        "config": experiment.canonical_json(),
+        "bytes_per_upload": round(whole(cost.mean("upload_bytes"))),
+        "model": str(experiment.target),
+        "federation_sha256": federation,
+        "error": error,
+        "labels": None if labels is None else json.dumps(labels),
+    }
+
+
+def statistics(values: Sequence[float | None]) -> tuple[float | None, float | None, float | None]:
+    """Mean, standard deviation and minimum over participants that have a value; None where nobody has."""
+    known = np.array([value for value in values if value is not None], dtype=float)
+    if not len(known):
+        return None, None, None
+    return float(known.mean()), float(known.std()), float(known.min())
+
+
+def stage_of(round: int) -> str:
+    """Round 0 is each participant alone; the others are federated."""
+    return "local" if round == 0 else "federated"

@@ -1,0 +1,55 @@
+"""Everything in this process: the readable twin of the Ray runtime, and the one to debug with."""
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fedsim.runtime.base import Call, Fold, Ledger, Resources, Runtime, Watch, answered, chunks, pin_threads
+
+
+class InlineCall(Ledger):
+    def __init__(self, participants: Mapping[int, Any], chunk: int) -> None:
+        super().__init__()
+        self.participants, self.chunk = participants, chunk
+        self.watch: Watch | None = None
+
+    def __call__(self, method: str, round: int, payloads: Mapping[int, Any], fold: Fold | None = None) -> Iterator[Any]:
+        self.progress = (method, 0, len(payloads))
+        for ids in chunks(list(payloads), self.chunk):
+            self._places.update({id_: {"host": 0, "node": socket.gethostname(), "retries": 0} for id_ in ids})
+            chosen = {id_: payloads[id_] for id_ in ids}
+            answer = answered(self.participants, method, round, chosen, fold, self._one_done)
+            self.note(method, answer, moved=0)
+            yield answer.content
+
+    def _one_done(self) -> None:
+        method, done, total = self.progress
+        self.progress = (method, done + 1, total)
+        if self.watch is not None:
+            self.watch(*self.progress)
+
+
+class InlineRuntime(Runtime):
+    """One thread, no other process. `ask` returns when the aggregator does."""
+
+    def __init__(self) -> None:
+        self.threads = pin_threads()
+
+    def start(
+        self,
+        make_aggregator: Callable[[Call], Any],
+        make_participants: Mapping[int, Callable[[], Any]],
+        resources: Mapping[int, Resources],
+        chunk: int,
+    ) -> None:
+        self.call = InlineCall({id_: make() for id_, make in make_participants.items()}, chunk)
+        self.aggregator = make_aggregator(self.call)
+
+    def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
+        self.call.watch = watch
+        return getattr(self.aggregator, method)(*args)
+
+    def close(self) -> None:
+        torch.set_num_threads(self.threads)

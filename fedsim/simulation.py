@@ -1,0 +1,110 @@
+"""`run(experiment, ...)`: the main loop of a simulation, from round 0 to the last, checkpointed after each."""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedsim.aggregator import Aggregator, ParticipantError
+from fedsim.cohort import cohort_of, federation_sha256, label_histograms, members, scored_in
+from fedsim.cost import cost_of
+from fedsim.experiment import Experiment
+from fedsim.participant import Participant, last_line
+from fedsim.progress import Progress, Silent
+from fedsim.provenance import code_sha256
+from fedsim.rows import client_rows, round_row, run_row
+from fedsim.runtime.base import Call, Resources, Runtime
+from fedsim.store import RunStore
+from fedsim.task import load_task
+from fedsim.training import StepCost
+
+
+MAX_LABELS = 1000  # label histograms of larger populations are left out of the runs table
+
+COUNTED: dict[tuple, StepCost] = {}  # costs of training steps, shared by the runs of a sweep: a cache, nothing more
+
+
+class RunFailed(RuntimeError):
+    """A run failed after it had started; every finished round is on disk."""
+
+    def __init__(self, run_id: str, reason: str) -> None:
+        super().__init__(run_id, reason)
+        self.run_id, self.reason = run_id, reason
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} failed: {self.reason}"
+
+
+def run(
+    experiment: Experiment,
+    *,
+    runtime: Runtime,
+    out: Path,
+    suite: str = "",
+    resume: bool = False,
+    data_dir: str | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Run one experiment into a results folder that the caller has locked; the runtime stays open for the next.
+
+    **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
+    `RunFailed` for a run that broke, with everything finished so far on disk and a row saying why.
+    """
+    progress = progress or Silent()
+    run_id = experiment.run_id
+    task = load_task(experiment.task, data_dir)
+    population = members(experiment, task)
+    cost = cost_of(experiment, COUNTED)
+    code = code_sha256(experiment.algorithm)
+
+    folder = out.absolute() / "checkpoints" / run_id
+    make_participants: dict[int, Callable[[], Participant]] = {
+        member.info.id: functools.partial(Participant, experiment, member, data_dir, str(folder / "private"), COUNTED)
+        for member in population
+    }
+    resources = {m.info.id: Resources(m.tier.num_cpus, m.tier.num_gpus, m.tier.memory_mb) for m in population}
+    infos = [member.info for member in population]
+    make_aggregator = functools.partial(_aggregator, experiment, infos, data_dir, str(folder))
+    runtime.start(make_aggregator, make_participants, resources, experiment.chunk)
+
+    store = RunStore(out, run_id, code)
+    first = store.open(resume)
+    about = functools.partial(
+        run_row,
+        experiment,
+        run_id=run_id,
+        suite=suite,
+        code_sha256=code,
+        cost=cost,
+        federation=federation_sha256(experiment, population),
+        labels=label_histograms(population, task) if len(population) <= MAX_LABELS else None,
+    )
+    progress.begin(experiment, first)
+    try:
+        for round in range(first, experiment.rounds + 1):
+            started, cohort = time.perf_counter(), cohort_of(experiment, round)
+            report = runtime.ask("run_round", round, cohort, scored_in(experiment, round), watch=progress.within)
+            before = store.rounds[-1] if store.rounds else None
+            row = round_row(experiment, run_id, round, cohort, report, before, time.perf_counter() - started)
+            store.commit(round, row, client_rows(experiment, run_id, population, round, report["rows"]))
+            progress.finished(row)
+    except Exception as error:
+        reason = error.text if isinstance(error, ParticipantError) else last_line(error)
+        store.finish(about(wall_seconds=store.wall_seconds, error=_short(error)))
+        progress.failed(reason)
+        raise RunFailed(run_id, _short(error)) from error
+    store.finish(about(wall_seconds=store.wall_seconds, error=None))
+    progress.end()
+    return run_id
+
+
+def _aggregator(experiment: Experiment, infos, data_dir: str | None, folder: str, call: Call) -> Aggregator:
+    """What a runtime calls to make the aggregator, wherever it puts it."""
+    return Aggregator(experiment, infos, data_dir, folder, call)
+
+
+def _short(error: BaseException) -> str:
+    """Which participant, if one, and the traceback's last line."""
+    if isinstance(error, ParticipantError):
+        return f"participant {error.client}: {error.text.strip().splitlines()[-1]}"
+    return last_line(error)

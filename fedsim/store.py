@@ -1,0 +1,134 @@
+"""One run's place in a results folder: rows, checkpoints, and the manifest that says which round was finished last.
+
+DIR/runs | rounds | clients/<run_id>.parquet
+DIR/checkpoints/<run_id>/manifest.json       written last: what it does not vouch for never happened
+DIR/checkpoints/<run_id>/server.<r>.safetensors
+DIR/checkpoints/<run_id>/private/<participant>.<r>.safetensors
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from fedsim import results
+from fedsim.checkpoint import read_json, write_atomically
+from fedsim.rows import Row
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a results folder: one process at a time writes to it.
+
+    **Raises:** `ValueError` if another process holds it, or it cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"--out={str(directory)!r}: another process is writing to this folder") from None
+    except OSError as error:
+        raise ValueError(f"--out={str(directory)!r}: not a folder that can be written to ({error})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class RunStore:
+    """Reads and writes what belongs to one run."""
+
+    def __init__(self, directory: Path, run_id: str, code_sha256: str) -> None:
+        self.directory, self.run_id, self.code_sha256 = directory, run_id, code_sha256
+        self.folder = directory / "checkpoints" / run_id
+        self.private = self.folder / "private"
+        self.rounds: list[Row] = []
+        self.clients: list[Row] = []
+        self.last: int | None = None
+
+    @property
+    def wall_seconds(self) -> float:
+        return sum(row["wall_seconds"] for row in self.rounds)
+
+    def status(self) -> str:
+        """`finished`, `unfinished`, `absent`, or `outdated`: computed, at least in part, by other sources."""
+        row = self._run_row()
+        if row is not None and row["status"] == "finished":
+            return "finished" if row["code_sha256"] == self.code_sha256 else "outdated"
+        manifest = self._manifest()
+        if manifest is None:
+            return "absent"
+        return "unfinished" if manifest["code_sha256"] == self.code_sha256 else "outdated"
+
+    def open(self, resume: bool) -> int:
+        """Prepare to compute; the number of the first round to do. Without `resume` what was there is deleted.
+
+        **Raises:** `ValueError` naming a file that cannot be read.
+        """
+        manifest = self._manifest() if resume else None
+        if manifest is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for table in results.SCHEMAS:
+                (self.directory / table / f"{self.run_id}.parquet").unlink(missing_ok=True)
+            self.private.mkdir(parents=True, exist_ok=True)
+            return 0
+        self.last = int(manifest["round"])
+        self.rounds = self._rows("rounds", self.last)
+        self.clients = self._rows("clients", self.last)
+        if [row["round"] for row in self.rounds] != list(range(self.last + 1)):
+            raise ValueError(
+                f"{self.directory}: rows of run {self.run_id} are missing; delete the folder to start anew"
+            )
+        return self.last + 1
+
+    def commit(self, round: int, round_row: Row, client_rows: list[Row]) -> None:
+        """A round is finished: its rows, then the manifest that vouches for them."""
+        self.rounds.append(round_row)
+        self.clients += client_rows
+        results.write_table(self.directory, "clients", self.run_id, self.clients)
+        results.write_table(self.directory, "rounds", self.run_id, self.rounds)
+        manifest = {"run_id": self.run_id, "code_sha256": self.code_sha256, "round": round}
+        write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
+        self.last = round
+
+    def finish(self, run_row: Row) -> None:
+        """The run finished or failed: the row that says so."""
+        results.write_table(self.directory, "runs", self.run_id, [run_row])
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    def _manifest(self) -> dict[str, Any] | None:
+        return read_json(self.folder / "manifest.json")
+
+    def _run_row(self) -> Row | None:
+        rows = self._rows("runs", None)
+        return rows[0] if rows else None
+
+    def _rows(self, table: str, last: int | None) -> list[Row]:
+        """This run's rows of a table, up to round `last`; rows of a round that was not finished are left out."""
+        frame = results.read_run(self.directory, table, self.run_id)
+        if last is not None:
+            frame = frame[frame["round"] <= last]
+        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        integers = {field.name for field in results.SCHEMAS[table] if str(field.type) == "int64"}
+        return [
+            {name: int(value) if name in integers and value is not None else value for name, value in row.items()}
+            for row in rows
+        ]
+
+
+def run_ids_in(directory: Path) -> set[str]:
+    """Every run that left something in a results folder."""
+    tables = {path.stem for table in results.SCHEMAS for path in (directory / table).glob("*.parquet")}
+    return tables | {path.parent.name for path in (directory / "checkpoints").glob("*/manifest.json")}
+
+
+def runs_in(directory: Path) -> pd.DataFrame:
+    """The `runs` table of a folder. **Raises:** `ValueError` if the folder holds no results."""
+    return results.read_table(directory, "runs")

@@ -1,0 +1,192 @@
+"""The task: model family + data + loss + score."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fedsim.data.source import DataConfig, Dataset, Split, load
+from fedsim.fields import check_range, check_types
+from fedsim.models import Form, Inputs, get_family
+from fedsim.seeding import torch_seeded
+from fedsim.submodel import ParamSpec
+from fedsim.tree import Tree
+
+
+Batch = dict[str, Tensor]
+IGNORED = -100  # a label that counts in no loss and no score
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is learned: the data, and the family of model that learns them.
+
+    - `data`: see `fedsim.data.source.DataConfig`.
+    - `family`: a file of `fedsim/models`, or the dotted name of a module that declares `FAMILY`.
+    - `patch_size`: side of an image patch in pixels (image families).
+    """
+
+    data: DataConfig = DataConfig()
+    family: str = "vit"
+    patch_size: int = 2
+
+    def __post_init__(self) -> None:
+        check_types(self, "task")
+        check_range(self, "task", "patch_size", least=1)
+        get_family(self.family)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What a model must know of the data."""
+        data = self.data
+        if data.kind == "image":
+            return Inputs(
+                "image",
+                data.num_classes,
+                image_size=data.image_size,
+                channels=data.channels,
+                patch_size=self.patch_size,
+            )
+        return Inputs(data.kind, data.num_classes, vocab_size=data.vocab_size, max_length=data.max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a model got right on a split: counts per class (one class for language modelling)."""
+
+    loss: float
+    correct: np.ndarray  # (classes,)
+    count: np.ndarray  # (classes,)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples (tokens, for language modelling) that were right; NaN on an empty split."""
+        total = self.count.sum()
+        return float(self.correct.sum() / total) if total else float("nan")
+
+    def accuracy_under(self, mix: np.ndarray) -> float:
+        """Per-class accuracy weighted by a label mix `(classes,)`: what the owner of such data would experience."""
+        weight = np.where(self.count > 0, mix, 0.0)
+        if not weight.sum():
+            return float("nan")
+        per_class = self.correct / np.maximum(self.count, 1)
+        return float((weight * per_class).sum() / weight.sum())
+
+
+class Task:
+    """A `TaskConfig` brought to life in one process. `dataset=None` (no data loaded) is enough to build and count."""
+
+    def __init__(self, config: TaskConfig, dataset: Dataset | None = None) -> None:
+        self.config = config
+        self.inputs = config.inputs
+        self.dataset = dataset
+
+    # models ---------------------------------------------------------------------------------------------------------
+
+    def specs(self, form: Form) -> dict[str, ParamSpec]:
+        """The named axes of every parameter of a model of this form."""
+        return get_family(self.config.family).specs(form, self.inputs)
+
+    def skeleton(self, form: Form) -> nn.Module:
+        """A module to run trees in with `functional_call`. Shared by the whole process: never change it."""
+        return _skeleton(self.config.family, form, self.inputs)
+
+    def fresh(self, form: Form, seed: int) -> Tree:
+        """Randomly initialised parameters, as the Hugging Face class draws them."""
+        with torch_seeded(seed):
+            module = get_family(self.config.family).build(form, self.inputs)
+        return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def module(self, form: Form, tree: Mapping[str, Tensor]) -> nn.Module:
+        """A module of its own with these parameters, in evaluation mode."""
+        module = copy.deepcopy(self.skeleton(form)).to(next(iter(tree.values())).device)
+        for name, parameter in module.named_parameters():
+            parameter.data = tree[name].detach()
+        return module.eval()
+
+    def forward(self, form: Form, tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Logits of the model of this form with these parameters; gradients reach `tree`."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return functional_call(self.skeleton(form), dict(tree), kwargs=inputs).logits
+
+    # data -----------------------------------------------------------------------------------------------------------
+
+    def batch(self, split: Split, index: Tensor, device: torch.device | str = "cpu") -> Batch:
+        """Model inputs and labels of some examples. Pixels become floats in [-1, 1]."""
+        batch = {name: tensor[index].to(device) for name, tensor in split.inputs.items()}
+        if self.inputs.kind == "lm":
+            return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].to(torch.float32).div(127.5).sub(1.0)
+        return batch | {"labels": split.labels[index].to(device)}
+
+    def example(self, size: int) -> Batch:
+        """A batch of the right shapes that holds no data: for counting."""
+        kind, inputs = self.inputs.kind, self.inputs
+        if kind == "image":
+            assert inputs.channels and inputs.image_size
+            pixels = torch.zeros(size, inputs.channels, inputs.image_size, inputs.image_size)
+            return {"pixel_values": pixels, "labels": torch.zeros(size, dtype=torch.long)}
+        assert inputs.max_length
+        tokens = torch.zeros(size, inputs.max_length, dtype=torch.long)
+        labels = tokens if kind == "lm" else torch.zeros(size, dtype=torch.long)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+    # loss and score -------------------------------------------------------------------------------------------------
+
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predictions `(N, classes)` and what they should have been `(N,)`: next tokens for language modelling."""
+        labels = batch["labels"]
+        if self.inputs.kind == "lm":
+            return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return logits, labels
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy over examples (tokens, for language modelling)."""
+        return F.cross_entropy(*self.aligned(logits, batch), ignore_index=IGNORED)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: Split, batch_size: int = 256) -> Score:
+        """Loss and counts of right answers on a split; independent of `batch_size` to rounding."""
+        classes = 1 if self.inputs.kind == "lm" else self.inputs.num_classes
+        device = next(model.parameters()).device
+        loss, correct, count = 0.0, np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+        for index in torch.arange(len(split.labels)).split(batch_size):
+            batch = self.batch(split, index, device)
+            logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+            predicted, labels = self.aligned(logits, batch)
+            kept = labels != IGNORED
+            predicted, labels = predicted[kept], labels[kept]
+            loss += float(F.cross_entropy(predicted.double(), labels, reduction="sum"))
+            right = predicted.argmax(-1) == labels
+            of_class = torch.zeros_like(labels) if classes == 1 else labels
+            count += torch.bincount(of_class, minlength=classes).cpu().numpy()
+            correct += torch.bincount(of_class[right], minlength=classes).cpu().numpy()
+        total = int(count.sum())
+        return Score(loss / total if total else float("nan"), correct, count)
+
+
+def load_task(config: TaskConfig, data_dir: str | None) -> Task:
+    """The task with its data. **Raises:** `ValueError` where the data are missing or not as the config says."""
+    return Task(config, load(config.data, data_dir))
+
+
+def subset(split: Split, index: np.ndarray) -> Split:
+    """The examples of one shard."""
+    chosen = torch.from_numpy(np.asarray(index, dtype=np.int64))
+    inputs = {name: tensor[chosen] for name, tensor in split.inputs.items()}
+    groups = None if split.groups is None else split.groups[chosen]
+    return Split(inputs, split.labels[chosen], groups)
+
+
+@functools.lru_cache(maxsize=32)
+def _skeleton(family_name: str, form: Form, inputs: Inputs) -> nn.Module:
+    with torch_seeded(0):  # the values are never used, but drawing them must not move the caller's stream
+        module = get_family(family_name).build(form, inputs)
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,169 @@
+"""The one local training loop, and what it notes about itself."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedsim.algorithm import ClientContext
+from fedsim.task import Batch
+from fedsim.tree import Tree
+
+
+Forward = Callable[[Mapping[str, Tensor], Batch], Tensor]
+PRETRAIN = "pretrain"  # the purpose of training that a participant is assumed to have done before it joins
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call of `local_train` did, or would do with data.
+
+    - `trainable`: scalars with a gradient. - `flops`: forward and backward. - `loss`: mean over the last epoch.
+    - `flops_per_step`: of one full batch. - `activation_bytes`: saved for the backward pass of one full batch.
+    """
+
+    purpose: str
+    trainable: int
+    examples: int
+    steps: int
+    flops: int
+    flops_per_step: int
+    activation_bytes: int
+    loss: float
+
+
+@dataclasses.dataclass
+class Meter:
+    """Collects the `Work` of one participant's call. `counted` remembers costs per shape for the whole process."""
+
+    key: str
+    counted: dict[tuple, "StepCost"]
+    work: list[Work] = dataclasses.field(default_factory=list)
+
+    @property
+    def trainable(self) -> int:
+        """Scalars the participant trains in the federation: one number a purpose, its own pretraining left out."""
+        return sum({w.purpose: w.trainable for w in self.work if w.purpose != PRETRAIN}.values())
+
+    @property
+    def flops(self) -> int:
+        return sum(w.flops for w in self.work)
+
+    @property
+    def loss(self) -> float | None:
+        """Loss of the last training that saw data."""
+        return next((w.loss for w in reversed(self.work) if w.steps), None)
+
+    def cost(self, ctx: ClientContext, forward: Forward, parameters: Tree, purpose: str) -> "StepCost":
+        """What one step costs, measured once a shape."""
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in parameters.items())
+        key = (self.key, purpose, ctx.info.form, ctx.task.inputs, ctx.intermediate, ctx.target, shapes)
+        if key not in self.counted:
+            self.counted[key] = StepCost.measured(ctx, forward, parameters)
+        return self.counted[key]
+
+
+def local_train(
+    ctx: ClientContext,
+    forward: Forward,
+    parameters: Mapping[str, Tensor],
+    *,
+    purpose: str,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+) -> Tree:
+    """Train a tree on the client's shard with AdamW (a fresh optimiser, constant learning rate).
+
+    **Arguments:**
+
+    - `forward`: `(parameters, batch) -> logits`; the loss is the task's.
+    - `parameters`: where training starts; not written to.
+    - `purpose`: names this stage of work in the random stream and in the accounts.
+    - `clip`: largest global norm of the gradient; None: no clipping.
+
+    **Returns:** the trained tree, detached. **Raises:** `FloatingPointError` if the loss is not finite.
+    """
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=weight_decay, fused=True)
+    cost = ctx.meter.cost(ctx, forward, leaves, purpose)
+    generator, examples = ctx.generator(f"{purpose}/order"), len(ctx.train.labels)
+    flops, steps, loss = 0, 0, float("nan")
+
+    for _ in range(epochs if examples else 0):
+        total = 0.0
+        for index in torch.randperm(examples, generator=generator).split(batch_size):
+            batch = ctx.task.batch(ctx.train, index, ctx.device)
+            value = ctx.task.loss(forward(leaves, batch), batch)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(leaves.values(), clip)
+            optimizer.step()
+            total += float(value.detach()) * len(index)
+            steps += 1
+            flops += cost.flops(len(index))
+        loss = total / examples
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{purpose}: the training loss became {loss} after {steps} steps with lr={lr}")
+
+    trainable = sum(tensor.numel() for tensor in leaves.values())
+    per_step, activations = cost.flops(batch_size), cost.activation_bytes(batch_size)
+    ctx.meter.work.append(Work(purpose, trainable, examples * epochs, steps, flops, per_step, activations, loss))
+    return {name: tensor.detach() for name, tensor in leaves.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """FLOPs and saved bytes of a training step: a part for the step (growth) and a part for each example."""
+
+    fixed: tuple[int, int]
+    per_example: tuple[int, int]
+
+    def flops(self, size: int) -> int:
+        """Forward and backward pass on a batch of this size."""
+        return self.fixed[0] + size * self.per_example[0]
+
+    def activation_bytes(self, size: int) -> int:
+        """What autograd saves for the backward pass on a batch of this size."""
+        return self.fixed[1] + size * self.per_example[1]
+
+    @staticmethod
+    def measured(ctx: ClientContext, forward: Forward, parameters: Tree) -> "StepCost":
+        """Both parts are straight lines in the batch size, so two sizes tell them."""
+        with torch.no_grad():  # what is built once (a skeleton) must not be built inside the counting below
+            forward(parameters, {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(1).items()})
+        two, three = (step_cost(ctx, forward, parameters, size) for size in (2, 3))
+        per_example = (three[0] - two[0], three[1] - two[1])
+        return StepCost((two[0] - 2 * per_example[0], two[1] - 2 * per_example[1]), per_example)
+
+
+def step_cost(ctx: ClientContext, forward: Forward, parameters: Tree, size: int) -> tuple[int, int]:
+    """FLOPs of a forward and backward pass, and bytes autograd saves in between, on `size` examples.
+
+    Counted on tensors without storage and on the unfused attention path, so the figure depends neither on the device
+    nor on its kernels (fused attention is not counted on CPU).
+    """
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[id(tensor)] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        leaves = {name: fake.from_tensor(tensor.detach().cpu()).requires_grad_() for name, tensor in parameters.items()}
+        batch = {name: fake.from_tensor(tensor) for name, tensor in ctx.task.example(size).items()}
+        ctx.task.loss(forward(leaves, batch), batch).backward()
+    return counter.get_total_flops(), sum(saved.values())
