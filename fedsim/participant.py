@@ -19,9 +19,6 @@ from fedsim.task import Task, load_task, subset
 from fedsim.training import Meter, StepCost
 from fedsim.tree import Tree
 
-    tuple, tuple[int, int]
-] = {}  # costs per shape, remembered by the process (a cache: never changes results)
-
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
