@@ -1,1 +1,61 @@
-"""fedsim: federated growth of transformers, simulated."""
+"""fedsim: study how many resource-poor participants grow one large transformer together.
+
+`fedsim.run(experiment, out=...)` runs an experiment from a notebook, `fedsim.load(folder)` reads results into pandas.
+Ray is imported only by runs that use it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from fedsim.experiment import Experiment
+    from fedsim.results import Results
+
+__version__ = "0.1.0"
+__all__ = ["load", "run"]
+
+
+def load(directory: "Path | str") -> "Results":
+    """`.runs`, `.rounds`, `.clients` of a results folder, as pandas frames.
+
+    **Raises:** `ValueError` for a folder without results, or naming a file that cannot be read.
+    """
+    from fedsim.results import load
+
+    return load(directory)
+
+
+def run(
+    experiment: "Experiment",
+    *,
+    out: "Path | str",
+    runtime: str = "inline",
+    hosts: int | None = None,
+    address: str | None = None,
+    gpus: int | None = None,
+) -> "Results":
+    """Run one experiment with a progress display, resume it if it was cut, and return its folder's results.
+
+    **Raises:** `ValueError` for a request that cannot be met; `fedsim.simulation.RunFailed` for a run that broke.
+    """
+    from rich.console import Console
+
+    from fedsim import environment
+    from fedsim.runner import check_data, check_folder, locked, run_all
+    from fedsim.runtime import make_runtime
+
+    folder, data_dir, console = Path(out), environment.data_dir(), Console()
+    check_data([experiment], data_dir)
+    with locked(folder):
+        check_folder(folder, [experiment], resume=True)
+        failures = run_all(
+            [experiment],
+            out=folder,
+            make_runtime=lambda: make_runtime(runtime, hosts=hosts, address=address, gpus=gpus),
+            data_dir=data_dir,
+            console=console,
+        )
+    if failures:
+        raise failures[0]
+    return load(folder)

@@ -131,6 +131,18 @@ def canonical(value: Any) -> Any:
     return value
 
 
+def revived(value: Any, hint: Any = None) -> Any:
+    """The inverse of `canonical`: the dataclasses a JSON value describes. Placement fields take their defaults."""
+    if isinstance(value, dict):
+        module, _, name = value["class"].rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        hints = typing.get_type_hints(kind)
+        return kind(**{field: revived(item, hints[field]) for field, item in value.items() if field != "class"})
+    if isinstance(value, list):
+        return tuple(revived(item) for item in value)
+    return value
+
+
 # named on the command line -------------------------------------------------------------------------------------------
 
 

@@ -83,13 +83,6 @@ class Participant:
         reply = self._measured(round, payload, work)
         return dataclasses.replace(reply, row=reply.row | scores)
 
-    def export(self, round: int, payload: Payload) -> torch.nn.Module:
-        """The model this participant would deploy after a round, on the CPU."""
-        self._enter(round + 1, round, Meter("", {}))
-        received = trees.to(trees.clone(payload), self.device)
-        model = self.experiment.algorithm.client_model(received, self.state, self._context(round, Meter("", {})))
-        return model.cpu()
-
     # state ----------------------------------------------------------------------------------------------------------
 
     def _enter(self, before: int, round: int, meter: Meter) -> None:

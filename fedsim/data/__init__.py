@@ -1,7 +1,8 @@
 """Data: what an experiment names (`DataConfig`), what it gets (`Dataset`), and how it is dealt (`Partition`)."""
 
+from fedsim.data.config import DataConfig, Dataset, Split, cifar10, digits, pydoc, sst2
 from fedsim.data.partition import Partition, train_validation
-from fedsim.data.source import DataConfig, Dataset, Split, cifar10, digits, load, pydoc, sst2
+from fedsim.data.source import load
 
 
 __all__ = [

@@ -39,9 +39,8 @@ def digits(test_share: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
 def pydoc(max_length: int, test_share: float = 0.2) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The English reference text that CPython carries for `help()`, as byte tokens for language modelling.
 
-    Each topic is its bytes and an end token, cut into pieces of L = `max_length`; the last piece is padded rather than
-    dropped, so that short topics count, unless it holds a single token, which leaves nothing to predict. Whole topics
-    are held out for test, at most `test_share` of the text, so that no topic is in both splits.
+    Each topic is cut into pieces of L = `max_length` tokens (`text.pieces`). Whole topics are held out for test, at
+    most `test_share` of the text, so that no topic is in both splits.
 
     The text differs between CPython versions (and so does a data set's fingerprint): compare runs of one version.
 
@@ -50,19 +49,11 @@ def pydoc(max_length: int, test_share: float = 0.2) -> tuple[dict[str, Tensor], 
     """
     from pydoc_data.topics import topics
 
-    sequences, topic_of = [], []
-    sizes = []
-    for number, name in enumerate(sorted(topics)):
-        ids = text.byte_ids(topics[name])
-        pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-        pieces = [piece for piece in pieces if len(piece) >= 2]
-        sequences += pieces
-        topic_of += [number] * len(pieces)
-        sizes.append(len(ids))
-
-    topic_N = np.asarray(topic_of, dtype=np.int64)
-    test_N = np.isin(topic_N, _held_out(np.asarray(sizes), test_share))
-    return text.padded(sequences, max_length), torch.from_numpy(topic_N), torch.from_numpy(test_N)
+    bodies = [topics[name] for name in sorted(topics)]
+    inputs, topic_N = text.pieces(bodies, "bytes", max_length)
+    sizes = np.asarray([len(text.byte_ids(body)) for body in bodies])
+    test_N = np.isin(topic_N, _held_out(sizes, test_share))
+    return inputs, torch.from_numpy(topic_N), torch.from_numpy(test_N)
 
 
 def _held_out(sizes: np.ndarray, share: float) -> list[int]:

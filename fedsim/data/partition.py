@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsim.fields import check_range, check_types, matches, refuse
 from fedsim.seeding import numpy_generator
 
 
@@ -131,8 +132,8 @@ def train_validation(indices: np.ndarray, share: float, rng: np.random.Generator
 
     **Returns:** (train, validation), two sorted index arrays that together are `indices`.
     """
-    if not _is_number(share) or not 0 <= share < 1:
-        raise ValueError(f"share={share!r}: a validation share must be a number in [0, 1)")
+    if not matches(share, float) or not 0 <= share < 1:
+        refuse("share", share, "a number in [0, 1)")
     n = len(indices)
     held = min(max(1, round(share * n)), n - 1) if share > 0 and n >= 2 else 0
     shuffled = rng.permutation(np.asarray(indices, dtype=np.int64))
@@ -157,18 +158,13 @@ class Partition:
     shards_per_client: int = 2
 
     def __post_init__(self) -> None:
+        check_types(self, "partition")
         if self.scheme not in SCHEMES:
-            raise ValueError(f"partition.scheme={self.scheme!r}: must be one of {', '.join(SCHEMES)}")
-        if not _is_number(self.alpha) or math.isnan(self.alpha) or self.alpha <= 0:
-            raise ValueError(f"partition.alpha={self.alpha!r}: must be > 0")
-        if math.isinf(self.alpha):
-            raise ValueError(
-                f"partition.alpha={self.alpha!r}: must be finite; use partition.scheme='iid' for this limit"
-            )
-        for name in ("min_size", "shards_per_client"):
-            value = getattr(self, name)
-            if not _is_count(value):
-                raise ValueError(f"partition.{name}={value!r}: must be an integer >= 1")
+            refuse("partition.scheme", self.scheme, f"one of {', '.join(SCHEMES)}")
+        if self.alpha == math.inf:
+            refuse("partition.alpha", self.alpha, "finite; partition.scheme='iid' is this limit")
+        check_range(self, "partition", "alpha", above=0)
+        check_range(self, "partition", "min_size", "shards_per_client", least=1)
 
     def split(self, labels: np.ndarray, groups: np.ndarray | None, participants: int, seed: int) -> list[np.ndarray]:
         """Deal a training set.
@@ -182,8 +178,8 @@ class Partition:
 
         **Returns:** K sorted int64 index arrays.
         """
-        if not _is_count(participants):
-            raise ValueError(f"participants={participants!r}: must be an integer >= 1")
+        if not matches(participants, int) or participants < 1:
+            refuse("participants", participants, "a whole number of at least 1")
         if groups is not None and len(groups) != len(labels):
             raise ValueError(f"groups: {len(groups)} values for {len(labels)} labels; one a label is accepted")
 
@@ -234,11 +230,3 @@ def _check_enough(n: int, participants: int) -> None:
 
 def _sorted(parts: list[np.ndarray]) -> list[np.ndarray]:
     return [np.sort(part).astype(np.int64) for part in parts]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,9 +1,10 @@
 """Text to token tensors, by bytes or by a Hugging Face tokenizer.
 
-Shape legend: N texts, L = max_length tokens. Byte ids 0..255 are the bytes of the UTF-8 text.
+Shape legend: N examples, L = max_length tokens. Byte ids 0..255 are the bytes of the UTF-8 text.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.fields import refuse
+
 
 BYTE_PADDING = 256
 BYTE_END = 257
 BYTE_VOCABULARY = 258
 
 
+@lru_cache(maxsize=32)  # experiments ask often, and with `hub` each answer costs requests
+def vocabulary(tokenizer: str, hub: bool) -> int:
+    """How many tokens there are: ids are below this.
+
+    **Arguments:**
+
+    - `tokenizer`: "bytes", a folder, or a hub name. A name is fetched only when `hub` is True.
+    """
+    return BYTE_VOCABULARY if tokenizer == "bytes" else len(_pretrained(tokenizer, hub))
+
+
 def joined(table: Any, columns: Sequence[str]) -> list[str]:
     """One text an example: its text columns joined with a space, cells without a value left out."""
-    cells = [list(table[column]) for column in columns]
+    import datasets
+
+    for column in columns:
+        feature = table.features[column]
+        # Any cell can be written as text, also an image; a model would learn from its printed form unnoticed.
+        if not isinstance(feature, datasets.Value) or "binary" in feature.dtype:
+            refuse("task.data.text", column, f"a column of texts; it holds {feature}")
+    cells = [table[column][:] for column in columns]
     return [" ".join(str(cell) for cell in row if cell is not None) for row in zip(*cells, strict=True)]
 
 
-def padded(sequences: Sequence[np.ndarray], max_length: int) -> dict[str, Tensor]:
-    """Pad byte-token sequences, none longer than L, to one length.
+def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> dict[str, Tensor]:
+    """One example a text: cut to L and padded to L.
+
+    **Returns:** `{"input_ids", "attention_mask"}`, both int64 `(N, L)`. A text cut short loses its end token under
+    "bytes".
+    """
+    if tokenizer == "bytes":
+        return padded([byte_ids(text)[:max_length] for text in texts], max_length)
+    pretrained = _pretrained(tokenizer, hub)
+    encoded = pretrained(list(texts), truncation=True, padding="max_length", max_length=max_length, return_tensors="pt")
+    return {name: encoded[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
+
+
+def pieces(
+    texts: Sequence[str], tokenizer: str, max_length: int, hub: bool = False
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Every token of every text, for language modelling: each text is cut into pieces of L.
+
+    A text is its tokens and an end token (where the tokenizer has one), without the tokens that frame a text to
+    classify. The last piece is padded rather than dropped, so that short texts count, unless it holds a single token,
+    which leaves nothing to predict.
+
+    **Returns:** `{"input_ids", "attention_mask"}`, both int64 `(N, L)`; for each piece the position of its text in
+    `texts`, int64 `(N,)`.
+    """
+    if tokenizer == "bytes":
+        padding, sequences = BYTE_PADDING, [byte_ids(text) for text in texts]
+    else:
+        pretrained = _pretrained(tokenizer, hub)
+        end = [] if pretrained.eos_token_id is None else [pretrained.eos_token_id]
+        # A tokenizer warns of texts longer than its model reads; cut to pieces, none is.
+        encoded = pretrained(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        padding, sequences = pretrained.pad_token_id, [np.asarray(ids + end, dtype=np.int64) for ids in encoded]
+
+    cut, text_of = [], []
+    for number, ids in enumerate(sequences):
+        parts = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+        parts = [part for part in parts if len(part) >= 2]
+        cut += parts
+        text_of += [number] * len(parts)
+    return padded(cut, max_length, padding), np.asarray(text_of, dtype=np.int64)
+
+
+def padded(sequences: Sequence[np.ndarray], max_length: int, padding: int = BYTE_PADDING) -> dict[str, Tensor]:
+    """Pad token sequences, none longer than L, to one length.
 
     **Returns:** `input_ids` and `attention_mask` (1 on tokens, 0 on padding), both int64 `(N, L)`.
     """
-    ids_NL = np.full((len(sequences), max_length), BYTE_PADDING, dtype=np.int64)
+    ids_NL = np.full((len(sequences), max_length), padding, dtype=np.int64)
     mask_NL = np.zeros((len(sequences), max_length), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         ids_NL[row, : len(sequence)] = sequence
@@ -41,19 +105,8 @@ def byte_ids(text: str) -> np.ndarray:
     return np.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64), BYTE_END)
 
 
-def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> tuple[dict[str, Tensor], int]:
-    """Tokenize, cut to L and pad to L.
-
-    **Arguments:**
-
-    - `tokenizer`: "bytes", a folder, or a hub name. A name is fetched only when `hub` is True.
-
-    **Returns:** (`{"input_ids", "attention_mask"}`, both int64 `(N, L)`, vocabulary size). A text cut short loses its
-    end token under "bytes".
-    """
-    if tokenizer == "bytes":
-        return padded([byte_ids(text)[:max_length] for text in texts], max_length), BYTE_VOCABULARY
-
+def _pretrained(tokenizer: str, hub: bool) -> Any:
+    """A Hugging Face tokenizer that can pad."""
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
     if not hub and not Path(tokenizer).is_dir():
         raise ValueError(
@@ -70,5 +123,4 @@ def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> 
         if pretrained.eos_token is None:
             raise ValueError(f"task.data.tokenizer={tokenizer!r}: has neither a padding nor an end token to pad with")
         pretrained.pad_token = pretrained.eos_token  # the attention mask keeps padding apart from real ends
-    encoded = pretrained(list(texts), truncation=True, padding="max_length", max_length=max_length, return_tensors="pt")
-    return {name: encoded[name].to(torch.int64) for name in ("input_ids", "attention_mask")}, len(pretrained)
+    return pretrained

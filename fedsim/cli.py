@@ -1,0 +1,182 @@
+"""`fedsim run | inspect | export`. Exit status: 0 done, 1 a run failed, 2 the request was wrong, 130 interrupted."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedsim import environment
+from fedsim.cost import Cost, cost_of
+from fedsim.experiment import Experiment, load_experiments, with_settings
+from fedsim.export import export
+from fedsim.progress import label_of
+from fedsim.runner import check_data, check_folder, locked, run_all
+from fedsim.runtime import RUNTIMES, make_runtime
+from fedsim.simulation import RunFailed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console command."""
+    console = Console()
+    options = parser().parse_args(arguments)
+    return exit_status(lambda: options.command(options, console), console)
+
+
+def exit_status(command: Callable[[], int], console: Console) -> int:
+    """Run a command; turn what it raises into a message and an exit status."""
+    try:
+        return command()
+    except ValueError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except OSError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted: every finished round is on disk", highlight=False)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="fedsim", description="Study how participants grow a transformer together.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run an experiment (or each of a list) into a results folder")
+    add_experiment(run)
+    add_runtime(run)
+    run.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<function>)")
+    run.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    run.set_defaults(command=run_command)
+
+    inspect = commands.add_parser("inspect", help="parameters, bytes, FLOPs and memory, before spending anything")
+    add_experiment(inspect)
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(command=inspect_command)
+
+    exporting = commands.add_parser("export", help="write a participant's grown model as a Hugging Face folder")
+    exporting.add_argument("directory", type=Path, metavar="DIR", help="results folder")
+    exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
+    exporting.add_argument("--participant", type=int, required=True, metavar="I")
+    exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    exporting.set_defaults(command=export_command)
+    return top
+
+
+def add_experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", metavar="MODULE:FUNCTION", help="a function that returns an Experiment")
+    add_settings(command)
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field; dotted paths reach inside",
+    )
+
+
+def add_runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--runtime", choices=RUNTIMES, default="ray")
+    command.add_argument("--address", metavar="auto|HOST:PORT", help="Ray cluster to join (default: RAY_ADDRESS)")
+    command.add_argument("--hosts", type=int, metavar="N", help="host processes (default: one a participant that fits)")
+    command.add_argument(
+        "--gpus", type=int, metavar="N", help="logical GPUs of a private Ray (default: those there are)"
+    )
+
+
+def runtime_maker(options: argparse.Namespace, console: Console):
+    """What makes the runtime the options ask for, when it is needed."""
+    if options.hosts is not None and options.hosts < 1:
+        raise ValueError(f"--hosts={options.hosts}: must be at least 1")
+    if options.gpus is not None and options.gpus < 0:
+        raise ValueError(f"--gpus={options.gpus}: must be at least 0")
+    return lambda: make_runtime(
+        options.runtime,
+        address=options.address or environment.ray_address(),
+        hosts=options.hosts,
+        gpus=options.gpus,
+        say=lambda text: console.print(text, highlight=False),
+    )
+
+
+def run_command(options: argparse.Namespace, console: Console) -> int:
+    experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
+    out = options.out or Path("results") / options.target.partition(":")[2]
+    make, data_dir = runtime_maker(options, console), environment.data_dir()
+    check_data(experiments, data_dir)
+    with locked(out):
+        check_folder(out, experiments, options.resume)
+        suite = options.target.partition(":")[2]
+        failures = run_all(experiments, out=out, make_runtime=make, suite=suite, data_dir=data_dir, console=console)
+    command = ["fedsim", "run", options.target, "--out", str(out), "--runtime", options.runtime, "--resume"]
+    if options.settings:
+        command += ["--set", *options.settings]
+    report_failures(failures, shlex.join(command), console)
+    if not failures:
+        console.print(f"results: {out}/runs, {out}/rounds, {out}/clients", highlight=False, soft_wrap=True)
+    return 1 if failures else 0
+
+
+def report_failures(failures: Sequence[RunFailed], command: str, console: Console) -> None:
+    """Which runs failed, why, and how to go on."""
+    for failure in failures:
+        console.print(str(failure), highlight=False, markup=False, soft_wrap=True)
+    if failures:
+        console.print(f"go on with: {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def inspect_command(options: argparse.Namespace, console: Console) -> int:
+    experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
+    costs = [cost_of(experiment, {}) for experiment in experiments]
+    if options.json:
+        objects = [cost.as_json(experiment) for cost, experiment in zip(costs, experiments, strict=True)]
+        print(json.dumps(objects[0] if len(objects) == 1 else objects, indent=2))
+        return 0
+    for cost, experiment in zip(costs, experiments, strict=True):
+        print_cost(cost, experiment, console)
+    return 0
+
+
+def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
+    """The cost of one experiment in words: totals, then one line a tier."""
+    figures = cost.as_json(experiment)
+    lines = {
+        "target": f"{figures['target_params']:,} parameters ({experiment.target})",
+        "upload, mean": f"{figures['upload_params']:,} parameters, {figures['upload_bytes'] / 1e6:.2f} MB",
+        "FedAvg upload": f"{figures['fedavg_upload_bytes'] / 1e6:.2f} MB",
+        "trained and kept, mean": f"{figures['local_params']:,} parameters",
+        "trained, mean": f"{figures['trainable_params']:,} parameters",
+        "communication saved": f"{100 * figures['communication_saved']:.2f} % of FedAvg's upload",
+        "trainable parameters saved": f"{100 * figures['trainable_saved']:.2f} % of the target's",
+        "private state on disk": f"{figures['private_bytes'] / 1e6:.2f} MB for all participants",
+        "memory of a step": f"{figures['peak_bytes'] / 1e6:.1f} MB at most, by count",
+    }
+    console.print(f"{label_of(experiment)}  run {experiment.run_id}", highlight=False)
+    for name, text in lines.items():
+        console.print(f"  {name:<28}{text}", highlight=False, soft_wrap=True)
+    table = Table("tier", "form", "participants", "own model", "trained", "uploaded", "MFLOP a step")
+    for tier in cost.participants:
+        trained = ", ".join(f"{purpose} {count:,}" for purpose, count in tier.trainable.items())
+        flops = ", ".join(f"{purpose} {count / 1e6:,.0f}" for purpose, count in tier.flops_per_step.items())
+        own, sent = f"{tier.small_params:,}", f"{tier.upload_params:,}"
+        table.add_row(tier.tier, tier.form, str(tier.count), own, trained, sent, flops)
+    console.print(table)
+
+
+def export_command(options: argparse.Namespace, console: Console) -> int:
+    folder = export(options.directory, options.run, options.participant, options.to)
+    console.print(f"written: {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

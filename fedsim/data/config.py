@@ -1,0 +1,194 @@
+"""What an experiment says about its data (`DataConfig`) and what it gets for it (`Dataset`)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fedsim.data import text
+from fedsim.fields import check_range, check_types, refuse
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """What a bare name stands for.
+
+    **Arguments:**
+
+    - `kind`: "image" or "text".
+    - `columns`: the columns of its local files where these have no header line.
+    - `hub_test_split`: the hub's split that stands for "test", as not every set's test split has labels.
+    """
+
+    hub_name: str
+    kind: str
+    columns: tuple[str, ...] = ()
+    hub_test_split: str = "test"
+
+
+EMBEDDED = {"digits": "image", "pydoc": "lm"}  # name -> kind
+KNOWN = {
+    "cifar10": KnownSet("uoft-cs/cifar10", "image"),
+    "cifar100": KnownSet("uoft-cs/cifar100", "image"),
+    "sst2": KnownSet("stanfordnlp/sst2", "text", columns=("sentence", "label"), hub_test_split="validation"),
+    "ag_news": KnownSet("fancyzhx/ag_news", "text"),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What data an experiment names.
+
+    **Arguments:**
+
+    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `sst2` or `ag_news` (looked up under the data
+        folder); or the path of a file or folder (parquet, csv, tsv, an image folder, a saved `datasets` folder).
+    - `hub`: whether a name that is not found locally, or a tokenizer, may be fetched from the hub.
+    - `config_name`: the hub data set's configuration.
+    - `train_split`, `test_split`: names of files, folders or hub splits; `validation` stands in for a missing `test`.
+    - `test_share`: share held out when the source has one split only, and by the embedded sets.
+    - `objective`: "classes", or "next_token": language modelling on the texts, which reads no labels. `pydoc` is
+        language modelling either way.
+    - `image`, `text`, `label`: columns by name or by position from 0. Text columns are joined with a space. Left out,
+        usual names are tried; a path's text columns must be named, except for language modelling.
+    - `group`: the column whose distinct values are natural groups; examples held out for test are of any group.
+    - `label_offset`: subtracted from labels; 1 for classes counted from 1.
+    - `header`: whether the first line of a csv or tsv names the columns.
+    - `limit`: keep at most this many training, and at most this many test examples; the same for every seed. An
+        example of language modelling is a piece of `max_length` tokens.
+    - `image_size`, `channels`: what images are brought to.
+    - `num_classes`: not read for language modelling.
+    - `tokenizer`: "bytes", a folder, or a hub name (with `hub`).
+    - `max_length`: tokens an example.
+    """
+
+    name: str = "digits"
+    hub: bool = False
+    config_name: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    test_share: float = 0.2
+    objective: Literal["classes", "next_token"] = "classes"
+    image: str | int | None = None
+    text: tuple[str | int, ...] = ()
+    label: str | int | None = None
+    group: str | int | None = None
+    label_offset: int = 0
+    header: bool = True
+    limit: int | None = None
+    image_size: int = 8
+    channels: int = 1
+    num_classes: int = 10
+    tokenizer: str = "bytes"
+    max_length: int = 64
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.data")
+        check_range(self, "task.data", "limit", "image_size", "num_classes", least=1)
+        check_range(self, "task.data", "max_length", least=2)
+        for name in ("name", "config_name", "train_split", "test_split", "tokenizer"):
+            if getattr(self, name) == "":
+                refuse(f"task.data.{name}", "", "not empty")
+        for name in ("image", "text", "label", "group"):
+            value = getattr(self, name)
+            for column in value if name == "text" else (value,):
+                if column == "" or (isinstance(column, int) and column < 0):
+                    refuse(f"task.data.{name}", value, "column names, or positions counted from 0")
+
+        if not 0 < self.test_share < 1:
+            refuse("task.data.test_share", self.test_share, "between 0 and 1, both excluded")
+        if self.channels not in (1, 3):
+            refuse("task.data.channels", self.channels, "1 (grey) or 3 (RGB)")
+        if self.train_split == self.test_split:
+            refuse("task.data.test_split", self.test_split, "another split than task.data.train_split")
+        if self.image is not None and self.text:
+            refuse("task.data.text", self.text, f"empty when task.data.image is given ({self.image!r})")
+        columns_named = self.text or any(column is not None for column in (self.image, self.label, self.group))
+        if self.name in EMBEDDED and columns_named:
+            refuse("task.data.name", self.name, "a file or folder when task.data.image, text, label or group is given")
+        if self.name == "pydoc" and self.tokenizer != "bytes":
+            refuse("task.data.tokenizer", self.tokenizer, "'bytes' for the embedded set 'pydoc'")
+        images = self.image is not None or (not self.text and _kind_of(self.name) == "image")
+        if self.objective == "next_token" and images:
+            accepted = f"'classes' for images (task.data.name={self.name!r}, task.data.image={self.image!r})"
+            refuse("task.data.objective", self.objective, accepted)
+
+    @property
+    def kind(self) -> str:
+        """What a model gets to see: "image", "text" or "lm". Known without loading anything; `load` holds data to it.
+
+        A path's columns are not known here, so it is a path of images unless the settings say otherwise.
+        """
+        if self.objective == "next_token":
+            return "lm"
+        if self.image is not None:
+            return "image"
+        return "text" if self.text else _kind_of(self.name) or "image"
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Size of the tokenizer's vocabulary; None for images. Reads the tokenizer, never data."""
+        return None if self.kind == "image" else text.vocabulary(self.tokenizer, self.hub)
+
+
+def _kind_of(name: str) -> str | None:
+    return KNOWN[name].kind if name in KNOWN else EMBEDDED.get(name)
+
+
+def digits(**changes: Any) -> DataConfig:
+    """Embedded 8x8 grey images of 10 digits: what tests and first experiments use."""
+    return DataConfig(**{"name": "digits", "image_size": 8, "channels": 1, "num_classes": 10, **changes})
+
+
+def pydoc(**changes: Any) -> DataConfig:
+    """Embedded English text by bytes, for language modelling; its topics are natural groups."""
+    return DataConfig(**{"name": "pydoc", "objective": "next_token", "num_classes": 1, **changes})
+
+
+def cifar10(**changes: Any) -> DataConfig:
+    """CIFAR-10: 50,000 + 10,000 colour images of 32x32."""
+    return DataConfig(**{"name": "cifar10", "image_size": 32, "channels": 3, "num_classes": 10, **changes})
+
+
+def sst2(**changes: Any) -> DataConfig:
+    """SST-2: sentences of film reviews, 2 classes; local files have no header line."""
+    settings = {"name": "sst2", "header": False, "text": ("sentence",), "label": "label", "num_classes": 2}
+    return DataConfig(**{**settings, **changes})
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Examples of one split.
+
+    **Arguments:**
+
+    - `inputs`: `pixel_values` uint8 `(N, C, H, W)`, or `input_ids` and `attention_mask` int64 `(N, L)`.
+    - `labels`: int64 `(N,)`; zeros for language modelling.
+    - `groups`: int64 `(N,)`, numbered alike in both splits; None where the data have no natural groups.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A loaded data set. It is shared by all who load it in a process: read its tensors, do not write to them.
+
+    **Arguments:**
+
+    - `kind`: "image", "text" or "lm".
+    - `vocab_size`: None for images.
+    - `fingerprint`: sha256 over all tensors, so that a run can record which data it saw.
+    """
+
+    kind: str
+    train: Split
+    test: Split
+    num_classes: int
+    vocab_size: int | None
+    fingerprint: str
