@@ -1,4 +1,4 @@
-"""Run what is missing of one or more suites, and report: `python benchmarks/sweep.py --suite quick --out results/quick`."""
+"""Run what is missing of one or more suites, and report: `python benchmarks/sweep.py --suite quick --out DIR`."""
 
 import argparse
 import inspect

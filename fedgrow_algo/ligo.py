@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fedsim.submodel import Dim, ParamSpec
+from fedsim.submodel import Dim, ParamSpec, join_fused, split_fused, split_specs
 from fedsim.tree import Tree
 
 
@@ -79,9 +79,19 @@ class Operator:
         return depth(self.small), depth(self.large)
 
     @cached_property
+    def small_parts(self) -> Specs:
+        """`small` with fused projections taken apart: each has a map and a row of the depth table of its own."""
+        return split_specs(self.small)
+
+    @cached_property
+    def large_parts(self) -> Specs:
+        """`large`, likewise."""
+        return split_specs(self.large)
+
+    @cached_property
     def groups(self) -> dict[str, Dim]:
         """Each group of dimensions that shares a map, in order of appearance."""
-        return {dim.group: dim for spec in self.small.values() for dim in spec.parsed if dim.axes}
+        return {dim.group: dim for spec in self.small_parts.values() for dim in spec.parsed if dim.axes}
 
     def sizes(self, group: str) -> tuple[int, int]:
         """`(D1, D2)` of a group."""
@@ -93,7 +103,9 @@ class Operator:
     @cached_property
     def whole(self) -> set[str]:
         """Groups that live outside the stack as well: one map for the whole network, as skip connections demand."""
-        return {dim.group for spec in self.small.values() if spec.layer is None for dim in spec.parsed if dim.axes}
+        return {
+            dim.group for spec in self.small_parts.values() if spec.layer is None for dim in spec.parsed if dim.axes
+        }
 
     @cached_property
     def residual(self) -> set[str]:
@@ -103,18 +115,18 @@ class Operator:
     @cached_property
     def read(self) -> set[str]:
         """Groups that some parameter reads. Heads that nobody reads (queries, keys) meet in a dot product instead."""
-        outside = {d.group for s in self.small.values() if s.layer is None for d in s.parsed if d.mode == "read"}
+        outside = {d.group for s in self.small_parts.values() if s.layer is None for d in s.parsed if d.mode == "read"}
         return outside | self._in_blocks("read")
 
     def _in_blocks(self, mode: str) -> set[str]:
-        specs = [spec for spec in self.small.values() if spec.layer is not None]
+        specs = [spec for spec in self.small_parts.values() if spec.layer is not None]
         return {dim.group for spec in specs for dim in spec.parsed if dim.mode == mode}
 
     @cached_property
     def modules(self) -> dict[str, bool]:
         """The block's modules in order; whether each writes the residual axis (an output projection)."""
         modules: dict[str, bool] = {}
-        for spec in self.small.values():
+        for spec in self.small_parts.values():
             if spec.layer is not None:
                 writes = any(dim.mode == "write" and dim.group in self.residual for dim in spec.parsed)
                 modules[spec.module] = modules.get(spec.module, False) or writes
@@ -145,20 +157,21 @@ class Operator:
         """The small weights with blocks stacked, `(L1, ...)` a role; others as they are. Done once: they are frozen."""
         if small.keys() != self.small.keys():
             raise ValueError(f"not a model of the small form: {sorted(small.keys() ^ self.small.keys())[:4]}")
+        parts = split_fused(small, self.small, self.small_axes)
         blocks: dict[str, list[Tensor]] = {}
         stacked: Tree = {}
-        for name, spec in self.small.items():
+        for name, spec in self.small_parts.items():
             if spec.layer is None:
-                stacked[name] = small[name]
+                stacked[name] = parts[name]
             else:
-                blocks.setdefault(spec.role, []).append(small[name])
+                blocks.setdefault(spec.role, []).append(parts[name])
         return stacked | {role: torch.stack(tensors) for role, tensors in blocks.items()}
 
     def grow(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
         """The large weights, by name: `stacked` from `stack`, `tensors` as `init` returns them."""
         grown: Tree = {}
         blocks: dict[str, Tensor] = {}
-        for name, spec in self.large.items():
+        for name, spec in self.large_parts.items():
             if spec.layer is None:
                 grown[name] = self._widen(tensors, stacked[name][None], spec)[0]
                 continue
@@ -169,7 +182,7 @@ class Operator:
                 else:
                     blocks[spec.role] = self._widen(tensors, mix(table, block), spec)
             grown[name] = blocks[spec.role][spec.layer]
-        return grown
+        return join_fused(grown, self.large)
 
     def __call__(self, tensors: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Tree:
         """`grow(tensors, stack(small))`."""

@@ -79,7 +79,7 @@ class Aggregator:
         rows: dict[int, dict[str, Any]] = {}
         context = self._context(round)
         if round == 0:
-            self.state, self.private = self.experiment.algorithm.server_init(context), {}
+            self.state, self.private = trees.ordered(self.experiment.algorithm.server_init(context)), {}
             chosen = sorted({*cohort, *scored})
             for chunk in self.call("begin", round, {id_: {} for id_ in chosen}):
                 self._note(chunk, rows)
@@ -87,9 +87,10 @@ class Aggregator:
             self._enter(round)
             payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(cohort), context)
             arriving = self._updates(self.call("train", round, payloads, Fold(self.experiment.algorithm)), rows)
-            self.state = self.experiment.algorithm.server_aggregate(self.state, arriving, context)
+            state = self.experiment.algorithm.server_aggregate(self.state, arriving, context)
             for _ in arriving:
                 pass  # an algorithm that stopped early must not leave replies unread
+            self.state = trees.ordered(state)
         trained = self.call.traffic("train")
         scores = self._scores(round, scored, rows) if scored else {}
         self.versions.save(round, self.state, {"private": json.dumps(self.private)})

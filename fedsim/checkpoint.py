@@ -78,7 +78,7 @@ class Versions:
         try:
             with safe_open(path, framework="pt") as file:
                 # Copies: mapped memory is not aligned, and aligned vector code may round differently.
-                tree = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+                tree = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
                 return versions[-1], tree, dict(file.metadata() or {})
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a readable checkpoint ({error})") from error

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from fedsim import environment
 from fedsim.cost import Cost, cost_of
@@ -163,13 +162,14 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
     console.print(f"{label_of(experiment)}  run {experiment.run_id}", highlight=False)
     for name, text in lines.items():
         console.print(f"  {name:<28}{text}", highlight=False, soft_wrap=True)
-    table = Table("tier", "form", "participants", "own model", "trained", "uploaded", "MFLOP a step")
     for tier in cost.participants:
         trained = ", ".join(f"{purpose} {count:,}" for purpose, count in tier.trainable.items())
         flops = ", ".join(f"{purpose} {count / 1e6:,.0f}" for purpose, count in tier.flops_per_step.items())
-        own, sent = f"{tier.small_params:,}", f"{tier.upload_params:,}"
-        table.add_row(tier.tier, tier.form, str(tier.count), own, trained, sent, flops)
-    console.print(table)
+        console.print(f"  {tier.tier}, {tier.count} participants of {tier.form}:", highlight=False)
+        console.print(f"    {'own model':<26}{tier.small_params:,} parameters", highlight=False)
+        console.print(f"    {'trained':<26}{trained}", highlight=False, soft_wrap=True)
+        console.print(f"    {'uploaded':<26}{tier.upload_params:,}", highlight=False)
+        console.print(f"    {'MFLOP a step':<26}{flops}", highlight=False, soft_wrap=True)
 
 
 def export_command(options: argparse.Namespace, console: Console) -> int:

@@ -26,7 +26,7 @@ class ParticipantCost:
 
     tier: str
     form: str
-    count: int
+    count: int  # participants of this tier
     small_params: int
     trainable: dict[str, int]
     upload_params: int
@@ -66,10 +66,12 @@ class Cost:
 
     def as_json(self, experiment: Experiment) -> dict[str, Any]:
         """The object `fedsim inspect --json` prints."""
+        of_tier = {cost.tier: cost for cost in self.participants}
         participants = []
-        for cost in self.participants:
-            counts = {"trainable_params": cost.trainable_params}
-            participants += [dataclasses.asdict(cost) | counts] * cost.count
+        for id_, tier in enumerate(tiers_of(experiment)):
+            cost = of_tier[tier.name]
+            figures = dataclasses.asdict(cost) | {"trainable_params": cost.trainable_params}
+            participants.append({"participant": id_} | figures)
         return {
             "algorithm": experiment.algorithm.name,
             "preset": experiment.algorithm.preset_name,

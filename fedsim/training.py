@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.algorithm import ClientContext
 from fedsim.task import Batch
-from fedsim.tree import Tree
+from fedsim.tree import Tree, clone
 
 
 Forward = Callable[[Mapping[str, Tensor], Batch], Tensor]
@@ -91,7 +91,7 @@ def local_train(
 
     **Returns:** the trained tree, detached. **Raises:** `FloatingPointError` if the loss is not finite.
     """
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in clone(parameters).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=weight_decay, fused=True)
     cost = ctx.meter.cost(ctx, forward, leaves, purpose)
     generator, examples = ctx.generator(f"{purpose}/order"), len(ctx.train.labels)

@@ -20,9 +20,14 @@ def nbytes(tree: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tree.values())
 
 
+def ordered(tree: Mapping[str, Tensor]) -> Tree:
+    """The same tensors in order of name. Order decides sums over tensors (gradient norms), and files forget it."""
+    return {name: tree[name] for name in sorted(tree)}
+
+
 def clone(tree: Mapping[str, Tensor]) -> Tree:
-    """A tree that shares no memory with the argument and belongs to no graph."""
-    return {name: tensor.detach().clone() for name, tensor in tree.items()}
+    """A tree in order of name that shares no memory with the argument and belongs to no graph."""
+    return {name: tensor.detach().clone() for name, tensor in ordered(tree).items()}
 
 
 def to(tree: Mapping[str, Tensor], device: torch.device | str) -> Tree:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fedsim.data import source
+from fedsim.data import config as config_module
+from fedsim.data import files, text
+from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, Dataset, cifar10, digits, load, pydoc, sst2
 
 
@@ -141,7 +143,7 @@ def test_headerless_csv_by_settings_alone(tmp_path):
 
 def test_csv_cells_are_read_as_they_are(tmp_path):
     name = _csv(tmp_path, "data.csv", ["text,label", "007,0", "null,1", "NA,0", ",1", "1e3,0"])
-    data = load(DataConfig(name=name, num_classes=2, test_share=0.2, max_length=8), None)
+    data = load(DataConfig(name=name, text=("text",), num_classes=2, test_share=0.2, max_length=8), None)
     rows = torch.cat([data.train.inputs["input_ids"], data.test.inputs["input_ids"]])
     assert sorted(_decoded(row) for row in rows) == ["", "007", "1e3", "NA", "null"]
     assert int(rows.eq(257).sum()) == 5
@@ -149,7 +151,7 @@ def test_csv_cells_are_read_as_they_are(tmp_path):
 
 def test_long_text_is_cut(tmp_path):
     name = _csv(tmp_path, "data.csv", ["text,label", "abcdefgh,0", "é,1"])
-    data = load(DataConfig(name=name, num_classes=2, max_length=4, test_share=0.5), None)
+    data = load(DataConfig(name=name, text=(0,), num_classes=2, max_length=4, test_share=0.5), None)
     rows = {tuple(row.tolist()) for row in torch.cat([data.train.inputs["input_ids"], data.test.inputs["input_ids"]])}
     assert rows == {(97, 98, 99, 100), (0xC3, 0xA9, 257, 256)}
 
@@ -157,7 +159,7 @@ def test_long_text_is_cut(tmp_path):
 def test_tsv_folder_with_two_splits_and_raw_quotes(tmp_path):
     _csv(tmp_path, "train.tsv", ["sentence\tlabel", '"open quote\t0', "b\t1", "c\t1"])
     _csv(tmp_path, "validation.tsv", ["sentence\tlabel", "d\t1"])
-    data = load(DataConfig(name=str(tmp_path), num_classes=2), None)
+    data = load(DataConfig(name=str(tmp_path), text=("sentence",), num_classes=2), None)
     assert [_decoded(row) for row in data.train.inputs["input_ids"]] == ['"open quote', "b", "c"]
     assert data.train.labels.tolist() == [0, 1, 1] and data.test.labels.tolist() == [1]
 
@@ -165,7 +167,7 @@ def test_tsv_folder_with_two_splits_and_raw_quotes(tmp_path):
 def test_test_split_is_preferred_to_validation(tmp_path):
     for split, label in (("train", 0), ("test", 1), ("validation", 2)):
         _csv(tmp_path, f"{split}.csv", ["text,label", f"a,{label}"])
-    config = DataConfig(name=str(tmp_path), num_classes=3)
+    config = DataConfig(name=str(tmp_path), text=("text",), num_classes=3)
     assert load(config, None).test.labels.tolist() == [1]
     assert load(replace(config, test_split="validation"), None).test.labels.tolist() == [2]
 
@@ -205,7 +207,7 @@ def test_sharded_parquet(tmp_path):
         table = pa.table({"text": [f"text {shard}", None], "target": [shard, shard]})
         pq.write_table(table, tmp_path / f"train-0000{shard}-of-00002.parquet")
     pq.write_table(pa.table({"text": ["t"], "target": [0]}), tmp_path / "test-00000-of-00001.parquet")
-    data = load(DataConfig(name=str(tmp_path), num_classes=2), None)
+    data = load(DataConfig(name=str(tmp_path), text=("text",), num_classes=2), None)
     assert data.train.labels.tolist() == [0, 0, 1, 1] and len(data.test) == 1
     assert [_decoded(row) for row in data.train.inputs["input_ids"]] == ["text 0", "", "text 1", ""]
 
@@ -236,30 +238,193 @@ def test_saved_folder(tmp_path, both):
         datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(str(tmp_path / "set"))
     else:
         table.save_to_disk(str(tmp_path / "set"))
-    data = load(DataConfig(name=str(tmp_path / "set"), num_classes=2), None)
+    data = load(DataConfig(name=str(tmp_path / "set"), text=("text",), num_classes=2), None)
     assert (len(data.train), len(data.test)) == ((3, 1) if both else (2, 1))
 
 
-def test_local_tokenizer(tmp_path):
+def _word_tokenizer(folder: Path, **special: str) -> str:
+    """A tokenizer of whole words: [UNK] 0, [PAD] 1, good 2, bad 3, [END] 4."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "good": 2, "bad": 3}, unk_token="[UNK]"))
+    vocabulary = {"[UNK]": 0, "[PAD]": 1, "good": 2, "bad": 3, "[END]": 4}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
-        str(tmp_path / "words")
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special)
+    fast.save_pretrained(str(folder))
+    return str(folder)
+
+
+def test_local_tokenizer(tmp_path):
+    words = _word_tokenizer(tmp_path / "words", pad_token="[PAD]")
     _csv(tmp_path, "train.csv", ["text,label", "good bad good bad good,0", "odd,1"])
     _csv(tmp_path, "test.csv", ["text,label", "bad,1"])
-    config = DataConfig(name=str(tmp_path), num_classes=2, tokenizer=str(tmp_path / "words"), max_length=3)
+    config = DataConfig(name=str(tmp_path), text=("text",), num_classes=2, tokenizer=words, max_length=3)
     data = load(config, None)
-    assert data.vocab_size == 4
+    assert data.vocab_size == config.vocab_size == 5
     assert data.train.inputs["input_ids"].tolist() == [[2, 3, 2], [0, 1, 1]]
     assert data.train.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     with pytest.raises(ValueError, match=r"task\.data\.tokenizer='no/such': no such folder"):
         load(replace(config, tokenizer="no/such"), None)
     with pytest.raises(ValueError, match="could not be loaded"):
         load(replace(config, tokenizer=str(tmp_path)), None)
+
+
+def test_tokens_outside_the_promised_vocabulary_are_refused(tmp_path, monkeypatch):
+    name = _csv(tmp_path, "data.csv", ["text,label", "a,0", "b,1"])
+    monkeypatch.setattr(text, "vocabulary", lambda tokenizer, hub: 100)
+    with pytest.raises(ValueError, match=r"task\.data\.tokenizer='bytes'.* size, 100; it gave 257"):
+        load(DataConfig(name=name, text=("text",), num_classes=2), None)
+
+
+# The kind of data, known before they are loaded
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "vocab_size"),
+    [
+        (digits(), "image", None),
+        (pydoc(), "lm", 258),
+        (DataConfig(name="pydoc"), "lm", 258),
+        (cifar10(), "image", None),
+        (DataConfig(name="cifar100"), "image", None),
+        (sst2(), "text", 258),
+        (DataConfig(name="sst2"), "text", 258),
+        (DataConfig(name="ag_news"), "text", 258),
+        (sst2(objective="next_token"), "lm", 258),
+        (DataConfig(name="some/folder"), "image", None),
+        (DataConfig(name="some.parquet", image="img"), "image", None),
+        (DataConfig(name="some.csv", text=(1,)), "text", 258),
+        (DataConfig(name="some.csv", objective="next_token"), "lm", 258),
+    ],
+)
+def test_kind_is_known_without_data(config, kind, vocab_size):
+    assert (config.kind, config.vocab_size) == (kind, vocab_size)
+
+
+def test_every_embedded_set_has_a_constructor_of_its_kind():
+    for name, kind in config_module.EMBEDDED.items():
+        assert DataConfig(name=name).kind == kind == load(DataConfig(name=name), None).kind
+
+
+@pytest.mark.parametrize("column", ["text", "sentence"])
+def test_text_taken_for_images_is_refused_with_the_remedy(tmp_path, column):
+    name = _csv(tmp_path, "train.csv", [f"{column},label", "a,0", "b,1"])
+    config = DataConfig(name=name, num_classes=2)
+    with pytest.raises(ValueError, match=rf"task\.data\.text=\(\): must be .*--set task\.data\.text={column} "):
+        load(config, None)
+    assert load(replace(config, text=(column,)), None).kind == "text"
+
+
+def test_images_taken_for_text_are_refused(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"img": [_picture(0), _picture(9)], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    config = DataConfig(name=str(tmp_path), text=("img",), num_classes=2)
+    with pytest.raises(ValueError, match=r"task\.data\.text='img': must be a column of texts; it holds Image"):
+        load(config, None)
+    with pytest.raises(ValueError, match=r"task\.data\.text=\(\): must be the text columns.*\['img', 'label'\]"):
+        load(replace(config, text=(), objective="next_token"), None)
+    assert load(replace(config, text=()), None).kind == "image"
+
+
+# Language modelling from files, and natural groups
+
+
+def test_next_token_from_files(tmp_path):
+    _csv(tmp_path, "train.csv", ["text", "abcdefg", '""', "abcd", "x"])
+    _csv(tmp_path, "test.csv", ["text", "é"])
+    config = DataConfig(name=str(tmp_path), objective="next_token", max_length=4)
+    data = load(config, None)
+    assert (data.kind, data.num_classes, data.vocab_size) == ("lm", 1, 258)
+    # "abcd" leaves a piece of its end token alone and the empty text is nothing else: both are dropped.
+    rows = [[97, 98, 99, 100], [101, 102, 103, 257], [97, 98, 99, 100], [120, 257, 256, 256]]
+    assert data.train.inputs["input_ids"].tolist() == rows
+    assert torch.equal(data.train.inputs["attention_mask"] == 0, data.train.inputs["input_ids"] == 256)
+    assert data.test.inputs["input_ids"].tolist() == [[0xC3, 0xA9, 257, 256]]
+    assert data.train.labels.tolist() == [0] * 4 and data.train.groups is None
+    assert _same(data, _reload(config))
+    assert _same(data, load(replace(config, text=("text",)), None))
+
+
+def test_next_token_joins_columns_and_needs_no_label(tmp_path):
+    name = _csv(tmp_path, "train.csv", ["a,b,label", *(f"{i},x,wrong" for i in range(5))])
+    data = load(DataConfig(name=name, objective="next_token", text=("a", "b"), max_length=8), None)
+    texts = {_decoded(row) for split in (data.train, data.test) for row in split.inputs["input_ids"]}
+    assert texts == {f"{i} x" for i in range(5)} and len(data.test) == 1
+
+
+def test_next_token_limit_counts_pieces(tmp_path):
+    name = _csv(tmp_path, "train.csv", ["text", *("abcdefghijklmnop" for _ in range(10))])
+    config = DataConfig(name=name, objective="next_token", max_length=4, limit=3)
+    data = load(config, None)
+    assert (len(data.train), len(data.test)) == (3, 3)
+    assert len(load(replace(config, limit=None), None).train) == 32
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_next_token_by_a_tokenizer(tmp_path, end):
+    special = {"eos_token": "[END]"} if end else {"pad_token": "[PAD]"}
+    words = _word_tokenizer(tmp_path / "words", **special)
+    _csv(tmp_path, "train.csv", ["text", "good bad good bad", "bad"])
+    _csv(tmp_path, "test.csv", ["text", "good good"])
+    config = DataConfig(name=str(tmp_path), objective="next_token", tokenizer=words, max_length=3)
+    data = load(config, None)
+    assert data.vocab_size == 5
+    # Without an end token "good bad good bad" leaves a piece of one token, and so does "bad".
+    assert data.train.inputs["input_ids"].tolist() == ([[2, 3, 2], [3, 4, 4], [3, 4, 4]] if end else [[2, 3, 2]])
+    mask = [[1, 1, 1], [1, 1, 0], [1, 1, 0]] if end else [[1, 1, 1]]
+    assert data.train.inputs["attention_mask"].tolist() == mask
+
+
+def test_next_token_without_text_is_refused(tmp_path):
+    _csv(tmp_path, "train.csv", ["text,body", "a,b"])
+    _csv(tmp_path, "test.csv", ["text,body", '"",b'])
+    config = DataConfig(name=str(tmp_path), objective="next_token")
+    with pytest.raises(ValueError, match=r"task\.data\.text=\('text',\).*no row of the test split holds 2 tokens"):
+        load(config, None)
+    assert len(load(replace(config, text=("body",)), None).test) == 1
+
+
+def test_groups_are_dealt_whole(tmp_path):
+    lines = [f"{'word ' * 4},{i % 2},author {i % 5}" for i in range(40)]
+    name = _csv(tmp_path, "train.csv", ["text,label,author", *lines])
+    classes = DataConfig(name=name, text=("text",), group="author", num_classes=2, max_length=8)
+    for config in (classes, replace(classes, objective="next_token", group=2)):
+        data = load(config, None)
+        assert data.train.groups is not None and data.test.groups is not None
+        assert len(data.train.groups) == len(data.train) and data.train.groups.dtype == torch.int64
+        assert set(data.train.groups.tolist()) == set(range(5))
+        parts = Partition(scheme="natural").split(data.train.labels.numpy(), data.train.groups.numpy(), 5, seed=0)
+        assert all(len(set(data.train.groups[part].tolist())) == 1 for part in parts)
+        assert data.fingerprint != load(replace(config, group=None), None).fingerprint
+
+
+def test_groups_are_numbered_alike_in_both_splits_and_under_a_limit(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(split: str, groups: list[Any]) -> None:
+        table = pa.table({"text": [f"{group}" for group in groups], "label": [0] * len(groups), "by": groups})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+
+    write("train", [30, 4, 30, 100])
+    write("test", [100, 7])
+    config = DataConfig(name=str(tmp_path), text=("text",), group="by", num_classes=1)
+    data = load(config, None)
+    assert data.train.groups is not None and data.test.groups is not None
+    assert (data.train.groups.tolist(), data.test.groups.tolist()) == ([2, 0, 2, 3], [3, 1])
+    number = {"30": 2, "4": 0, "100": 3}
+    few = load(replace(config, limit=2), None).train
+    assert few.groups is not None
+    assert few.groups.tolist() == [number[_decoded(row)] for row in few.inputs["input_ids"]]
+    write("test", [100, None])
+    load.cache_clear()
+    with pytest.raises(ValueError, match=r"task\.data\.group='by': must be .*; it holds None"):
+        load(config, None)
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
@@ -271,7 +436,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     name = _csv(tmp_path, "data.csv", ["text,label", "a,0", "b,1"])
     bars, counts = datasets.are_progress_bars_disabled(), settings.HF_UPDATE_DOWNLOAD_COUNTS
-    load(DataConfig(name=name, num_classes=2), None)
+    load(DataConfig(name=name, text=("text",), num_classes=2), None)
     assert not list(scratch.iterdir())
     assert (bars, counts) == (datasets.are_progress_bars_disabled(), settings.HF_UPDATE_DOWNLOAD_COUNTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.csv", "scratch"]
@@ -316,10 +481,11 @@ def test_hub_only_when_allowed(tmp_path, monkeypatch):
         load(sst2(), None)
     assert calls == []
     assert load(sst2(hub=True), None).test.labels.tolist() == [1]
-    load(DataConfig(name="glue", config_name="sst2", hub=True, num_classes=2, test_split="validation"), None)
+    glue = DataConfig(name="glue", config_name="sst2", text=("sentence",), hub=True, num_classes=2)
+    load(replace(glue, test_split="validation"), None)
     assert calls == [("stanfordnlp/sst2", None), ("glue", "sst2")]
     with pytest.raises(ValueError, match=r"less task\.data\.label_offset=0 is -1.*without labels"):
-        load(DataConfig(name="glue", config_name="sst2", hub=True, num_classes=2), None)
+        load(glue, None)
     with pytest.raises(ValueError, match=r"task\.data\.test_split='dev': must be a split of .*\['test', 'train'"):
         load(DataConfig(name="glue", hub=True, test_split="dev"), None)
 
@@ -349,9 +515,14 @@ def test_hub_failure_is_named(monkeypatch):
         (["text,label", "a,0", "b,1"], {"text": ("body",)}, r"task\.data\.text='body'.*\['text', 'label'\]"),
         (["text,label", "a,0", "b,1"], {"text": (2,)}, r"task\.data\.text=2.*\['text', 'label'\]"),
         (["text,label", "a,0", "b,1"], {"label": "class"}, r"task\.data\.label='class'.*\['text', 'label'\]"),
-        (["text,label", "a,0", "b,1"], {"image": "text"}, r"task\.data\.image='text': a cell of this column is not"),
+        (
+            ["text,label", "a,0", "b,1"],
+            {"image": "text", "text": ()},
+            r"task\.data\.image='text': a cell of this column is not",
+        ),
         (["text,kind", "a,0", "b,1"], {}, r"task\.data\.label=None.*\['text', 'kind'\]"),
-        (["body,label", "a,0", "b,1"], {}, r"task\.data\.text=\(\).*\['body', 'label'\]"),
+        (["body,label", "a,0", "b,1"], {"text": ()}, r"task\.data\.text=\(\).*text=COLUMN.*\['body', 'label'\]"),
+        (["text,label", "a,0", "b,1"], {"group": "by"}, r"task\.data\.group='by': no such column.*\['text', 'label'\]"),
         (["text,label", "a,0"], {}, "it holds 1"),
         (["text,label"], {}, "no data"),
         (["text,label", "a,0", "b,1,3"], {}, "could not be read as csv"),
@@ -362,12 +533,12 @@ def test_hub_failure_is_named(monkeypatch):
 def test_wrong_files_are_refused_by_name(tmp_path, lines, settings, words):
     name = _csv(tmp_path, "data.csv", lines)
     with pytest.raises(ValueError, match=words):
-        load(DataConfig(**{"name": name, "num_classes": 2, **settings}), None)
+        load(DataConfig(**{"name": name, "num_classes": 2, "text": ("text",), **settings}), None)
 
 
 def test_wrong_folders_are_refused_by_name(tmp_path):
     _csv(tmp_path, "train.csv", ["text,label", "a,0", "b,1"])
-    config = DataConfig(name=str(tmp_path), num_classes=2)
+    config = DataConfig(name=str(tmp_path), text=("text",), num_classes=2)
     assert len(load(config, None).test) == 1
     with pytest.raises(ValueError, match=r"task\.data\.test_split='dev': must be a split of .*\['train\.csv'\]"):
         load(replace(config, test_split="dev"), None)
@@ -410,6 +581,14 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
         ("text", (1.5,)),
         ("text", (None,)),
         ("text", (-1,)),
+        ("text", ("",)),
+        ("group", -1),
+        ("group", 1.0),
+        ("group", ""),
+        ("objective", "words"),
+        ("objective", None),
+        ("config_name", ""),
+        ("max_length", float("nan")),
         ("label", True),
         ("label", -2),
         ("label_offset", 0.5),
@@ -437,6 +616,11 @@ def test_settings_that_do_not_fit_together_are_refused():
         DataConfig(name="some.csv", image="img", text=("a",))
     with pytest.raises(ValueError, match=r"task\.data\.name='digits'"):
         digits(label="label")
+    with pytest.raises(ValueError, match=r"task\.data\.name='pydoc'.*group"):
+        pydoc(group="topic")
+    for config in (digits(), cifar10(), DataConfig(name="a.csv", image="img")):
+        with pytest.raises(ValueError, match=r"task\.data\.objective='next_token': must be 'classes' for images"):
+            replace(config, objective="next_token")
     with pytest.raises(ValueError, match=r"task\.data\.tokenizer='words'"):
         pydoc(tokenizer="words")
     with pytest.raises(ValueError, match=r"task\.data\.num_classes=5"):
@@ -476,7 +660,7 @@ def test_real_cifar10_is_whole(data_dir, tmp_path):
     path = Path(data_dir, "cifar10")
     if not path.is_dir():
         pytest.skip(f"{data_dir} has no cifar10")
-    tables = source._tables(cifar10(), data_dir, str(tmp_path))
+    tables = files.tables(cifar10(), data_dir, str(tmp_path))
     assert {split: len(table) for split, table in tables.items()} == {"train": 50_000, "test": 10_000}
 
 
