@@ -26,8 +26,7 @@ assert_close = functools.partial(assert_close, rtol=1e-12, atol=1e-12)
 
 
 def operator_of(small, large, preset=PAPER):
-    specs = [VIT.specs(form, INPUTS) for form in (small, large)]
-    return Operator(preset, *specs, small.axes, large.axes)
+    return Operator(preset, VIT.specs(small, INPUTS), VIT.specs(large, INPUTS), small.axes, large.axes)
 
 
 def generator(seed=0):
@@ -94,13 +93,13 @@ def test_widening_both_sides_is_one_kronecker_product():
     assert not torch.allclose(grown.flatten(), torch.kron(A, B) @ W.flatten())
 
 
-@pytest.mark.parametrize("position", [1, 2, 3])
-def test_widening_touches_one_dimension_and_each_block_may_have_its_own_map(position):
+@pytest.mark.parametrize(("position", "letters"), [(1, "abc,xa->xbc"), (2, "abc,xb->axc"), (3, "abc,xc->abx")])
+def test_widening_touches_one_dimension_and_each_block_may_have_its_own_map(position, letters):
     W_L = randn(2, 3, 4, 5)
     B_L = randn(2, 7, W_L.shape[position], seed=1)
     own = widen(W_L, B_L, position)
     for block in range(2):
-        expected = torch.tensordot(B_L[block], W_L[block], ([1], [position - 1])).movedim(0, position - 1)
+        expected = torch.einsum(letters, W_L[block], B_L[block])
         assert_close(own[block], expected)
         assert_close(widen(W_L, B_L[block], position)[block], expected)
 
@@ -298,7 +297,9 @@ def test_saved_operator_and_small_model_give_the_grown_model_again(preset, dtype
     loaded = []
     for name, tree in {"operator": tensors, "small": small}.items():
         Versions(tmp_path, name).save(0, tree)
-        loaded.append(Versions(tmp_path, name).load(1)[1])
+        found = Versions(tmp_path, name).load(1)
+        assert found
+        loaded.append(found[1])
     again = operator_of(SMALL, MIDDLE, preset)(*loaded)
     grown = operator(tensors, small)
     assert all(t.dtype == dtype for t in grown.values())

@@ -347,18 +347,19 @@ def test_fresh_models_depend_on_the_seed_alone(task: Task):
 
 def test_a_saved_model_loads_with_plain_transformers(task: Task, tmp_path):
     tree = {name: tensor.float() for name, tensor in _random_tree(task, SMALL).items()}
-    task.module(SMALL, tree).save_pretrained(tmp_path)
+    module: Any = task.module(SMALL, tree)
+    module.save_pretrained(tmp_path)
     loaded: Any = AUTO[task.inputs.kind].from_pretrained(tmp_path)
     assert type(loaded) is type(task.skeleton(SMALL))
     inputs = _model_inputs(task.batch(_split(task), torch.arange(7)))
-    module = task.module(SMALL, tree)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, module(**inputs).logits)
 
 
 def test_a_saved_language_model_generates(tmp_path):
     task = TASKS["gpt2-lm"]
-    task.module(SMALL, task.fresh(SMALL, 0)).save_pretrained(tmp_path)
+    module: Any = task.module(SMALL, task.fresh(SMALL, 0))
+    module.save_pretrained(tmp_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.use_cache
     start = {"input_ids": torch.tensor([[72, 101]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}

@@ -136,7 +136,8 @@ class RayCall(Ledger):
         self.note(method, answer, answer.moved)
         self._retries += piece.attempts - 1
         for id_ in piece.payloads:
-            self._places[id_] = {"host": piece.host, "node": node, "retries": piece.attempts - 1}
+            before = self._places.get(id_, {}).get("retries", 0)
+            self._places[id_] = {"host": piece.host, "node": node, "retries": before + piece.attempts - 1}
         method, done, total = self.progress
         self.progress = (method, done + len(piece.payloads), total)
         return answer
@@ -179,7 +180,8 @@ def _drained(pieces: "deque[_Lost]") -> Iterator["_Lost"]:
 class RayRuntime(Runtime):
     """Participants and aggregator on Ray.
 
-    - `address`: a cluster to join ("auto" or HOST:PORT); None: a private Ray on this machine.
+    - `address`: a cluster to join ("auto" or HOST:PORT); None: the Ray this process is connected to already, if it is,
+      else a private Ray on this machine.
     - `hosts`: number of host actors; None: one a participant while they fit.
     - `num_gpus`: logical GPUs of a private Ray; None: the ones there are.
     - `say`: told, in words, how participants were placed.
@@ -199,7 +201,8 @@ class RayRuntime(Runtime):
         self.actors: list[Any] = []
         self.server: Any = None
         self.plan: Plan | None = None
-        self.connected = False
+        self.connected = False  # by this object, which then also disconnects
+        self.private = address is None and not ray.is_initialized()
 
     def start(
         self,
@@ -227,7 +230,7 @@ class RayRuntime(Runtime):
                         watch(*self._progress())
                 return ray.get(reference)
             except RayTaskError as error:
-                raise error.cause from None if isinstance(error.cause, Exception) else error
+                raise error.cause from None  # what the aggregator raised, as it raised it
             except LOST as error:
                 if attempt == ATTEMPTS:
                     raise RuntimeError(f"the aggregator died {ATTEMPTS} times at {method!r}: {error}") from error
@@ -254,12 +257,12 @@ class RayRuntime(Runtime):
         capacity = self._capacity()
         result = plan(resources, self.hosts, capacity, cores)
         largest_host = max(len(group) for group in result.groups)
-        if largest_host > 1:
+        if largest_host > 1 and result != self.plan:
             self.say(f"{len(resources)} participants share {len(result.groups)} hosts, up to {largest_host} on each")
         return result
 
     def _capacity(self) -> Capacity:
-        if self.address is not None:
+        if not self.private:
             self._join()
             own = self.plan.requests if self.plan is not None else ()
             free = ray.available_resources()
@@ -270,7 +273,8 @@ class RayRuntime(Runtime):
         return Capacity(None, [1.0] * gpus, psutil.virtual_memory().total / 2**20)
 
     def _join(self) -> None:
-        if self.connected:
+        if ray.is_initialized():
+            use_tensor_views()
             return
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -281,7 +285,7 @@ class RayRuntime(Runtime):
 
     def _connect(self, wanted: Plan) -> None:
         """A private Ray with as many logical CPUs as the hosts ask for; a new one if a later run asks for more."""
-        if self.address is not None:
+        if not self.private:
             return
         cpus = max(1, math.ceil(sum(request.num_cpus for request in wanted.requests)))
         if self.connected and ray.cluster_resources().get("CPU", 0) < cpus:

@@ -1,0 +1,89 @@
+"""An algorithm that is disturbed once: what fault tests run. It must be importable in the processes of a Ray runtime."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.suites import tiny
+from fedgrow_algo.fedgrow import FedGrow
+from fedsim.algorithm import Algorithm
+from fedsim.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Disturbed(Algorithm):
+    """Behaves as `inner`, except for one event at one place.
+
+    - `event`: "raise" (always), "die" (the client's process), "die_always", "die_server", or "stall" (the client waits).
+    - `client`, `round`: where. - `folder`: a file in it marks that the event has happened, so that it happens once.
+    """
+
+    inner: Algorithm
+    event: str
+    folder: str
+    client: int = 1
+    round: int = 2
+
+    @property
+    def name(self):
+        return self.inner.name
+
+    def once(self) -> bool:
+        mark = Path(self.folder) / "happened"
+        if mark.exists():
+            return False
+        mark.touch()
+        return True
+
+    def server_init(self, ctx):
+        return self.inner.server_init(ctx)
+
+    def server_broadcast(self, state, cohort, ctx):
+        return self.inner.server_broadcast(state, cohort, ctx)
+
+    def combine(self, updates):
+        return self.inner.combine(updates)
+
+    def server_aggregate(self, state, updates, ctx):
+        state = self.inner.server_aggregate(state, updates, ctx)
+        if self.event == "die_server" and ctx.round == self.round and self.once():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return state
+
+    def client_init(self, ctx):
+        return self.inner.client_init(ctx)
+
+    def client_update(self, payload, state, ctx):
+        if ctx.info.id == self.client and ctx.round == self.round:
+            if self.event == "raise":
+                raise ZeroDivisionError("a disturbance")
+            if self.event == "die_always" or (self.event == "die" and self.once()):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.event == "stall" and self.once():
+                time.sleep(600)
+        return self.inner.client_update(payload, state, ctx)
+
+    def client_model(self, payload, state, ctx):
+        return self.inner.client_model(payload, state, ctx)
+
+
+def small() -> Experiment:
+    """`tiny`, made smaller: six participants, so that chunks of two meet one, two and four hosts in different ways."""
+    experiment = tiny()
+    quicker = replace(experiment.algorithm, local_epochs=1, small_epochs=1)
+    return replace(experiment, algorithm=quicker, participants=6)
+
+
+def without_federation() -> Experiment:
+    """The same with private state that changes in every round."""
+    experiment = small()
+    return replace(experiment, algorithm=replace(experiment.algorithm, federate=False))
+
+
+def stalling() -> Experiment:
+    """`small`, which stalls in round 2 unless `--set algorithm.event=none`; set `algorithm.folder`."""
+    experiment = small()
+    assert isinstance(experiment.algorithm, FedGrow)
+    return replace(experiment, algorithm=Disturbed(experiment.algorithm, "stall", "."))

@@ -1,0 +1,438 @@
+"""Every algorithm keeps the contract: one table of rows, and each check below runs on each of them."""
+
+import dataclasses
+import functools
+import hashlib
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fedgrow_algo.fedgrow
+import fedgrow_algo.pretrain
+from baselines.fedavg import FedAvg
+from fedgrow_algo.dual_ligo import operator_between
+from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
+from fedsim.cost import cost_of
+from fedsim.data.config import Split, digits, pydoc
+from fedsim.experiment import Experiment, Tier
+from fedsim.models import Form
+from fedsim.task import Task, TaskConfig, load_task, subset
+from fedsim.training import Meter
+from fedsim.tree import Tree, clone, nbytes, numel, sha256
+
+
+SEED, CLIENTS = 3, 2
+SMALL, INTERMEDIATE, TARGET = Form(8, 1, heads=2), Form(12, 1, heads=2), Form(16, 2, heads=2)
+TASKS = {
+    "vit/digits": TaskConfig(digits(limit=64), patch_size=4),
+    "gpt2/pydoc": TaskConfig(pydoc(limit=64, max_length=12), family="gpt2"),
+}
+GROWTH = {
+    "lr": 1e-2,
+    "epochs": 2,
+    "local_lr": 1e-2,
+    "local_epochs": 2,
+    "small_lr": 1e-2,
+    "small_epochs": 2,
+    "batch_size": 8,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method, what it uploads ("target", "operator", "nothing"), and whether the server has a model of its own."""
+
+    algorithm: Algorithm
+    uploads: str
+    server_model: bool = False
+
+
+METHODS = {
+    "fedgrow-paper": Row(FedGrow(preset="paper", **GROWTH), "operator"),
+    "fedgrow-preserving": Row(FedGrow(preset="preserving", **GROWTH), "operator"),
+    "fedgrow_no_federation-paper": Row(fedgrow_no_federation(preset="paper", **GROWTH), "nothing"),
+    "fedgrow_no_federation-preserving": Row(fedgrow_no_federation(preset="preserving", **GROWTH), "nothing"),
+    "fedavg": Row(FedAvg(lr=1e-2, epochs=2, batch_size=8), "target", server_model=True),
+}
+TABLE = [(method, task) for task in TASKS for method in METHODS]
+PROMISED_NAMES = """
+    fedgrow fedgrow_joint fedgrow_no_federation fedgrow_released_code fedavg fedavg_small fedavg_mid fedprox heterofl
+    heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed grow_then_fedavg exclusive
+    ensemble_small local_only fedit ffa_lora flora hetlora
+""".split()
+
+
+@dataclasses.dataclass
+class Case:
+    """One row brought to life: its contexts, and its states before round 1."""
+
+    row: Row
+    config: TaskConfig
+    counted: dict[tuple, Any] = dataclasses.field(default_factory=dict)
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        self.key = self.key or repr(self.algorithm)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return self.row.algorithm
+
+    @functools.cached_property
+    def task(self) -> Task:
+        return load_task(self.config, None)
+
+    @functools.cached_property
+    def clients(self) -> list[ClientInfo]:
+        return [ClientInfo(id_, "phone", SMALL, len(self.shard(id_))) for id_ in range(CLIENTS)]
+
+    def shard(self, client: int) -> Split:
+        """Client 0 has the first third of the examples, client 1 the others."""
+        assert self.task.dataset is not None
+        everything = torch.arange(len(self.task.dataset.train)).numpy()
+        third = len(everything) // 3
+        return subset(self.task.dataset.train, everything[:third] if client == 0 else everything[third:])
+
+    def server(self, round: int = 1, seed: int = SEED) -> ServerContext:
+        return ServerContext(seed, round, self.task, INTERMEDIATE, TARGET, self.clients)
+
+    def client(self, round: int = 1, client: int = 0, **changes: Any) -> ClientContext:
+        info = self.clients[client]
+        context = ClientContext(
+            seed=SEED,
+            round=round,
+            task=self.task,
+            intermediate=INTERMEDIATE,
+            target=TARGET,
+            info=info,
+            train=self.shard(client),
+            device=torch.device("cpu"),
+            meter=Meter(self.key, self.counted),
+        )
+        return dataclasses.replace(context, **changes)
+
+    @functools.cached_property
+    def server_state(self) -> Tree:
+        return self.algorithm.server_init(self.server(round=0))
+
+    @functools.cached_property
+    def private(self) -> dict[int, Tree]:
+        return {i: self.algorithm.client_init(self.client(round=0, client=i)) for i in range(CLIENTS)}
+
+    def payload(self, client: int = 0) -> Tree:
+        return dict(self.algorithm.server_broadcast(self.server_state, self.clients, self.server())[client])
+
+    @functools.cached_property
+    def first(self) -> tuple[ClientUpdate, Tree]:
+        """Client 0's update and next private state in round 1."""
+        return self.algorithm.client_update(clone(self.payload()), clone(self.private[0]), self.client())
+
+    def with_lr_zero(self) -> "Case":
+        """The same row with nothing learned in a round; its private states are these."""
+        algorithm = dataclasses.replace(self.algorithm, lr=0.0)  # type: ignore[call-arg]
+        case = Case(dataclasses.replace(self.row, algorithm=algorithm), self.config, self.counted, self.key)
+        case.private = self.private
+        return case
+
+    def experiment(self) -> Experiment:
+        tier = Tier("phone", SMALL)
+        return Experiment(self.algorithm, self.config, (tier,), INTERMEDIATE, TARGET, participants=CLIENTS, seed=SEED)
+
+
+@pytest.fixture(scope="module", params=TABLE, ids=lambda row: "-".join(row))
+def case(request: pytest.FixtureRequest) -> Case:
+    method, task = request.param
+    return Case(METHODS[method], TASKS[task])
+
+
+@pytest.fixture(autouse=True)
+def _calm(one_thread: None) -> None:
+    """Models this small only lose time to a second thread."""
+
+
+def bits(outcome: tuple[ClientUpdate, Tree]) -> str:
+    """What an outcome of `client_update` is made of: what is sent and what is kept."""
+    update, state = outcome
+    return sha256(update.tree) + sha256(state)
+
+
+def memory(tree: Tree) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tree.values() if tensor.numel()}
+
+
+def content(tensor: torch.Tensor) -> str:
+    """Hash of a tensor's bits, whatever its shape."""
+    return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+# what an algorithm object is ------------------------------------------------------------------------------------------
+
+
+def test_pickles_to_an_equal_object(case: Case) -> None:
+    revived = pickle.loads(pickle.dumps(case.algorithm))
+    assert revived == case.algorithm
+    assert type(revived) is type(case.algorithm)
+    assert hash(revived) == hash(case.algorithm)
+
+
+def test_is_frozen(case: Case) -> None:
+    fields = dataclasses.fields(case.algorithm)  # type: ignore[arg-type]
+    assert fields
+    for field in fields:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(case.algorithm, field.name, getattr(case.algorithm, field.name))
+    assert set(vars(case.algorithm)) == {field.name for field in fields}, "state beside the hyperparameters"
+
+
+def test_has_a_promised_name(case: Case) -> None:
+    assert case.algorithm.name in PROMISED_NAMES
+    assert isinstance(case.algorithm.preset_name, str)
+
+
+def test_a_round_sets_nothing_on_the_object(case: Case) -> None:
+    before = dict(vars(case.algorithm))
+    assert case.first and case.server_state is not None
+    assert vars(case.algorithm) == before
+
+
+# at the aggregator ----------------------------------------------------------------------------------------------------
+
+
+def test_first_server_state_depends_on_the_seed_alone(case: Case) -> None:
+    again = case.algorithm.server_init(case.server(round=0))
+    assert sha256(again) == sha256(case.server_state)
+    if case.server_state and case.algorithm.preset_name != "preserving":  # whose start is not drawn
+        assert sha256(case.algorithm.server_init(case.server(round=0, seed=SEED + 1))) != sha256(case.server_state)
+
+
+def test_broadcast_gives_each_client_of_the_cohort_a_payload_and_equal_forms_the_same_object(case: Case) -> None:
+    before = sha256(case.server_state)
+    payloads = case.algorithm.server_broadcast(case.server_state, case.clients, case.server())
+    assert sorted(payloads) == [0, 1]
+    assert len({id(payload) for payload in payloads.values()}) == 1
+    assert list(case.algorithm.server_broadcast(case.server_state, case.clients[1:], case.server())) == [1]
+    assert sha256(case.server_state) == before
+
+
+def test_aggregation_leaves_its_arguments_alone(case: Case) -> None:
+    updates = [dataclasses.replace(case.first[0], client=client) for client in range(CLIENTS)]
+    before = sha256(case.server_state), [sha256(one.tree) for one in updates]
+    state = case.algorithm.server_aggregate(case.server_state, iter(updates), case.server())
+    assert {n: (t.shape, t.dtype) for n, t in state.items()} == {
+        n: (t.shape, t.dtype) for n, t in case.server_state.items()
+    }
+    for tensor in state.values():
+        tensor.add_(1.0)
+    assert (sha256(case.server_state), [sha256(one.tree) for one in updates]) == before
+
+
+def test_a_round_changes_the_server_state(case: Case) -> None:
+    state = case.algorithm.server_aggregate(case.server_state, iter([case.first[0]]), case.server())
+    assert (sha256(state) != sha256(case.server_state)) == bool(case.server_state)
+
+
+def test_server_model_is_the_target_or_none(case: Case) -> None:
+    model = case.algorithm.server_model(case.server_state, case.server())
+    assert (model is not None) == case.row.server_model
+    if model is not None:
+        assert not model.training
+        assert {n: p.shape for n, p in model.named_parameters()} == shapes_of(case, TARGET)
+
+
+def shapes_of(case: Case, form: Form) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in case.task.fresh(form, 0).items()}
+
+
+# at a participant -----------------------------------------------------------------------------------------------------
+
+
+def test_private_state_is_reproducible_and_its_clients_own(case: Case) -> None:
+    again = case.algorithm.client_init(case.client(round=0))
+    assert sha256(again) == sha256(case.private[0])
+    if again:
+        assert sha256(case.private[1]) != sha256(case.private[0])
+
+
+def test_neither_payload_nor_private_state_is_written_to(case: Case) -> None:
+    payload, state = clone(case.payload()), clone(case.private[0])
+    before = sha256(payload), sha256(state)
+    case.algorithm.client_update(payload, state, case.client())
+    assert (sha256(payload), sha256(state)) == before
+    case.algorithm.client_model(payload, state, case.client())
+    assert (sha256(payload), sha256(state)) == before
+
+
+def test_same_context_gives_the_same_bits(case: Case) -> None:
+    again = case.algorithm.client_update(case.payload(), case.private[0], case.client())
+    assert bits(again) == bits(case.first)
+    assert (again[0].client, again[0].weight) == (0, len(case.shard(0)))
+
+
+def test_torchs_global_stream_is_neither_read_nor_moved(case: Case) -> None:
+    torch.manual_seed(12345)
+    before = torch.random.get_rng_state()
+    again = case.algorithm.client_update(case.payload(), case.private[0], case.client())
+    assert bits(again) == bits(case.first)
+    assert sha256(case.algorithm.client_init(case.client(round=0))) == sha256(case.private[0])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_another_round_gives_another_outcome(case: Case) -> None:
+    other = case.algorithm.client_update(case.payload(), case.private[0], case.client(round=2))
+    assert bits(other) != bits(case.first)
+
+
+def test_another_client_gives_another_outcome_on_the_same_data(case: Case) -> None:
+    context = case.client(info=dataclasses.replace(case.clients[0], id=1))
+    other = case.algorithm.client_update(case.payload(), case.private[0], context)
+    assert bits(other) != bits(case.first)
+    assert other[0].client == 1
+
+
+def test_update_is_on_the_cpu_detached_and_shares_no_memory(case: Case) -> None:
+    payload, state = case.payload(), case.private[0]
+    zero = case.with_lr_zero()
+    for update, _ in (case.first, zero.algorithm.client_update(payload, state, zero.client())):
+        for tensor in update.tree.values():
+            assert tensor.device.type == "cpu"
+            assert not tensor.requires_grad and tensor.grad_fn is None
+            assert tensor.is_contiguous()
+        assert not memory(update.tree) & memory(payload)
+        assert not memory(update.tree) & memory(state)
+
+
+def test_client_model_is_the_target_in_evaluation_mode(case: Case) -> None:
+    update, state = case.first
+    model = case.algorithm.client_model(update.tree, state, case.client())
+    assert isinstance(model, nn.Module)
+    assert not any(module.training for module in model.modules())
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes_of(case, TARGET)
+    before = case.algorithm.client_model(case.payload(), case.private[0], case.client())
+    changed = [
+        not torch.equal(one, other) for one, other in zip(model.parameters(), before.parameters(), strict=True)
+    ]
+    assert any(changed), "training does not reach the model that is scored"
+
+
+def test_zero_learning_rate_is_a_fixed_point(case: Case) -> None:
+    zero = case.with_lr_zero()
+    updates = []
+    for client in range(CLIENTS):
+        update, state = zero.algorithm.client_update(case.payload(client), case.private[client], zero.client(1, client))
+        assert sha256(state) == sha256(case.private[client])
+        updates.append(update)
+    assert sha256(zero.server_state) == sha256(case.server_state)
+    assert sha256(zero.algorithm.server_aggregate(case.server_state, iter(updates), zero.server())) == sha256(
+        case.server_state
+    )
+    combined = zero.algorithm.combine(updates)
+    assert combined is not None
+    assert sha256(zero.algorithm.server_aggregate(case.server_state, iter([combined]), zero.server())) == sha256(
+        case.server_state
+    )
+
+
+def test_training_loss_falls(case: Case) -> None:
+    server, private, losses = case.server_state, dict(case.private), []
+    for round in range(1, 6):
+        payloads = case.algorithm.server_broadcast(server, case.clients, case.server(round))
+        updates, total = [], 0.0
+        for client in range(CLIENTS):
+            context = case.client(round, client)
+            update, private[client] = case.algorithm.client_update(payloads[client], private[client], context)
+            assert context.meter.loss is not None
+            total += context.meter.loss * case.clients[client].num_examples
+            updates.append(update)
+        server = case.algorithm.server_aggregate(server, iter(updates), case.server(round))
+        losses.append(total / sum(info.num_examples for info in case.clients))
+    assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_a_client_without_data_trains_nothing(case: Case) -> None:
+    nothing = Split({}, torch.zeros(0, dtype=torch.long))
+    context = case.client(train=nothing)
+    update, state = case.algorithm.client_update(case.payload(), case.private[0], context)
+    assert sha256(update.tree) == sha256(case.payload())
+    assert sha256(state) == sha256(case.private[0])
+    assert context.meter.flops == 0 and context.meter.loss is None
+
+
+# what travels ---------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_as_predicted_without_data(case: Case) -> None:
+    (predicted,) = cost_of(case.experiment(), case.counted).participants
+    update, state = case.first
+    assert (predicted.upload_bytes, predicted.upload_params) == (nbytes(update.tree), numel(update.tree))
+    assert predicted.download_bytes == nbytes(case.payload())
+    assert predicted.private_bytes == nbytes(state)
+    context = case.client()
+    case.algorithm.client_update(case.payload(), case.private[0], context)
+    (work,) = context.meter.work
+    assert predicted.trainable[work.purpose] == work.trainable
+    assert predicted.flops_per_step[work.purpose] == work.flops_per_step > 0
+
+
+def expected_update(case: Case) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, from the method's definition."""
+    if case.row.uploads == "target":
+        return {name: tuple(shape) for name, shape in shapes_of(case, TARGET).items()}
+    if case.row.uploads == "operator":
+        return operator_between(case.algorithm.preset_name, case.task, INTERMEDIATE, TARGET).shapes
+    return {}
+
+
+def test_an_update_holds_exactly_what_the_method_says(case: Case) -> None:
+    update, _ = case.first
+    assert {name: tuple(tensor.shape) for name, tensor in update.tree.items()} == expected_update(case)
+    assert all(tensor.dtype == torch.float32 for tensor in update.tree.values())
+
+
+def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a name nor the values of the small model, the local operator, the intermediate model, the target, data."""
+    trained: dict[str, Tree] = {}
+
+    def recording(local_train: Callable[..., Tree]) -> Callable[..., Tree]:
+        def recorded(*arguments: Any, purpose: str, **fields: Any) -> Tree:
+            trained[purpose] = local_train(*arguments, purpose=purpose, **fields)
+            return trained[purpose]
+
+        return recorded
+
+    for module in (fedgrow_algo.fedgrow, fedgrow_algo.pretrain):
+        monkeypatch.setattr(module, "local_train", recording(module.local_train))
+    state = case.algorithm.client_init(case.client(round=0))
+    if not case.algorithm.preset_name:  # nothing is grown: the target is trained as it is, and sent
+        assert (state, trained) == ({}, {})
+        return
+    assert set(trained) == {"pretrain", "local"}
+
+    update, kept = case.algorithm.client_update(case.payload(), state, case.client())
+    target = dict(case.algorithm.client_model(update.tree, kept, case.client()).named_parameters())
+    data = case.shard(0)
+    trees = [trained["pretrain"], trained["local"], state, kept, target, data.inputs, {"labels": data.labels}]
+    private = {content(tensor) for tree in trees for tensor in tree.values()}
+    names = {*trained["pretrain"], *state, *kept, *target}
+    assert len(private) > 50
+    for name, tensor in update.tree.items():
+        assert name not in names, f"{name} is a private tensor's name"
+        assert content(tensor) not in private, f"{name} has a private tensor's values"
+    sent = sorted(map(content, update.tree.values()))
+    assert sent == (sorted(map(content, trained["global"].values())) if case.row.uploads == "operator" else [])
+
+
+def test_federated_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
+    _, state = case.first
+    middle = {name: tensor for name, tensor in state.items() if name.startswith("middle.")}
+    assert sha256(middle) == sha256({n: t for n, t in case.private[0].items() if n.startswith("middle.")})
+    if case.algorithm.name == "fedgrow_no_federation":
+        own = {name for name in state if name.startswith("global.")}
+        assert own and set(state) == own | set(middle)
+        assert any(not torch.equal(state[name], case.private[0][name]) for name in own)
+    else:
+        assert set(state) == set(middle)

@@ -1,0 +1,355 @@
+"""The local loop against a loop written out in plain PyTorch, and its accounts against counts made by other means."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTForImageClassification
+
+from baselines.fedavg import FedAvg
+from fedsim.algorithm import ClientContext, ClientInfo
+from fedsim.checkpoint import Versions
+from fedsim.data.config import Split, digits
+from fedsim.data.partition import Partition
+from fedsim.experiment import Experiment, Tier
+from fedsim.models import Form
+from fedsim.runtime.inline import InlineRuntime
+from fedsim.seeding import derive, generator
+from fedsim.simulation import run
+from fedsim.task import Batch, Task, TaskConfig, load_task, subset
+from fedsim.training import PRETRAIN, Meter, StepCost, Work, local_train, step_cost
+from fedsim.tree import clone, sha256
+
+
+FORM = Form(12, 2, heads=2)
+CONFIG = TaskConfig(digits(limit=60), patch_size=4)
+SETTINGS: dict[str, Any] = {"purpose": "target", "lr": 1e-2, "epochs": 1, "batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def _calm(one_thread: None) -> None:
+    """Models this small only lose time to a second thread."""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[tuple, StepCost]:
+    return {}
+
+
+@pytest.fixture
+def ctx(counted: dict[tuple, StepCost]) -> ClientContext:
+    task = load_task(CONFIG, None)
+    assert task.dataset is not None
+    return ClientContext(
+        seed=0,
+        round=1,
+        task=task,
+        intermediate=FORM,
+        target=FORM,
+        info=ClientInfo(0, "phone", FORM, len(task.dataset.train)),
+        train=task.dataset.train,
+        device=torch.device("cpu"),
+        meter=Meter("", counted),
+    )
+
+
+def forward_in(ctx: ClientContext) -> Callable[[Mapping[str, Tensor], Batch], Tensor]:
+    return lambda tree, batch: ctx.task.forward(FORM, tree, batch)
+
+
+# the same as plain PyTorch --------------------------------------------------------------------------------------------
+
+
+def plain_model(form: Form) -> ViTForImageClassification:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=form.width,
+            num_hidden_layers=form.depth,
+            num_attention_heads=form.heads,
+            intermediate_size=form.width,
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            num_labels=10,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+@pytest.mark.parametrize("clip, weight_decay", [(1.0, 0.0), (None, 0.1)])
+def test_one_participant_with_all_the_data_is_plain_training(tmp_path, clip: float | None, weight_decay: float) -> None:
+    algorithm = FedAvg(lr=3e-3, epochs=1, batch_size=16, weight_decay=weight_decay, clip=clip)
+    experiment = Experiment(
+        algorithm,
+        TaskConfig(digits(limit=100), patch_size=4),
+        tiers=(Tier("only", Form(8, 1, heads=2)),),
+        intermediate=FORM,
+        target=FORM,
+        partition=Partition("iid"),
+        participants=1,
+        rounds=1,
+        seed=5,
+        validation_share=0.0,
+    )
+    runtime = InlineRuntime()
+    run_id = run(experiment, runtime=runtime, out=tmp_path)
+    runtime.close()
+    found = Versions(tmp_path / "checkpoints" / run_id, "server").load(before=2)
+    assert found is not None and found[0] == 1
+    simulated = found[1]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(5, "target", 0))
+        model = plain_model(FORM)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    dataset = load_task(experiment.task, None).dataset
+    assert dataset is not None
+    images, labels = dataset.train.inputs["pixel_values"], dataset.train.labels
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=weight_decay, fused=False)
+    model.train()
+    for index in torch.randperm(100, generator=generator(5, "target/order", 1, 0)).split(16):
+        logits = model(pixel_values=images[index].float() / 127.5 - 1).logits
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, labels[index]).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert simulated.keys() == trained.keys()
+    # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding, which AdamW scales up.
+    decided = [name for name in trained if not name.endswith("k_proj.bias")]
+    assert len(trained) - len(decided) == FORM.depth
+    difference = max(float((simulated[name] - trained[name]).abs().max()) for name in decided)
+    moved = max(float((start[name] - trained[name]).abs().max()) for name in decided)
+    assert difference < 1e-6 < 1e-3 < moved, (difference, moved)
+
+    task = Task(experiment.task)
+    tests = task.batch(dataset.test, torch.arange(len(dataset.test)))
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=tests["pixel_values"]).logits
+        torch.testing.assert_close(task.forward(FORM, simulated, tests), logits, rtol=0, atol=1e-6)
+
+
+# the loop -------------------------------------------------------------------------------------------------------------
+
+
+def test_its_input_is_not_written_to(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    before = sha256(start)
+    trained = local_train(ctx, forward_in(ctx), start, **SETTINGS)
+    assert sha256(start) == before != sha256(trained)
+    assert not any(tensor.requires_grad for tensor in (*start.values(), *trained.values()))
+
+
+def test_order_of_names_changes_no_bit(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    backwards = {name: start[name] for name in reversed(start)}
+    settings = SETTINGS | {"clip": 0.1}
+    forward = forward_in(ctx)
+    assert sha256(local_train(ctx, forward, start, **settings)) == sha256(
+        local_train(ctx, forward, backwards, **settings)
+    )
+
+
+@pytest.mark.parametrize("batch_size, sizes", [(8, [8] * 7 + [4]), (60, [60]), (100, [60]), (59, [59, 1])])
+def test_an_epoch_leaves_no_example_out(ctx: ClientContext, batch_size: int, sizes: list[int]) -> None:
+    seen: list[Tensor] = []
+
+    def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        if type(batch["pixel_values"]) is Tensor and len(batch["pixel_values"]):
+            seen.append(batch["pixel_values"])
+        return ctx.task.forward(FORM, tree, batch)
+
+    start = ctx.task.fresh(FORM, 0)
+    local_train(ctx, forward_in(ctx), start, **SETTINGS)  # counts, so that only training is seen below
+    local_train(ctx, forward, start, **SETTINGS | {"batch_size": batch_size, "epochs": 2})
+    assert [len(batch) for batch in seen] == 2 * sizes
+    everything = ctx.task.batch(ctx.train, torch.arange(60))["pixel_values"]
+    epochs = torch.cat(seen).split(60)
+    for epoch in epochs:
+        assert sorted(image.sum().item() for image in epoch) == sorted(image.sum().item() for image in everything)
+    assert not torch.equal(*epochs), "every epoch has an order of its own"
+    assert not torch.equal(epochs[0], everything)
+
+
+def test_purpose_round_and_client_each_have_an_order_of_their_own(ctx: ClientContext) -> None:
+    def trained(context: ClientContext, purpose: str = "target") -> str:
+        settings = SETTINGS | {"purpose": purpose}
+        return sha256(local_train(context, forward_in(context), context.task.fresh(FORM, 0), **settings))
+
+    base = trained(ctx)
+    assert trained(ctx) == base
+    others = [
+        trained(ctx, "other"),
+        trained(dataclasses.replace(ctx, round=2)),
+        trained(dataclasses.replace(ctx, seed=1)),
+        trained(dataclasses.replace(ctx, info=dataclasses.replace(ctx.info, id=1))),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_clipping_bounds_the_gradient_of_a_step(ctx: ClientContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+
+    def noted(optimizer: torch.optim.Optimizer, *arguments: Any, **fields: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()))
+
+    hook = register_optimizer_step_pre_hook(noted)
+    try:
+        start = ctx.task.fresh(FORM, 0)
+        free = local_train(ctx, forward_in(ctx), start, **SETTINGS)
+        unclipped, norms = norms, []
+        loose = local_train(ctx, forward_in(ctx), start, **SETTINGS, clip=100.0)
+        norms = []
+        clipped = local_train(ctx, forward_in(ctx), start, **SETTINGS, clip=0.01)
+    finally:
+        hook.remove()
+    assert len(unclipped) == len(norms) == 8
+    assert min(unclipped) > 0.1
+    assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+    assert sha256(free) == sha256(loose) != sha256(clipped)
+
+
+@pytest.mark.parametrize("lr", [7e25, 0.25])
+def test_loss_that_is_not_finite_is_named(ctx: ClientContext, lr: float) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    if lr < 1:
+        start["classifier.bias"][0] = float("nan")
+    with pytest.raises(FloatingPointError) as error:
+        local_train(ctx, forward_in(ctx), start, **SETTINGS | {"lr": lr, "epochs": 3})
+    assert "target" in str(error.value)
+    assert f"lr={lr}" in str(error.value)
+    assert "nan" in str(error.value) or "inf" in str(error.value)
+
+
+# the accounts ---------------------------------------------------------------------------------------------------------
+
+
+def test_work_of_a_training_by_hand(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    local_train(ctx, forward_in(ctx), start, **SETTINGS | {"epochs": 3})
+    (work,) = ctx.meter.work
+    cost = ctx.meter.cost(ctx, forward_in(ctx), clone(start), "target")
+    assert (work.purpose, work.examples, work.steps) == ("target", 180, 24)
+    assert work.trainable == sum(tensor.numel() for tensor in start.values())
+    assert work.flops == 3 * (7 * cost.flops(8) + cost.flops(4))
+    assert work.flops_per_step == cost.flops(8)
+    assert work.activation_bytes == cost.activation_bytes(8)
+
+
+def test_loss_in_the_accounts_is_the_last_epochs_mean_over_examples(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    local_train(ctx, forward_in(ctx), start, **SETTINGS | {"lr": 0.0, "batch_size": 50})  # batches of 50 and 10
+    batch = ctx.task.batch(ctx.train, torch.arange(60))
+    expected = float(ctx.task.loss(ctx.task.forward(FORM, start, batch), batch))
+    assert ctx.meter.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_own_pretraining_counts_in_flops_but_not_in_trainable() -> None:
+    def work(purpose: str, trainable: int, steps: int, flops: int, loss: float) -> Work:
+        return Work(purpose, trainable, 10, steps, flops, 1, 1, loss)
+
+    meter = Meter("", {})
+    assert (meter.trainable, meter.flops, meter.loss) == (0, 0, None)
+    meter.work += [work(PRETRAIN, 1000, 5, 7, 0.5), work("local", 30, 5, 11, 0.25), work("global", 4, 5, 13, 0.125)]
+    meter.work += [work("global", 4, 0, 0, float("nan"))]  # a purpose twice counts once, and saw no data
+    assert (meter.trainable, meter.flops, meter.loss) == (34, 31, 0.125)
+
+
+def test_step_cost_is_measured_once_a_shape(ctx: ClientContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    real = StepCost.measured
+
+    def noted(*arguments: Any) -> StepCost:
+        measured.append("x")
+        return real(*arguments)
+
+    monkeypatch.setattr(StepCost, "measured", staticmethod(noted))
+    meter = Meter("", {})
+    start = ctx.task.fresh(FORM, 0)
+    for _ in range(2):
+        meter.cost(ctx, forward_in(ctx), start, "target")
+    assert len(measured) == 1
+    meter.cost(ctx, forward_in(ctx), {name: start[name] for name in list(start)[:-1]} | {"x": torch.zeros(1)}, "target")
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_step_cost_of_two_sizes_tells_every_size(ctx: ClientContext, size: int) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    cost = StepCost.measured(ctx, forward_in(ctx), start)
+    flops, activations = step_cost(ctx, forward_in(ctx), start, size)
+    assert (cost.flops(size), cost.activation_bytes(size)) == (flops, activations)
+    assert cost.fixed[0] == 0, "a plain model costs nothing a step but its examples"
+    assert flops > 0 < activations
+
+
+class Linear:
+    """A task of two linear layers without bias, 6 -> 5 -> 3, whose FLOPs can be counted on fingers."""
+
+    inputs = None
+
+    def example(self, size: int) -> Batch:
+        return {"x": torch.zeros(size, 6), "labels": torch.zeros(size, dtype=torch.long)}
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+
+def test_flops_of_linear_layers_by_hand(ctx: ClientContext) -> None:
+    linear = dataclasses.replace(ctx, task=Linear())  # type: ignore[arg-type]
+    tree = {"a": torch.ones(5, 6), "b": torch.ones(3, 5)}
+    cost = StepCost.measured(linear, lambda tree, batch: batch["x"] @ tree["a"].T @ tree["b"].T, tree)
+    # Forward 2 * (6*5 + 5*3) = 90; backward the weights' gradients, 90, and the hidden units', 2 * 5*3 = 30.
+    assert cost.flops(1) == 210
+    assert cost.flops(64) == 64 * 210
+
+
+def test_flops_of_growing_are_paid_once_a_step(ctx: ClientContext) -> None:
+    linear = dataclasses.replace(ctx, task=Linear())  # type: ignore[arg-type]
+    frozen = torch.ones(3, 4)
+
+    def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return batch["x"] @ (frozen @ tree["a"]).T
+
+    cost = StepCost.measured(linear, forward, {"a": torch.ones(4, 6)})
+    # Growing: forward 2 * 3*4*6 = 144, backward the same. An example: forward 2 * 3*6 = 36, backward the same.
+    assert cost.fixed[0] == 288
+    assert cost.per_example[0] == 72
+
+
+def test_flops_of_a_transformer_are_those_of_torchs_counter_on_the_eager_path(ctx: ClientContext) -> None:
+    model = plain_model(FORM)
+    model.set_attn_implementation("eager")
+    batch = ctx.task.example(7)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(pixel_values=batch["pixel_values"]).logits
+        nn.functional.cross_entropy(logits, batch["labels"]).backward()
+    start = ctx.task.fresh(FORM, 0)
+    assert step_cost(ctx, forward_in(ctx), start, 7)[0] == counter.get_total_flops()
+
+
+def test_counting_reads_no_data_and_changes_no_tensor(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    before = sha256(start)
+    empty = dataclasses.replace(ctx, train=Split({}, torch.zeros(0, dtype=torch.long)), task=Task(CONFIG))
+    local_train(empty, forward_in(empty), start, **SETTINGS)
+    (work,) = empty.meter.work
+    assert (work.examples, work.steps, work.flops) == (0, 0, 0)
+    assert work.flops_per_step > 0
+    assert sha256(start) == before
+    assert all(tensor.grad is None and not tensor.requires_grad for tensor in start.values())
+
+
+def test_a_shard_holds_its_own_examples(ctx: ClientContext) -> None:
+    chosen = subset(ctx.train, torch.tensor([5, 2]).numpy())
+    assert torch.equal(chosen.labels, ctx.train.labels[[5, 2]])
+    assert torch.equal(chosen.inputs["pixel_values"], ctx.train.inputs["pixel_values"][[5, 2]])
