@@ -336,6 +336,20 @@ def test_paper_start_is_not_preserving(axes):
     assert gap(SMALL, larger(**axes), PAPER) > 1e-2
 
 
+def test_paper_starts_from_xavier_normal_maps_and_the_mean_of_the_blocks():
+    small = Size(width=64, depth=3, heads=2, head_dim=32, mlp=80)
+    operator = operator_of(small, Size(width=96, depth=4, heads=3, head_dim=32, mlp=112), PAPER)
+    for name, tensor in start(operator).items():
+        if name.startswith("depth."):
+            assert_close(tensor, torch.full_like(tensor, 1 / 3), rtol=1e-7, atol=0)
+        else:
+            fan_out, fan_in = tensor.shape[-2:]
+            xavier = (2 / (fan_in + fan_out)) ** 0.5
+            for of_block in tensor.view(-1, fan_out, fan_in):
+                assert abs(of_block.mean()) < 0.05 * xavier
+                assert abs(of_block.std() / xavier - 1) < 0.05
+
+
 # preserving: copies, shares, heads ------------------------------------------------------------------------------------
 
 
