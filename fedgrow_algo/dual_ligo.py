@@ -43,4 +43,4 @@ def grown_forward(task: Task, operator: Operator, small: Mapping[str, Tensor], l
 
 def grown(operator: Operator, tensors: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Tree:
     """The grown weights as a tree of their own, detached."""
-    return {name: tensor.detach().contiguous() for name, tensor in operator(tensors, small).items()}
+    return {name: tensor.detach().clone() for name, tensor in operator(tensors, small).items()}

@@ -133,6 +133,8 @@ def exact(operator: Operator, generator: torch.Generator) -> Tree:
         one_hot = torch.nn.functional.one_hot(copied_units(operator, operator.groups[group]), shape[-1]).double()
         if group in operator.residual and not name.endswith(READ):
             one_hot[shape[-1] :] = 1.0 / shape[-1]
+        elif group in operator.residual:  # reads of new coordinates are free: made unlike, so that no two stay alike
+            one_hot *= (1 + torch.arange(shape[-2]) // shape[-1])[:, None]
         tensors[name] = one_hot.expand(shape).clone()
     return tensors
 

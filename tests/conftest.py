@@ -1,12 +1,15 @@
 """Fixtures that several test modules share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.suites import tiny
 from fedsim.experiment import Experiment, with_settings
+from fedsim.runtime.inline import InlineRuntime
+from fedsim.simulation import run
 
 
 # What makes `benchmarks.suites:tiny` tinier still, as words for `--set`.
@@ -38,6 +41,15 @@ def tiny_settings() -> list[str]:
 def tiny_experiment() -> Experiment:
     """Fed-Grow on a few digits: 3 participants of 3 small forms, 2 federated rounds, under a second once counted."""
     return with_settings(tiny(), TINY_SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with a finished, undisturbed run of `tiny_experiment`, computed inline. Do not write to it."""
+    out, runtime = tmp_path_factory.mktemp("tiny_run"), InlineRuntime()
+    run(tiny_experiment, runtime=runtime, out=out)
+    runtime.close()
+    return out
 
 
 @pytest.fixture

@@ -178,9 +178,7 @@ def test_mean_moves_with_an_affine_change_of_all_updates(a: float, b: float) -> 
 
 def test_mean_of_parameters_is_start_plus_mean_of_changes() -> None:
     updates, start = random_updates(4), {"w": torch.arange(7.0), "b": torch.tensor(1.0)}
-    changes = [
-        dataclasses.replace(one, tree={name: one.tree[name] - start[name] for name in start}) for one in updates
-    ]
+    changes = [dataclasses.replace(one, tree={name: one.tree[name] - start[name] for name in start}) for one in updates]
     expected = {name: start[name] + change for name, change in weighted_mean(changes, LIKE).items()}
     for name, tensor in weighted_mean(updates, LIKE).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)

@@ -84,7 +84,9 @@ def test_the_inline_runtime_and_ray_do_not_know_each_other(module: str) -> None:
 @pytest.mark.parametrize("module", below("fedgrow_algo", "baselines"))
 def test_algorithms_know_nothing_of_where_they_run(module: str) -> None:
     platform = ["runtime", "results", "store", "simulation", "aggregator", "participant", "experiment", "runner", "cli"]
-    assert not reaching(module, ["ray", "benchmarks", *(f"fedsim.{name}" for name in [*platform, "rows", "checkpoint"])])
+    assert not reaching(
+        module, ["ray", "benchmarks", *(f"fedsim.{name}" for name in [*platform, "rows", "checkpoint"])]
+    )
 
 
 @pytest.mark.parametrize("module", below("baselines"))

@@ -313,9 +313,7 @@ def test_client_model_is_the_target_in_evaluation_mode(case: Case) -> None:
     assert not any(module.training for module in model.modules())
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes_of(case, TARGET)
     before = case.algorithm.client_model(case.payload(), case.private[0], case.client())
-    changed = [
-        not torch.equal(one, other) for one, other in zip(model.parameters(), before.parameters(), strict=True)
-    ]
+    changed = [not torch.equal(one, other) for one, other in zip(model.parameters(), before.parameters(), strict=True)]
     assert any(changed), "training does not reach the model that is scored"
 
 

@@ -13,6 +13,8 @@ from fedsim.checkpoint import Versions
 from fedsim.models import Form, Inputs, get_family
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VIT = get_family("vit")
 INPUTS = Inputs("image", 10, image_size=8, channels=1, patch_size=2)
 SMALL, MIDDLE, LARGE = Form(8, 2, heads=2), Form(12, 3, heads=3, mlp=14), Form(15, 4, heads=3, mlp=21)

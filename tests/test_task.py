@@ -44,8 +44,6 @@ def held_out(task: Task) -> Split:
     return task.dataset.test
 
 
-
-
 def score(correct: Sequence[int], count: Sequence[int], loss: float = 1.0) -> Score:
     return Score(loss, np.array(correct), np.array(count))
 
