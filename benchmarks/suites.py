@@ -23,7 +23,7 @@ def quick() -> list[Experiment]:
     """
     grow = FedGrow(
         preset="paper",
-        lr=2e-3,
+        lr=3e-3,
         epochs=2,
         local_lr=3e-3,
         local_epochs=20,
@@ -51,7 +51,7 @@ def quick() -> list[Experiment]:
         replace(grow, preset="preserving"),
         replace(grow, federate=False),
         replace(grow, preset="preserving", federate=False),
-        FedAvg(lr=2e-3, epochs=2, batch_size=32),
+        FedAvg(lr=5e-3, epochs=2, batch_size=32),
     )
     return [replace(base, algorithm=algorithm) for algorithm in algorithms]
 

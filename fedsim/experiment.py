@@ -165,8 +165,9 @@ def load_experiments(target: str) -> list[Experiment]:
         names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
         refuse("MODULE:FUNCTION", target, f"a function of {module_name}{nearest(function_name, names)}")
     result = function()
-    experiments = list(result) if isinstance(result, list | tuple) else [result]
-    if not experiments or not all(isinstance(item, Experiment) for item in experiments):
+    results = result if isinstance(result, list | tuple) else [result]
+    experiments = [item for item in results if isinstance(item, Experiment)]
+    if not experiments or len(experiments) < len(results):
         refuse("MODULE:FUNCTION", target, "a function that returns an Experiment or a list of them")
     return experiments
 
@@ -204,7 +205,7 @@ def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -
     """`instance` with all changes below it applied at once: fields that depend on each other move together."""
     if isinstance(instance, tuple):
         names: dict[str, Any] = {str(index): item for index, item in enumerate(instance)}
-    elif dataclasses.is_dataclass(instance):
+    elif dataclasses.is_dataclass(instance) and not isinstance(instance, type):
         names = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
     else:
         raise ValueError(f"--set {prefix}: {prefix} has no fields")

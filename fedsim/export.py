@@ -52,14 +52,12 @@ def export(directory: Path, run_id: str | None, participant: int, to: Path) -> P
     task, algorithm = Task(experiment.task), experiment.algorithm
     tier = tiers_of(experiment)[participant]
     info = ClientInfo(participant, tier.name, tier.form, 0)
-    sizes = {"seed": experiment.seed, "round": last, "task": task}
-    forms = {"intermediate": experiment.intermediate, "target": experiment.target}
-    payload = algorithm.server_broadcast(server[1], [info], ServerContext(**sizes, **forms, clients=[info]))[
-        participant
-    ]
-    nothing = Split({}, torch.zeros(0, dtype=torch.long))
-    context = ClientContext(**sizes, **forms, info=info, train=nothing, device=torch.device("cpu"), meter=Meter("", {}))
-    model = algorithm.client_model(payload, private[1], context)
+    seed, middle, target = experiment.seed, experiment.intermediate, experiment.target
+    at_server = ServerContext(seed, last, task, middle, target, [info])
+    nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
+    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, Meter("", {}))
+    payload = algorithm.server_broadcast(server[1], [info], at_server)[participant]
+    model = algorithm.client_model(payload, private[1], at_client)
     try:
         to.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(to)  # type: ignore[operator]  # every family builds Hugging Face models

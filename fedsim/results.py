@@ -187,6 +187,16 @@ def read_run(directory: Path, table: str, run_id: str) -> pd.DataFrame:
     return (_read_file(path, schema) if path.exists() else schema.empty_table()).to_pandas()
 
 
+def rows_of(frame: pd.DataFrame, table: str) -> list[dict[str, Any]]:
+    """A frame of a table as rows that `write_table` takes back: nulls as None, whole numbers as int."""
+    whole = {field.name for field in SCHEMAS[table] if field.type == pa.int64()}
+    columns = {
+        name: [None if pd.isna(value) else int(value) if name in whole else value for value in frame[name]]
+        for name in SCHEMAS[table].names
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def load(directory: Path | str) -> Results:
     """The results of a folder that `fedsim run` or `benchmarks/sweep.py` wrote into."""
     return Results(**{table: read_table(Path(directory), table) for table in SCHEMAS})

@@ -114,13 +114,8 @@ class RunStore:
         """This run's rows of a table, up to round `last`; rows of a round that was not finished are left out."""
         frame = results.read_run(self.directory, table, self.run_id)
         if last is not None:
-            frame = frame[frame["round"] <= last]
-        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-        integers = {field.name for field in results.SCHEMAS[table] if str(field.type) == "int64"}
-        return [
-            {name: int(value) if name in integers and value is not None else value for name, value in row.items()}
-            for row in rows
-        ]
+            frame = frame.loc[frame["round"] <= last]
+        return results.rows_of(frame, table)
 
 
 def run_ids_in(directory: Path) -> set[str]:

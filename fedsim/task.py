@@ -53,7 +53,15 @@ class TaskConfig:
                 channels=data.channels,
                 patch_size=self.patch_size,
             )
-        return Inputs(data.kind, data.num_classes, vocab_size=data.vocab_size, max_length=data.max_length)
+        padding, end = data.special_ids
+        return Inputs(
+            data.kind,
+            data.num_classes,
+            vocab_size=data.vocab_size,
+            max_length=data.max_length,
+            padding_id=padding,
+            end_id=end,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

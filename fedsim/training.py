@@ -163,7 +163,7 @@ def step_cost(ctx: ClientContext, forward: Forward, parameters: Tree, size: int)
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        leaves = {name: fake.from_tensor(tensor.detach().cpu()).requires_grad_() for name, tensor in parameters.items()}
-        batch = {name: fake.from_tensor(tensor) for name, tensor in ctx.task.example(size).items()}
+        leaves: Tree = {name: fake.from_tensor(t.detach().cpu()).requires_grad_() for name, t in parameters.items()}
+        batch: Batch = {name: fake.from_tensor(tensor) for name, tensor in ctx.task.example(size).items()}
         ctx.task.loss(forward(leaves, batch), batch).backward()
     return counter.get_total_flops(), sum(saved.values())

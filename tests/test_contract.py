@@ -60,11 +60,32 @@ METHODS = {
     "fedavg": Row(FedAvg(lr=1e-2, epochs=2, batch_size=8), "target", server_model=True),
 }
 TABLE = [(method, task) for task in TASKS for method in METHODS]
-PROMISED_NAMES = """
-    fedgrow fedgrow_joint fedgrow_no_federation fedgrow_released_code fedavg fedavg_small fedavg_mid fedprox heterofl
-    heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed grow_then_fedavg exclusive
-    ensemble_small local_only fedit ffa_lora flora hetlora
-""".split()
+PROMISED_NAMES = [
+    "fedgrow",
+    "fedgrow_joint",
+    "fedgrow_no_federation",
+    "fedgrow_released_code",
+    "fedavg",
+    "fedavg_small",
+    "fedavg_mid",
+    "fedprox",
+    "heterofl",
+    "heterofl_clean",
+    "fedrolex",
+    "fjord",
+    "federated_dropout",
+    "fedbrb_like",
+    "depthfl",
+    "progfed",
+    "grow_then_fedavg",
+    "exclusive",
+    "ensemble_small",
+    "local_only",
+    "fedit",
+    "ffa_lora",
+    "flora",
+    "hetlora",
+]
 
 
 @dataclasses.dataclass

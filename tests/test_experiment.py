@@ -250,7 +250,7 @@ def wrong_value(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if hint is str:
         return "3"
-    if str in arguments or typing.get_origin(hint) is tuple and str in typing.get_args(arguments[0]):
+    if str in arguments or (typing.get_origin(hint) is tuple and str in typing.get_args(arguments[0])):
         return "1.5"
     return "wrong"
 

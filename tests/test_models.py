@@ -142,9 +142,11 @@ def test_families_refuse_data_they_cannot_read():
 
 
 def test_special_tokens_are_in_the_vocabulary():
-    for size, padding, end in ((258, 256, 257), (50257, 50256, 50256), (300, 299, 299)):
-        config = get_family("gpt2").build(Form(2, 1, heads=1), Inputs("lm", 1, vocab_size=size, max_length=4)).config
-        assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (padding, end, end)
+    config = get_family("gpt2").build(Form(2, 1, heads=1), TASKS["gpt2-lm"].inputs).config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (256, 257, 257)
+    other = Inputs("lm", 1, vocab_size=300, max_length=4, padding_id=7, end_id=299)
+    config = get_family("gpt2").build(Form(2, 1, heads=1), other).config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (7, 299, 299)
 
 
 # fused dimensions -----------------------------------------------------------------------------------------------------

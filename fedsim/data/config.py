@@ -130,6 +130,11 @@ class DataConfig:
         """Size of the tokenizer's vocabulary; None for images. Reads the tokenizer, never data."""
         return None if self.kind == "image" else text.vocabulary(self.tokenizer, self.hub)
 
+    @property
+    def special_ids(self) -> tuple[int | None, int | None]:
+        """The ids that pad a text and that close it; None for images. Reads the tokenizer, never data."""
+        return (None, None) if self.kind == "image" else text.special_ids(self.tokenizer, self.hub)
+
 
 def _kind_of(name: str) -> str | None:
     return KNOWN[name].kind if name in KNOWN else EMBEDDED.get(name)

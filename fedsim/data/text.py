@@ -31,6 +31,15 @@ def vocabulary(tokenizer: str, hub: bool) -> int:
     return BYTE_VOCABULARY if tokenizer == "bytes" else len(_pretrained(tokenizer, hub))
 
 
+def special_ids(tokenizer: str, hub: bool) -> tuple[int, int]:
+    """`(padding, end)`: the ids that pad a text and that close it."""
+    if tokenizer == "bytes":
+        return BYTE_PADDING, BYTE_END
+    pretrained = _pretrained(tokenizer, hub)
+    padding = pretrained.pad_token_id
+    return padding, padding if pretrained.eos_token_id is None else pretrained.eos_token_id
+
+
 def joined(table: Any, columns: Sequence[str]) -> list[str]:
     """One text an example: its text columns joined with a space, cells without a value left out."""
     import datasets

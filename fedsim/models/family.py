@@ -64,6 +64,8 @@ class Inputs:
     patch_size: int | None = None
     vocab_size: int | None = None
     max_length: int | None = None
+    padding_id: int | None = None
+    end_id: int | None = None
 
 
 class Family(abc.ABC):

@@ -6,7 +6,6 @@ One of them, `c_attn`, holds queries, keys and values. The language-modelling he
 
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from fedsim.data.text import BYTE_END, BYTE_PADDING, BYTE_VOCABULARY
 from fedsim.models.family import Family, Form, Inputs
 from fedsim.submodel import ParamSpec
 
@@ -53,10 +52,6 @@ class Gpt2(Family):
     def build(self, form: Form, inputs: Inputs) -> GPT2LMHeadModel | GPT2ForSequenceClassification:
         self.check(form, inputs)
         assert inputs.vocab_size and inputs.max_length
-        # Only the size of another tokenizer's vocabulary is known. GPT-2's own ends a text with its last token, and
-        # has no other to pad with.
-        last = inputs.vocab_size - 1
-        padding, end = (BYTE_PADDING, BYTE_END) if inputs.vocab_size == BYTE_VOCABULARY else (last, last)
         config = GPT2Config(
             vocab_size=inputs.vocab_size,
             n_positions=inputs.max_length,
@@ -69,9 +64,9 @@ class Gpt2(Family):
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,  # a training step would copy every key and value
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=padding,
+            bos_token_id=inputs.end_id,
+            eos_token_id=inputs.end_id,
+            pad_token_id=inputs.padding_id,
         )
         if inputs.kind == "lm":
             model = GPT2LMHeadModel(config)

@@ -51,6 +51,7 @@ class Vit(Family):
 
     def build(self, form: Form, inputs: Inputs) -> ViTForImageClassification:
         self.check(form, inputs)
+        assert inputs.image_size and inputs.patch_size and inputs.channels
         config = ViTConfig(
             hidden_size=form.width,
             num_hidden_layers=form.depth,
@@ -59,10 +60,10 @@ class Vit(Family):
             image_size=inputs.image_size,
             patch_size=inputs.patch_size,
             num_channels=inputs.channels,
-            num_labels=inputs.num_classes,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
+        config.num_labels = inputs.num_classes
         return ViTForImageClassification(config)
 
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:

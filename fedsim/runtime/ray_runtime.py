@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import ray
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from fedsim.runtime.base import (
     Answer,
@@ -42,7 +42,6 @@ from fedsim.runtime.placement import Capacity, Plan, plan
 
 ATTEMPTS = 4  # times a call is tried before the run gives up: the host, or the aggregator, keeps dying
 START_SECONDS = 300
-LOST = (ActorDiedError, ActorUnavailableError, RayActorError)
 
 
 class Host:
@@ -162,7 +161,7 @@ class _Lost:
         while True:
             try:
                 return ray.get(self.reference)
-            except LOST as error:
+            except RayActorError as error:
                 if self.attempts >= ATTEMPTS:
                     ids = ", ".join(map(str, self.payloads))
                     raise RuntimeError(
@@ -231,7 +230,7 @@ class RayRuntime(Runtime):
                 return ray.get(reference)
             except RayTaskError as error:
                 raise error.cause from None  # what the aggregator raised, as it raised it
-            except LOST as error:
+            except RayActorError as error:
                 if attempt == ATTEMPTS:
                     raise RuntimeError(f"the aggregator died {ATTEMPTS} times at {method!r}: {error}") from error
         raise AssertionError("unreachable")
@@ -248,7 +247,7 @@ class RayRuntime(Runtime):
     # parts ----------------------------------------------------------------------------------------------------------
 
     def _progress(self) -> tuple[str, int, int]:
-        with contextlib.suppress(*LOST, ray.exceptions.GetTimeoutError):  # it is being restarted, or busy: no news
+        with contextlib.suppress(RayActorError, GetTimeoutError):  # it is being restarted, or busy: no news
             return ray.get(self.server.progress.remote(), timeout=1.0)
         return ("", 0, 0)
 
