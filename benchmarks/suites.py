@@ -26,9 +26,9 @@ def quick() -> list[Experiment]:
         lr=3e-3,
         epochs=2,
         local_lr=3e-3,
-        local_epochs=20,
+        local_epochs=15,
         small_lr=3e-3,
-        small_epochs=20,
+        small_epochs=15,
         batch_size=32,
     )
     base = Experiment(
@@ -43,7 +43,7 @@ def quick() -> list[Experiment]:
         target=Form(48, 4),
         partition=Partition("dirichlet", alpha=0.5, min_size=40),
         participants=6,
-        rounds=15,
+        rounds=12,
         chunk=3,
     )
     algorithms = (

@@ -202,7 +202,7 @@ def test_updates_without_tensors_average_to_an_empty_state() -> None:
 def test_trees_of_different_names_are_refused(broken: Callable[[Tree], Tree]) -> None:
     updates = random_updates(2)
     strange = dataclasses.replace(updates[1], tree=broken(updates[1].tree))
-    with pytest.raises(ValueError, match="different names.*'b'"):
+    with pytest.raises(ValueError, match=r"different names.*'b'"):
         weighted_sum([updates[0], strange])
 
 

@@ -201,9 +201,8 @@ def test_ctrl_c_leaves_what_was_finished_readable(
 
 
 def test_python_m_fedsim_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fedsim", "run", TINY, "--set", "roundz=1"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "fedsim", "run", TINY, "--set", "roundz=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --set roundz: no such field; did you mean rounds?\n"
 

@@ -60,7 +60,7 @@ METHODS = {
     "fedavg": Row(FedAvg(lr=1e-2, epochs=2, batch_size=8), "target", server_model=True),
 }
 TABLE = [(method, task) for task in TASKS for method in METHODS]
-PROMISED_NAMES = [
+PROMISED_NAMES = {
     "fedgrow",
     "fedgrow_joint",
     "fedgrow_no_federation",
@@ -85,7 +85,7 @@ PROMISED_NAMES = [
     "ffa_lora",
     "flora",
     "hetlora",
-]
+}
 
 
 @dataclasses.dataclass
@@ -413,7 +413,7 @@ def test_an_update_holds_exactly_what_the_method_says(case: Case) -> None:
 
 
 def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a name nor the values of the small model, the local operator, the intermediate model, the target, data."""
+    """Neither a name nor values of the small model, the local operator, the intermediate model, the target or data."""
     trained: dict[str, Tree] = {}
 
     def recording(local_train: Callable[..., Tree]) -> Callable[..., Tree]:

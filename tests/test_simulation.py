@@ -21,7 +21,7 @@ import fedsim.store
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import ClientContext, ClientUpdate, weighted_mean, weighted_sum
 from fedsim.checkpoint import Versions
-from fedsim.cohort import cohort_of
+from fedsim.cohort import cohort_of, members
 from fedsim.cost import cost_of
 from fedsim.experiment import Experiment
 from fedsim.participant import Participant, Reply
@@ -33,6 +33,7 @@ from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import COUNTED, RunFailed, run
 from fedsim.store import RunStore
+from fedsim.task import load_task
 from fedsim.tree import Tree, sha256, sha256_of_text
 
 
@@ -90,8 +91,8 @@ def assert_same_numbers(one: Path, other: Path) -> None:
     for left, right in zip(numbers(load(one)), numbers(load(other)), strict=True):
         assert len(left)
         pd.testing.assert_frame_equal(left, right, check_exact=True)
-    runs = [load(path).runs.drop(columns=["wall_seconds"]) for path in (one, other)]
-    pd.testing.assert_frame_equal(*runs)
+    first, second = (load(path).runs.drop(columns=["wall_seconds"]) for path in (one, other))
+    pd.testing.assert_frame_equal(first, second)
 
 
 @pytest.fixture(scope="session")
@@ -267,15 +268,15 @@ def test_bytes_are_those_of_the_tensors_that_cross_the_participants_boundary(
     inline(tiny_experiment, tmp_path)
     results = load(tmp_path)
     assert len(counted) == 6 and all(down == up > 1000 for down, up in counted.values())
-    for _, row in results.clients.iterrows():
-        assert (row.bytes_down, row.bytes_up) == counted.get((row["round"], row.client), (0, 0))
+    for row in results.clients.to_dict("records"):
+        assert (row["bytes_down"], row["bytes_up"]) == counted.get((row["round"], row["client"]), (0, 0))
     predicted = cost_of(tiny_experiment, COUNTED)
-    for _, row in results.rounds.iterrows():
+    for row in results.rounds.to_dict("records"):
         down, up = (sum(pair[i] for (round, _), pair in counted.items() if round == row["round"]) for i in (0, 1))
-        assert (row.bytes_down, row.bytes_up) == (row.seam_bytes_down, row.seam_bytes_up) == (down, up)
-        if row["round"]:
-            assert up == 3 * predicted.mean("upload_bytes")
-        assert row.bytes_moved == 0
+        assert (row["bytes_down"], row["bytes_up"]) == (down, up)
+        assert (row["seam_bytes_down"], row["seam_bytes_up"]) == (down, up)
+        assert up == (3 * predicted.mean("upload_bytes") if row["round"] else 0)
+        assert row["bytes_moved"] == 0
 
 
 def test_nothing_is_sent_without_federation(alone_run: Path) -> None:
@@ -397,6 +398,34 @@ def test_a_resumed_run_reads_private_state_from_disk(
     monkeypatch.setattr(FedGrow, "client_init", client_init)
     inline(alone, tmp_path, resume=True)
     assert list(load(tmp_path).rounds["round"]) == [0, 1, 2]
+
+
+def test_a_repeated_call_gives_the_same_answer(tmp_path: Path, alone: Experiment) -> None:
+    """As after the aggregator was lost: the participant has done round 1, and is asked for round 1 once more."""
+    member = members(alone, load_task(alone.task, None))[0]
+    participant = Participant(alone, member, None, str(tmp_path), COUNTED)
+    participant.begin(0, {})
+    hashes = [participant.train(round, {}).state_sha256 for round in (1, 1, 2, 1, 2)]
+    assert hashes[0] == hashes[1] == hashes[3]
+    assert hashes[2] == hashes[4] != hashes[0]
+
+
+def test_nobody_can_write_into_what_was_sent(
+    tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FedGrow.client_update
+
+    def rude(
+        self: FedGrow, payload: Mapping[str, torch.Tensor], state: Tree, ctx: ClientContext
+    ) -> tuple[ClientUpdate, Tree]:
+        outcome = real(self, payload, state, ctx)
+        for tensor in payload.values():
+            tensor.zero_()
+        return outcome
+
+    monkeypatch.setattr(FedGrow, "client_update", rude)
+    inline(tiny_experiment, tmp_path)
+    assert_same_numbers(tiny_run, tmp_path)
 
 
 def test_a_checkpoint_that_was_cut_in_half_is_named(tmp_path: Path, tiny_experiment: Experiment) -> None:

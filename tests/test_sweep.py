@@ -11,6 +11,7 @@ from benchmarks import suites, sweep
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.experiment import Experiment
 from fedsim.results import load
+from fedsim.simulation import COUNTED
 
 
 # What every experiment of `quick` has, made small; shapes are those of the tiny experiment.
@@ -139,6 +140,7 @@ def test_dry_run_prints_what_would_be_run(
 ) -> None:
     monkeypatch.setattr(suites, "small", one_suite(tiny_experiment), raising=False)
     monkeypatch.setattr(sweep, "run_all", lambda *_, **__: pytest.fail("a dry run computes nothing"))
+    monkeypatch.setattr(sweep, "COUNTED", COUNTED)  # what other tests have counted already
     out = tmp_path / "out"
     assert sweep.main(["--suite", "small", "--seeds", "0", "5", "--dry-run", "--out", str(out)]) == 0
     first, *runs = capsys.readouterr().out.splitlines()

@@ -66,20 +66,19 @@ def forward_in(ctx: ClientContext) -> Callable[[Mapping[str, Tensor], Batch], Te
 
 
 def plain_model(form: Form) -> ViTForImageClassification:
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=form.width,
-            num_hidden_layers=form.depth,
-            num_attention_heads=form.heads,
-            intermediate_size=form.width,
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            num_labels=10,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
+    config = ViTConfig(
+        hidden_size=form.width,
+        num_hidden_layers=form.depth,
+        num_attention_heads=form.heads,
+        intermediate_size=form.width,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 10
+    return ViTForImageClassification(config)
 
 
 @pytest.mark.parametrize("clip, weight_decay", [(1.0, 0.0), (None, 0.1)])
@@ -151,7 +150,7 @@ def test_its_input_is_not_written_to(ctx: ClientContext) -> None:
 def test_order_of_names_changes_no_bit(ctx: ClientContext) -> None:
     start = ctx.task.fresh(FORM, 0)
     backwards = {name: start[name] for name in reversed(start)}
-    settings = SETTINGS | {"clip": 0.1}
+    settings = dict(SETTINGS, clip=0.1)
     forward = forward_in(ctx)
     assert sha256(local_train(ctx, forward, start, **settings)) == sha256(
         local_train(ctx, forward, backwards, **settings)
@@ -169,7 +168,7 @@ def test_an_epoch_leaves_no_example_out(ctx: ClientContext, batch_size: int, siz
 
     start = ctx.task.fresh(FORM, 0)
     local_train(ctx, forward_in(ctx), start, **SETTINGS)  # counts, so that only training is seen below
-    local_train(ctx, forward, start, **SETTINGS | {"batch_size": batch_size, "epochs": 2})
+    local_train(ctx, forward, start, **dict(SETTINGS, batch_size=batch_size, epochs=2))
     assert [len(batch) for batch in seen] == 2 * sizes
     everything = ctx.task.batch(ctx.train, torch.arange(60))["pixel_values"]
     epochs = torch.cat(seen).split(60)
@@ -181,7 +180,7 @@ def test_an_epoch_leaves_no_example_out(ctx: ClientContext, batch_size: int, siz
 
 def test_purpose_round_and_client_each_have_an_order_of_their_own(ctx: ClientContext) -> None:
     def trained(context: ClientContext, purpose: str = "target") -> str:
-        settings = SETTINGS | {"purpose": purpose}
+        settings = dict(SETTINGS, purpose=purpose)
         return sha256(local_train(context, forward_in(context), context.task.fresh(FORM, 0), **settings))
 
     base = trained(ctx)
@@ -224,7 +223,7 @@ def test_loss_that_is_not_finite_is_named(ctx: ClientContext, lr: float) -> None
     if lr < 1:
         start["classifier.bias"][0] = float("nan")
     with pytest.raises(FloatingPointError) as error:
-        local_train(ctx, forward_in(ctx), start, **SETTINGS | {"lr": lr, "epochs": 3})
+        local_train(ctx, forward_in(ctx), start, **dict(SETTINGS, lr=lr, epochs=3))
     assert "target" in str(error.value)
     assert f"lr={lr}" in str(error.value)
     assert "nan" in str(error.value) or "inf" in str(error.value)
@@ -235,7 +234,7 @@ def test_loss_that_is_not_finite_is_named(ctx: ClientContext, lr: float) -> None
 
 def test_work_of_a_training_by_hand(ctx: ClientContext) -> None:
     start = ctx.task.fresh(FORM, 0)
-    local_train(ctx, forward_in(ctx), start, **SETTINGS | {"epochs": 3})
+    local_train(ctx, forward_in(ctx), start, **dict(SETTINGS, epochs=3))
     (work,) = ctx.meter.work
     cost = ctx.meter.cost(ctx, forward_in(ctx), clone(start), "target")
     assert (work.purpose, work.examples, work.steps) == ("target", 180, 24)
@@ -247,7 +246,7 @@ def test_work_of_a_training_by_hand(ctx: ClientContext) -> None:
 
 def test_loss_in_the_accounts_is_the_last_epochs_mean_over_examples(ctx: ClientContext) -> None:
     start = ctx.task.fresh(FORM, 0)
-    local_train(ctx, forward_in(ctx), start, **SETTINGS | {"lr": 0.0, "batch_size": 50})  # batches of 50 and 10
+    local_train(ctx, forward_in(ctx), start, **dict(SETTINGS, lr=0.0, batch_size=50))  # batches of 50 and 10
     batch = ctx.task.batch(ctx.train, torch.arange(60))
     expected = float(ctx.task.loss(ctx.task.forward(FORM, start, batch), batch))
     assert ctx.meter.loss == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,67 @@
+"""The README says what is there: its tree, its commands, its words."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fedsim.cli import parser as fedsim_parser
+from fedsim.experiment import load_experiments, with_settings
+
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def tree() -> set[str]:
+    """The files the README's tree names."""
+    block = README.partition("## Where things are")[2].partition("##")[0]
+    found, folders = set(), {0: ""}
+    for line in block.splitlines():
+        match = re.match(r"( {4,})((?:\S+, )*\S+)(?:  +|$)", line)
+        if not match:
+            continue
+        depth = len(match[1])
+        folder = "".join(path for level, path in sorted(folders.items()) if level < depth)
+        for name in match[2].split(", "):
+            if name.endswith("/"):
+                folders = {level: path for level, path in folders.items() if level < depth} | {depth: name}
+            else:
+                found.add(folder + name)
+    return found
+
+
+def test_tree_is_the_files_there_are():
+    try:
+        listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    tracked = {path for path in listing.splitlines() if not path.startswith("tests/")}
+    assert tree() | {"README.md", "LICENSE", ".gitignore"} == tracked
+
+
+def test_every_module_of_the_tree_has_a_docstring():
+    for path in tree():
+        text = (ROOT / path).read_text()
+        assert not path.endswith(".py") or not text.strip() or text.startswith('"""'), path
+
+
+def commands(program: str) -> list[list[str]]:
+    """Lines of the README that call a program, comments left out."""
+    lines = [line.partition("#")[0].split() for line in README.splitlines() if line.startswith(f"    {program} ")]
+    return [words[1:] for words in lines]
+
+
+def test_its_fedsim_commands_are_understood():
+    assert len(commands("fedsim")) >= 4
+    for words in commands("fedsim"):
+        options = fedsim_parser().parse_args(words)
+        for experiment in load_experiments(options.target) if hasattr(options, "target") else []:
+            with_settings(experiment, options.settings)
+
+
+def test_its_two_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"    make {target}" in README and re.search(rf"^{target}:", makefile, re.M)
