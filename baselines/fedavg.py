@@ -3,8 +3,8 @@
     round r, participant k   theta_k <- E epochs of local training from theta
     round r, server          theta <- sum_k n_k theta_k / sum_k n_k, over the sampled participants
 
-Differs from the paper: local training uses AdamW with gradient clipping, like every method here, instead of SGD; the sum
-of n_k runs over the sampled participants (the paper's algorithm box prints it over all of them).
+Differs from the paper: local training uses AdamW with gradient clipping, like every method here, instead of SGD; the
+sum of n_k runs over the sampled participants (the paper's algorithm box prints it over all of them).
 """
 
 import dataclasses

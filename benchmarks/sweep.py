@@ -98,14 +98,14 @@ def experiments_of(name: str, options: argparse.Namespace) -> list[Experiment]:
             if algorithm not in names:
                 raise ValueError(f"--only={algorithm!r}: not in suite {name!r}{nearest(algorithm, names)}")
         base = [experiment for experiment in base if experiment.algorithm.name in options.only]
-    try:
-        return [
-            with_settings(replace(experiment, seed=seed), options.settings)
-            for seed in dict.fromkeys(options.seeds)
-            for experiment in base
-        ]
-    except ValueError as error:
-        raise ValueError(f"suite {name!r}: {error}") from error
+    experiments = []
+    for seed in dict.fromkeys(options.seeds):
+        for experiment in base:
+            try:
+                experiments.append(with_settings(replace(experiment, seed=seed), options.settings))
+            except ValueError as error:
+                raise ValueError(f"suite {name!r}, {label_of(experiment)}: {error}") from error
+    return experiments
 
 
 def print_plan(wanted: dict[str, list[Experiment]], console: Console) -> None:

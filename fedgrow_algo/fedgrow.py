@@ -9,12 +9,12 @@ Shen et al., "Fed-Grow: Federating to Grow Transformers for Resource-Constrained
     round r, server          Global <- sum_i n_i Global_i / sum_i n_i
     result                   T_i = Global(M_i), one for each participant
 
-Only Global leaves a participant: not S_i, Local_i, M_i, T_i, nor data. The classifier is grown from S_i's, so nothing else
-has to travel.
+Only Global leaves a participant: not S_i, Local_i, M_i, T_i, nor data. The classifier is grown from S_i's, so nothing
+else has to travel.
 
 Differs from the paper: its text could not be read in full, so the staged procedure and the operator's matrices follow the
-authors' released code, with three departures. The code uploads and averages M_i and a scratch target as well; here, as
-the paper says, only Global is shared. The code draws a different Global for each participant; here all start from the
+authors' released code, with three departures. The code uploads and averages M_i and a scratch target as well; here,
+as the paper says, only Global is shared. The code draws a different Global for each participant; here all start from the
 server's. The code trains the position embedding outside the operator; here it is grown like every embedding.
 """
 
@@ -24,8 +24,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
-from fedgrow_algo.pretrain import trained_on_own_shard
 from fedgrow_algo.presets import by_name
+from fedgrow_algo.pretrain import trained_on_own_shard
 from fedsim.algorithm import (
     Algorithm,
     ClientContext,

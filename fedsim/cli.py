@@ -17,6 +17,7 @@ from fedsim.progress import label_of
 from fedsim.runner import check_data, check_folder, locked, run_all
 from fedsim.runtime import RUNTIMES, make_runtime
 from fedsim.simulation import RunFailed
+from fedsim.training import StepCost
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,7 +136,8 @@ def report_failures(failures: Sequence[RunFailed], command: str, console: Consol
 
 def inspect_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
-    costs = [cost_of(experiment, {}) for experiment in experiments]
+    counted: dict[tuple, StepCost] = {}
+    costs = [cost_of(experiment, counted) for experiment in experiments]
     if options.json:
         objects = [cost.as_json(experiment) for cost, experiment in zip(costs, experiments, strict=True)]
         print(json.dumps(objects[0] if len(objects) == 1 else objects, indent=2))

@@ -106,7 +106,7 @@ def _participant(
     experiment: Experiment, task: Task, tier: Tier, count: int, counted: dict[tuple, StepCost]
 ) -> ParticipantCost:
     algorithm, info = experiment.algorithm, ClientInfo(0, tier.name, tier.form, 0)
-    meter = Meter(repr(algorithm), counted)
+    meter = Meter.of(algorithm, counted)
     server = ServerContext(experiment.seed, 0, task, experiment.intermediate, experiment.target, [info])
     client = ClientContext(
         seed=experiment.seed,

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -152,7 +153,7 @@ def load_experiments(target: str) -> list[Experiment]:
     **Raises:** `ValueError` saying which part of `target` does not lead anywhere.
     """
     module_name, _, function_name = target.partition(":")
-    if not function_name:
+    if not function_name or not module_name or module_name.startswith("."):
         refuse("MODULE:FUNCTION", target, "an importable module and a function in it, such as benchmarks.suites:tiny")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own module lies where the command is typed
@@ -164,6 +165,10 @@ def load_experiments(target: str) -> list[Experiment]:
     if not callable(function):
         names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
         refuse("MODULE:FUNCTION", target, f"a function of {module_name}{nearest(function_name, names)}")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"MODULE:FUNCTION={target!r}: is called without arguments, but {error}") from error
     result = function()
     results = result if isinstance(result, list | tuple) else [result]
     experiments = [item for item in results if isinstance(item, Experiment)]
@@ -229,7 +234,12 @@ def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -
             values[name] = _replaced(values[name], below, field)
     if isinstance(instance, tuple):
         return tuple(values.values())
-    return dataclasses.replace(instance, **values)
+    try:
+        return dataclasses.replace(instance, **values)
+    except ValueError as error:
+        if not prefix or str(error).startswith(prefix):
+            raise
+        raise ValueError(f"{prefix}: {error}") from error
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -145,7 +145,7 @@ class Participant:
 
     def _measured(self, round: int, payload: Payload, work) -> Reply:
         """Run some work and note what it took. The payload is copied: nobody can write into what was sent."""
-        meter = Meter(repr(self.experiment.algorithm), self.counted)
+        meter = Meter.of(self.experiment.algorithm, self.counted)
         reset_peak_memory(self.device)
         started = time.perf_counter()
         received = trees.to(trees.clone(payload), self.device)

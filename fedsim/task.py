@@ -165,7 +165,8 @@ class Task:
         classes = 1 if self.inputs.kind == "lm" else self.inputs.num_classes
         device = next(model.parameters()).device
         loss, correct, count = 0.0, np.zeros(classes, np.int64), np.zeros(classes, np.int64)
-        for index in torch.arange(len(split.labels)).split(batch_size):
+        for start in range(0, len(split.labels), batch_size):
+            index = torch.arange(start, min(start + batch_size, len(split.labels)))
             batch = self.batch(split, index, device)
             logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
             predicted, labels = self.aligned(logits, batch)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim.algorithm import ClientContext
+from fedsim.algorithm import Algorithm, ClientContext
 from fedsim.task import Batch
 from fedsim.tree import Tree, clone
 
@@ -39,11 +39,16 @@ class Work:
 
 @dataclasses.dataclass
 class Meter:
-    """Collects the `Work` of one participant's call. `counted` remembers costs per shape for the whole process."""
+    """Collects the `Work` of one participant's call. `counted` remembers the costs of steps by `key` and shapes."""
 
     key: str
     counted: dict[tuple, "StepCost"]
     work: list[Work] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def of(algorithm: Algorithm, counted: dict[tuple, "StepCost"]) -> "Meter":
+        """A meter that shares counts between runs of one method: learning rates cost no FLOPs."""
+        return Meter(f"{algorithm.name}/{algorithm.preset_name}", counted)
 
     @property
     def trainable(self) -> int:
@@ -62,7 +67,7 @@ class Meter:
     def cost(self, ctx: ClientContext, forward: Forward, parameters: Tree, purpose: str) -> "StepCost":
         """What one step costs, measured once a shape."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in parameters.items())
-        key = (self.key, purpose, ctx.info.form, ctx.task.inputs, ctx.intermediate, ctx.target, shapes)
+        key = (self.key, purpose, ctx.task.config.family, ctx.task.inputs, ctx.intermediate, ctx.target, shapes)
         if key not in self.counted:
             self.counted[key] = StepCost.measured(ctx, forward, parameters)
         return self.counted[key]

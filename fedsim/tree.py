@@ -52,14 +52,21 @@ def scaled_sum(sum_: Mapping[str, Tensor] | None, tree: Mapping[str, Tensor], we
     """
     if sum_ is None:
         return {name: tensor.detach().double() * weight for name, tensor in tree.items()}
-    if sum_.keys() != tree.keys():
-        raise ValueError(f"trees of different names cannot be added: {sorted(sum_.keys() ^ tree.keys())[:4]}")
+    _check_same_names(sum_, tree)
     return {name: torch.add(sum_[name], tree[name].detach().double(), alpha=weight) for name in sum_}
 
 
 def added(left: Mapping[str, Tensor] | None, right: Mapping[str, Tensor]) -> Tree:
     """`left + right`; `left=None` stands for zero."""
-    return dict(right) if left is None else {name: left[name] + right[name] for name in left}
+    if left is None:
+        return dict(right)
+    _check_same_names(left, right)
+    return {name: left[name] + right[name] for name in left}
+
+
+def _check_same_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    if left.keys() != right.keys():
+        raise ValueError(f"trees of different names cannot be added: {sorted(left.keys() ^ right.keys())[:4]}")
 
 
 def divided(sum_: Mapping[str, Tensor], weight: float, like: Mapping[str, Tensor]) -> Tree:

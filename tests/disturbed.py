@@ -1,4 +1,4 @@
-"""An algorithm that is disturbed once: what fault tests run. It must be importable in the processes of a Ray runtime."""
+"""An algorithm that is disturbed once: what fault tests run, in any process of a Ray runtime."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from fedsim.experiment import Experiment
 class Disturbed(Algorithm):
     """Behaves as `inner`, except for one event at one place.
 
-    - `event`: "raise" (always), "die" (the client's process), "die_always", "die_server", or "stall" (the client waits).
+    - `event`: "raise" (always), "die" (the client's process), "die_always", "die_server", "stall" (the client waits).
     - `client`, `round`: where. - `folder`: a file in it marks that the event has happened, so that it happens once.
     """
 

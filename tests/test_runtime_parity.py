@@ -1,10 +1,13 @@
 """The same experiment gives the same bits inline and on Ray, on any number of hosts."""
 
+import dataclasses
+
 import pytest
 import ray
 
 import fedsim
 from fedsim.experiment import Experiment
+from fedsim.results import Results
 from fedsim.runner import run_all
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.ray_runtime import RayRuntime
@@ -29,7 +32,7 @@ def reference(tmp_path_factory):
     return results_of([small(), without_federation()], out, InlineRuntime)
 
 
-def results_of(experiments: list[Experiment], out, make_runtime) -> fedsim.results.Results:
+def results_of(experiments: list[Experiment], out, make_runtime) -> Results:
     assert run_all(experiments, out=out, make_runtime=make_runtime) == []
     return fedsim.load(out)
 
@@ -64,8 +67,6 @@ def test_runtime_counts_the_bytes_that_participants_count(reference):
 
 
 def test_participants_are_actors_with_a_fraction_of_a_gpu(cluster, tmp_path):
-    import dataclasses
-
     experiment = small()
     tiers = tuple(dataclasses.replace(tier, num_gpus=0.25) for tier in experiment.tiers)
     experiment = dataclasses.replace(experiment, tiers=tiers, rounds=1)
@@ -82,8 +83,6 @@ def test_participants_are_actors_with_a_fraction_of_a_gpu(cluster, tmp_path):
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers_before_anything_starts(cluster, tmp_path):
-    import dataclasses
-
     experiment = small()
     tiers = tuple(dataclasses.replace(tier, num_gpus=0.75) for tier in experiment.tiers)
     experiment = dataclasses.replace(experiment, tiers=tiers)
@@ -93,8 +92,6 @@ def test_what_does_not_fit_is_refused_with_both_numbers_before_anything_starts(c
 
 
 def test_participants_share_hosts_when_they_do_not_all_fit(cluster, tmp_path):
-    import dataclasses
-
     experiment = small()
     tiers = tuple(dataclasses.replace(tier, num_gpus=0.5) for tier in experiment.tiers)
     experiment = dataclasses.replace(experiment, tiers=tiers, rounds=1)
