@@ -12,10 +12,10 @@ Shen et al., "Fed-Grow: Federating to Grow Transformers for Resource-Constrained
 Only Global leaves a participant: not S_i, Local_i, M_i, T_i, nor data. The classifier is grown from S_i's, so nothing
 else has to travel.
 
-Differs from the paper: its text could not be read in full, so the staged procedure and the operator's matrices follow the
-authors' released code, with three departures. The code uploads and averages M_i and a scratch target as well; here,
-as the paper says, only Global is shared. The code draws a different Global for each participant; here all start from the
-server's. The code trains the position embedding outside the operator; here it is grown like every embedding.
+Differs from the paper: its text could not be read in full, so the staged procedure and the operator's matrices follow
+the authors' released code, with three departures. The code uploads and averages M_i and a scratch target as well; here,
+as the paper says, only Global is shared. The code draws a different Global for each participant; here all start from
+the server's. The code trains the position embedding outside the operator; here it is grown like every embedding.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ def trained_on_own_shard(
 ) -> Tree:
     """A model of the participant's own form, trained from scratch on its own shard (as in the paper's code).
 
-    It is what the participant is assumed to bring along: its parameters count as trained nowhere; its cost is round 0's.
+    It is what the participant is assumed to bring along: its parameters count as trained nowhere, its cost in round 0.
     """
     form, task = ctx.info.form, ctx.task
     return local_train(

@@ -72,6 +72,7 @@ class Disturbed(Algorithm):
 def small() -> Experiment:
     """`tiny`, made smaller: six participants, so that chunks of two meet one, two and four hosts in different ways."""
     experiment = tiny()
+    assert isinstance(experiment.algorithm, FedGrow)
     quicker = replace(experiment.algorithm, local_epochs=1, small_epochs=1)
     return replace(experiment, algorithm=quicker, participants=6)
 
@@ -79,11 +80,11 @@ def small() -> Experiment:
 def without_federation() -> Experiment:
     """The same with private state that changes in every round."""
     experiment = small()
+    assert isinstance(experiment.algorithm, FedGrow)
     return replace(experiment, algorithm=replace(experiment.algorithm, federate=False))
 
 
 def stalling() -> Experiment:
     """`small`, which stalls in round 2 unless `--set algorithm.event=none`; set `algorithm.folder`."""
     experiment = small()
-    assert isinstance(experiment.algorithm, FedGrow)
     return replace(experiment, algorithm=Disturbed(experiment.algorithm, "stall", "."))

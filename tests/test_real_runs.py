@@ -6,6 +6,7 @@ import pytest
 
 import fedsim
 from benchmarks.suites import tiny
+from fedgrow_algo.fedgrow import FedGrow
 from fedsim import environment
 from fedsim.data.partition import Partition
 from fedsim.data.source import cifar10, pydoc, sst2
@@ -21,6 +22,7 @@ def needs(name: str) -> None:
 
 def short(task: TaskConfig, **changes) -> Experiment:
     experiment = tiny()
+    assert isinstance(experiment.algorithm, FedGrow)
     algorithm = replace(experiment.algorithm, preset="preserving", small_epochs=3, local_epochs=1, batch_size=16)
     return replace(experiment, algorithm=algorithm, task=task, rounds=2, **changes)
 

@@ -67,19 +67,18 @@ def test_runtime_counts_the_bytes_that_participants_count(reference):
 
 
 def test_participants_are_actors_with_a_fraction_of_a_gpu(cluster, tmp_path):
-    experiment = small()
-    tiers = tuple(dataclasses.replace(tier, num_gpus=0.25) for tier in experiment.tiers)
-    experiment = dataclasses.replace(experiment, tiers=tiers, rounds=1)
-    seen = []
+    tiers = tuple(dataclasses.replace(tier, num_gpus=0.5) for tier in small().tiers)
+    experiment = dataclasses.replace(small(), tiers=tiers, participants=3, rounds=1)
+    free = []
 
     class Watching(RayRuntime):
         def ask(self, *args, **kwargs):
-            seen.append(ray.available_resources().get("GPU", 0.0))
+            free.append(ray.available_resources().get("GPU", 0.0))
             return super().ask(*args, **kwargs)
 
     results = results_of([experiment], tmp_path, Watching)
-    assert results.clients.host.nunique() == 6, "six quarters fit on two logical GPUs: one actor a participant"
-    assert seen[0] == pytest.approx(2 - 6 * 0.25)
+    assert results.clients.host.nunique() == 3, "three halves fit on two logical GPUs: one actor a participant"
+    assert free[0] == pytest.approx(2 - 3 * 0.5)
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers_before_anything_starts(cluster, tmp_path):
@@ -92,10 +91,9 @@ def test_what_does_not_fit_is_refused_with_both_numbers_before_anything_starts(c
 
 
 def test_participants_share_hosts_when_they_do_not_all_fit(cluster, tmp_path):
-    experiment = small()
-    tiers = tuple(dataclasses.replace(tier, num_gpus=0.5) for tier in experiment.tiers)
-    experiment = dataclasses.replace(experiment, tiers=tiers, rounds=1)
+    tiers = tuple(dataclasses.replace(tier, num_gpus=1.0) for tier in small().tiers)
+    experiment = dataclasses.replace(small(), tiers=tiers, rounds=1)
     said = []
     results = results_of([experiment], tmp_path, lambda: RayRuntime(say=said.append))
-    assert results.clients.host.nunique() == 4, "four halves fit on two logical GPUs"
-    assert said == ["6 participants share 4 hosts, up to 2 on each"]
+    assert results.clients.host.nunique() == 2, "two whole GPUs, two hosts"
+    assert said == ["6 participants share 2 hosts, up to 3 on each"]

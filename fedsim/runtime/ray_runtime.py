@@ -40,7 +40,7 @@ from fedsim.runtime.base import (
 from fedsim.runtime.placement import Capacity, Plan, plan
 
 
-ATTEMPTS = 4  # times a call is tried before the run gives up: the host, or the aggregator, keeps dying
+ATTEMPTS = 3  # times a call is tried before the run gives up: the host, or the aggregator, keeps dying
 START_SECONDS = 300
 
 
