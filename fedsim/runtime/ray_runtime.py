@@ -104,13 +104,13 @@ class RayCall(Ledger):
         refs = {key: ray.put(payload) for key, payload in {id(p): p for p in payloads.values()}.items()}
         reached: set[tuple[int, int]] = set()
         cut = chunks(list(payloads), self.chunk)
-        submitted: list[deque[_Lost]] = []
+        submitted: list[deque[_Piece]] = []
         for ids in cut:  # everything is submitted before anything is waited for
-            pieces: deque[_Lost] = deque()
+            pieces: deque[_Piece] = deque()
             for host, members in self._by_host(ids):
                 boxed = {id_: [refs[id(payloads[id_])]] for id_ in members}
                 alone = len(members) == len(ids)
-                pieces.append(_Lost(self, host, method, round, boxed, fold if alone else None))
+                pieces.append(_Piece(self, host, method, round, boxed, fold if alone else None))
                 reached |= {(host, id(payloads[id_])) for id_ in members}
             submitted.append(pieces)
         first = {id(payload): payload for payload in payloads.values()}
@@ -119,7 +119,9 @@ class RayCall(Ledger):
             if len(pieces) == 1:
                 yield self._arrived(pieces.popleft(), method).content
                 continue
-            replies = dict(reply for piece in _drained(pieces) for reply in self._arrived(piece, method).content)
+            replies: dict[int, Any] = {}
+            while pieces:  # dropped as they arrive: the object store need not hold what has been read
+                replies.update(self._arrived(pieces.popleft(), method).content)
             ordered = [(id_, replies[id_]) for id_ in ids]
             yield ordered if fold is None else fold(ordered)  # the same sum in the same order, only here
 
@@ -129,7 +131,7 @@ class RayCall(Ledger):
             members.setdefault(self.host_of[id_], []).append(id_)
         return list(members.items())
 
-    def _arrived(self, piece: "_Lost", method: str) -> Answer:
+    def _arrived(self, piece: "_Piece", method: str) -> Answer:
         """Wait for one piece of work; repeat it if its host was lost."""
         answer, node = piece.wait()
         self.note(method, answer, answer.moved)
@@ -142,8 +144,8 @@ class RayCall(Ledger):
         return answer
 
 
-class _Lost:
-    """One call to one host, which can be lost and repeated."""
+class _Piece:
+    """One call to one host, which can be lost with it and is then repeated."""
 
     def __init__(self, call: RayCall, host: int, method: str, round: int, payloads: dict[int, list], fold) -> None:
         self.call, self.host, self.method, self.round = call, host, method, round
@@ -169,11 +171,6 @@ class _Lost:
                         f"{self.method!r} of round {self.round}: {error}"
                     ) from error
                 self.submit()
-
-
-def _drained(pieces: "deque[_Lost]") -> Iterator["_Lost"]:
-    while pieces:
-        yield pieces.popleft()
 
 
 class RayRuntime(Runtime):
@@ -341,13 +338,13 @@ def use_tensor_views() -> None:
     ray.util.register_serializer(torch.Tensor, serializer=_raw, deserializer=_view)
 
 
-def _raw(tensor: torch.Tensor) -> tuple[np.ndarray, torch.dtype]:
-    flat = tensor.detach().cpu().contiguous()
-    return flat.reshape(-1).view(torch.uint8).numpy().reshape(-1), (flat.dtype, tuple(flat.shape))  # type: ignore
+def _raw(tensor: torch.Tensor) -> tuple[np.ndarray, torch.dtype, tuple[int, ...]]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape)
 
 
-def _view(raw: tuple[np.ndarray, Any]) -> torch.Tensor:
-    data, (dtype, shape) = raw
+def _view(raw: tuple[np.ndarray, torch.dtype, tuple[int, ...]]) -> torch.Tensor:
+    data, dtype, shape = raw
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "not writable": payloads are copied before anybody could write
         return torch.from_numpy(data).view(dtype).reshape(shape)
