@@ -23,7 +23,7 @@ def quick() -> list[Experiment]:
     """
     grow = FedGrow(
         preset="paper",
-        lr=3e-3,
+        lr=1e-2,
         epochs=2,
         local_lr=3e-3,
         local_epochs=15,
@@ -33,7 +33,7 @@ def quick() -> list[Experiment]:
     )
     base = Experiment(
         algorithm=grow,
-        task=TaskConfig(digits(), patch_size=2),
+        task=TaskConfig(digits(), patch_size=4),
         tiers=(
             Tier("phone", Form(24, 1), num_cpus=0.5),
             Tier("tablet", Form(32, 2), num_cpus=0.5),
@@ -48,10 +48,10 @@ def quick() -> list[Experiment]:
     )
     algorithms = (
         grow,
-        replace(grow, preset="preserving"),
-        replace(grow, federate=False),
-        replace(grow, preset="preserving", federate=False),
-        FedAvg(lr=5e-3, epochs=2, batch_size=32),
+        replace(grow, preset="preserving", lr=1e-3),
+        replace(grow, lr=1e-3, federate=False),
+        replace(grow, preset="preserving", lr=1e-3, federate=False),
+        FedAvg(lr=2e-3, epochs=2, batch_size=32),
     )
     return [replace(base, algorithm=algorithm) for algorithm in algorithms]
 

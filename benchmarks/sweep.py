@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     command.add_argument("--only", nargs="+", metavar="ALGORITHM", help="leave the other algorithms out")
     add_runtime(command)
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; only 1 so far")
     add_settings(command)
     command.add_argument("--list", action="store_true", help="print the suites and algorithms there are")
     command.add_argument("--dry-run", action="store_true", help="print what would be run, and what it costs")
@@ -52,6 +53,8 @@ def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -
         for name in sorted({experiment.algorithm.name for make in known_suites().values() for experiment in make()}):
             print(f"algorithm {name}")
         return 0
+    if options.jobs != 1:
+        raise ValueError(f"--jobs={options.jobs}: must be 1: runs are computed one after another")
     wanted = {name: experiments_of(name, options) for name in options.suite}
     if options.dry_run:
         print_plan(wanted, console)
