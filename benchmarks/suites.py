@@ -43,7 +43,7 @@ def quick() -> list[Experiment]:
         target=Form(48, 4),
         partition=Partition("dirichlet", alpha=0.5, min_size=40),
         participants=6,
-        rounds=12,
+        rounds=10,
         chunk=3,
     )
     algorithms = (

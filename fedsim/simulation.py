@@ -54,7 +54,6 @@ def run(
     run_id = experiment.run_id
     task = load_task(experiment.task, data_dir)
     population = members(experiment, task)
-    cost = cost_of(experiment, COUNTED)
     code = code_sha256(experiment.algorithm)
 
     folder = out.absolute() / "checkpoints" / run_id
@@ -66,6 +65,7 @@ def run(
     infos = [member.info for member in population]
     make_aggregator = functools.partial(_aggregator, experiment, infos, data_dir, str(folder))
     runtime.start(make_aggregator, make_participants, resources, experiment.chunk)
+    cost = cost_of(experiment, COUNTED)  # hosts come up meanwhile
 
     store = RunStore(out, run_id, code)
     first = store.open(resume)

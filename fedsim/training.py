@@ -47,8 +47,8 @@ class Meter:
 
     @staticmethod
     def of(algorithm: Algorithm, counted: dict[tuple, "StepCost"]) -> "Meter":
-        """A meter that shares counts between runs of one method: learning rates cost no FLOPs."""
-        return Meter(f"{algorithm.name}/{algorithm.preset_name}", counted)
+        """A meter that shares counts between variants of one method: learning rates cost no FLOPs."""
+        return Meter(f"{type(algorithm).__qualname__}/{algorithm.preset_name}", counted)
 
     @property
     def trainable(self) -> int:

@@ -195,6 +195,7 @@ class RayRuntime(Runtime):
             raise ValueError(f"--hosts={hosts}: must be at least 1")
         self.address, self.hosts, self.num_gpus, self.say = address, hosts, num_gpus, say
         self.actors: list[Any] = []
+        self.starting: list[Any] = []  # answers of hosts that are coming up
         self.server: Any = None
         self.plan: Plan | None = None
         self.connected = False  # by this object, which then also disconnects
@@ -218,6 +219,8 @@ class RayRuntime(Runtime):
         self.call = RayCall(self.token, self.actors, wanted.groups, makers, chunk)
 
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
+        if self.starting:
+            self._wait_for_hosts()
         for attempt in range(1, ATTEMPTS + 1):
             reference = self.server.invoke.remote(self.token, self.make, self.call, method, args)
             try:
@@ -301,21 +304,24 @@ class RayRuntime(Runtime):
         use_tensor_views()
 
     def _place(self, wanted: Plan) -> None:
-        """Start the host actors and the server together, then wait for all of them."""
+        """Start the host actors and the server together; `_wait_for_hosts` waits for them."""
         for actor in self.actors:
             ray.kill(actor)
         host, server = ray.remote(Host), ray.remote(Server)
         self.actors = [host.options(**options(request)).remote() for request in wanted.requests]
         if self.server is None:
             self.server = server.options(num_cpus=0, max_restarts=ATTEMPTS, max_concurrency=2).remote()
-        up = [actor.ready.remote() for actor in self.actors]
-        ready, _ = ray.wait(up, num_returns=len(up), timeout=START_SECONDS)
-        if len(ready) < len(up):
+        self.starting = [actor.ready.remote() for actor in self.actors]
+
+    def _wait_for_hosts(self) -> None:
+        ready, late = ray.wait(self.starting, num_returns=len(self.starting), timeout=START_SECONDS)
+        if late:
             raise RuntimeError(
-                f"{len(ready)} of {len(up)} hosts started within {START_SECONDS} s; the cluster has "
+                f"{len(ready)} of {len(self.starting)} hosts started within {START_SECONDS} s; the cluster has "
                 f"{ray.available_resources()} free"
             )
-        ray.get(up)
+        ray.get(ready)
+        self.starting = []
 
 
 def options(request: Resources) -> dict[str, Any]:
