@@ -22,6 +22,8 @@ def experiment_of(directory: Path, run_id: str | None) -> Experiment:
     **Raises:** `ValueError` if there is no such run, or several and none is named.
     """
     runs = read_table(directory, "runs").set_index("run_id")
+    if runs.empty:
+        raise ValueError(f"{directory}: holds no run that finished or failed; resume the one that was cut")
     if run_id is None and len(runs) > 1:
         known = ", ".join(f"{id_} ({row.algorithm}, seed {row.seed})" for id_, row in runs.iterrows())
         raise ValueError(f"--run: {directory} holds several runs, name one of {known}")
