@@ -31,6 +31,9 @@ class Silent:
     def end(self) -> None:
         """The run finished."""
 
+    def close(self) -> None:
+        """Whatever happened, an interrupt included: leave the terminal as it was."""
+
 
 Progress = Silent
 
@@ -123,6 +126,9 @@ class Live(Silent):
         self.bars.stop()
         if hasattr(self, "last"):
             self.console.print(f"{self.label}: {figures_of(self.last)}", highlight=False)
+
+    def close(self) -> None:
+        self.bars.stop()
 
 
 def progress_for(console: Console) -> Silent:

@@ -93,6 +93,8 @@ def run(
         store.finish(about(wall_seconds=store.wall_seconds, error=_short(error)))
         progress.failed(reason)
         raise RunFailed(run_id, _short(error)) from error
+    finally:
+        progress.close()
     store.finish(about(wall_seconds=store.wall_seconds, error=None))
     progress.end()
     return run_id
