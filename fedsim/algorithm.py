@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from fedsim.data.source import Split
     from fedsim.models import Form
+    from fedsim.pretrained import Checkpoint
     from fedsim.task import Task
     from fedsim.training import Meter
 
@@ -47,12 +48,16 @@ Payload = Mapping[str, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows of a client. `form` is the client's own small model's; `tier` its class of device."""
+    """What the server knows of a client. `form` is the client's own small model's; `tier` its class of device.
+
+    `checkpoint`: the pretrained model the client starts from; None: it trains one on its own shard.
+    """
 
     id: int
     tier: str
     form: "Form"
     num_examples: int
+    checkpoint: "Checkpoint | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,7 @@ class ClientContext:
     - `round`: 0 in `client_init`, whenever that happens to be called.
     - `train`: the training part of the client's own shard; empty when the run is only being counted.
     - `meter`: where `local_train` notes what it did; algorithms hand it on and never look.
+    - `precision`: "fp32", or "bf16": forward passes of `local_train` run under autocast; weights stay fp32.
     """
 
     seed: int
@@ -93,6 +99,7 @@ class ClientContext:
     train: "Split"
     device: torch.device
     meter: "Meter"
+    precision: str = "fp32"
 
     def generator(self, purpose: str) -> torch.Generator:
         """This client's random stream for one purpose in this round."""

@@ -17,6 +17,7 @@ from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
 from fedsim.fields import check_range, check_types, refuse
 from fedsim.models import Form, get_family
+from fedsim.pretrained import Checkpoint
 from fedsim.task import Task, TaskConfig
 
 
@@ -28,6 +29,7 @@ class Tier:
     """A class of device: the small form its owners have, and what a participant of it asks of the machine.
 
     - `form`: the participant's own small model.
+    - `checkpoint`: the pretrained model its owners start from (`fedsim.pretrained`); None: each trains its own.
     - `share`: the tier's part of the population, relative to the other tiers'.
     - `num_cpus`, `num_gpus` (fractions allowed), `memory_mb`: resources of one participant's actor on Ray.
     """
@@ -35,6 +37,7 @@ class Tier:
     name: str
     form: Form
     share: float = 1.0
+    checkpoint: Checkpoint | None = None
     num_cpus: float = dataclasses.field(default=1.0, metadata=PLACEMENT)
     num_gpus: float = dataclasses.field(default=0.0, metadata=PLACEMENT)
     memory_mb: float | None = dataclasses.field(default=None, metadata=PLACEMENT)
@@ -59,6 +62,7 @@ class Experiment:
     - `eval_every`: score every so many rounds (round 0 and the last round always).
     - `scored`: who is scored: "everyone", the round's "cohort", or "auto": everyone in populations of at most 100.
     - `chunk`: consecutive participants whose updates are added up before anything else: fixes the order of the sum.
+    - `precision`: "fp32", or "bf16": training runs under autocast; weights, updates and scores stay fp32.
     - `on_error`: what a participant that raises does: "stop" the run, or be "drop"ped from the round.
     """
 
@@ -76,6 +80,7 @@ class Experiment:
     eval_every: int = 1
     scored: Literal["auto", "everyone", "cohort"] = "auto"
     chunk: int = 4
+    precision: Literal["fp32", "bf16"] = "fp32"
     on_error: Literal["stop", "drop"] = "stop"
 
     def __post_init__(self) -> None:

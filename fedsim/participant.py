@@ -123,6 +123,7 @@ class Participant:
             train=subset(task.dataset.train, self.member.train),
             device=self.device,
             meter=meter,
+            precision=self.experiment.precision,
         )
 
     def _scores(self, model: torch.nn.Module) -> dict[str, Any]:

@@ -10,7 +10,9 @@ How a dimension is written (`ParamSpec.dims`):
 | `"embed"` | this dimension *writes* the axis: it makes its coordinates |
 | `"<embed"` | it *reads* the axis: the next layer's view of coordinates that another parameter wrote |
 | `"*embed"`, `"+embed"` | gain and shift of a normalisation over the axis |
+| `"*<embed"`, `"+<embed"` | the same, where what is normalised is read by a tied matrix (a language model's head that is its token embedding): only the normalisation can do what other readers do for themselves |
 | `"query:head head_dim"` | a product of axes, flattened head-major; `query` names the group that shares one map |
+| `"<value:kv_head group head_dim"` | a reader may have more axes than the writer: each `kv_head` is read by `group` heads |
 | `""` | never resized: vocabulary, positions, classes, pixels |
 | `"query:head head_dim + key:head head_dim"` | *fused*: the dimensions of several projections, one after another |
 
@@ -38,6 +40,7 @@ class Dim:
     mode: str  # "write", "read", "gain", "shift", or "fixed"
     group: str  # dimensions of one group (in one block) share a map
     axes: tuple[str, ...]  # sizes multiply, first axis slowest
+    tied: bool = False  # a gain or shift whose result is read by a tied matrix
 
     @staticmethod
     def parse(text: str) -> "Dim":
@@ -46,8 +49,9 @@ class Dim:
             return Dim("fixed", "", ())
         mode = {"<": "read", "*": "gain", "+": "shift"}.get(text[0], "write")
         body = text[mode != "write" :]
-        group, _, axes = body.rpartition(":")
-        return Dim(mode, group or axes, tuple(axes.split()))
+        tied = mode in ("gain", "shift") and body.startswith("<")
+        group, _, axes = body[tied:].rpartition(":")
+        return Dim(mode, group or axes, tuple(axes.split()), tied)
 
     def size(self, axes: Mapping[str, int]) -> int | None:
         """Length of the dimension in a model with these axis sizes; None where the dimension is never resized."""

@@ -10,7 +10,7 @@ from fedsim.submodel import ParamSpec
 
 
 if TYPE_CHECKING:  # torch models are only built where they are needed
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +19,30 @@ class Form:
 
     - `width`: size of the residual stream.
     - `depth`: number of blocks.
-    - `heads`: attention heads; must divide `width`.
+    - `heads`: attention heads; must divide `width` unless `head_dim` is given.
     - `mlp`: inner width of the feed-forward part; None means `width` (FFN ratio 1, as in the Fed-Grow ladders).
+    - `kv_heads`: heads of keys and values, each shared by `heads / kv_heads` heads of queries (grouped-query
+      attention); None means `heads`.
+    - `head_dim`: size of a head; None means `width / heads`.
+    - `norm_eps`: what normalisations add to the variance; None means what the family says for this width.
     """
 
     width: int
     depth: int
     heads: int = 4
     mlp: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "form")
-        check_range(self, "form", "width", "depth", "heads", "mlp", least=1)
-        if self.width % self.heads:
-            raise ValueError(f"form.heads={self.heads}: must divide form.width={self.width}")
+        check_range(self, "form", "width", "depth", "heads", "mlp", "kv_heads", "head_dim", least=1)
+        check_range(self, "form", "norm_eps", least=0)
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"form.heads={self.heads}: must divide form.width={self.width}, or give form.head_dim")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"form.kv_heads={self.kv_heads}: must divide form.heads={self.heads}")
 
     @property
     def inner(self) -> int:
@@ -40,12 +50,21 @@ class Form:
         return self.width if self.mlp is None else self.mlp
 
     @property
+    def head_size(self) -> int:
+        """Coordinates of one attention head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
     def axes(self) -> Mapping[str, int]:
-        """Sizes of the named axes."""
+        """Sizes of the named axes: `head` is `kv_head` times `group`, `rotary` a head size that RoPE turns in pairs."""
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         return {
             "embed": self.width,
             "head": self.heads,
-            "head_dim": self.width // self.heads,
+            "kv_head": kv_heads,
+            "group": self.heads // kv_heads,
+            "head_dim": self.head_size,
+            "rotary": self.head_size,
             "mlp": self.inner,
         }
 
@@ -57,7 +76,7 @@ class Form:
 class Inputs:
     """What a model must know of the data it is built for. Fields that a family does not use stay at None."""
 
-    kind: str  # "image", "text" or "lm"
+    kind: str  # "image", "text", "tokens" (a class for each token), "lm" (next token) or "mlm" (masked token)
     num_classes: int
     image_size: int | None = None
     channels: int | None = None
@@ -66,19 +85,39 @@ class Inputs:
     max_length: int | None = None
     padding_id: int | None = None
     end_id: int | None = None
+    mask_id: int | None = None
+    settings: tuple[tuple[str, str | int | float | bool], ...] = ()  # of the Hugging Face config, over the family's own
 
 
 class Family(abc.ABC):
     """One Hugging Face family. Stateless; a module of this folder holds one instance named `FAMILY`."""
+
+    post_norm: bool = False  # whether a block normalises after adding to the residual stream (BERT), not before
 
     @abc.abstractmethod
     def check(self, form: Form, inputs: Inputs) -> None:
         """**Raises:** `ValueError` if no model of this form exists for such data."""
 
     @abc.abstractmethod
-    def build(self, form: Form, inputs: Inputs) -> "PreTrainedModel":
-        """A randomly initialised Hugging Face module (draws from torch's global stream)."""
+    def model_class(self, inputs: Inputs) -> "type[PreTrainedModel]":
+        """The Hugging Face class for such data."""
+
+    @abc.abstractmethod
+    def config(self, form: Form, inputs: Inputs) -> "PretrainedConfig":
+        """The Hugging Face config of a model of this form; dropout off, so that a step is a function of its batch."""
+
+    @abc.abstractmethod
+    def form(self, config: "PretrainedConfig") -> Form:
+        """The form of a model with this config, every field given: the inverse of `config`.
+
+        **Raises:** `ValueError` if the config is another family's.
+        """
 
     @abc.abstractmethod
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
         """The named axes of every parameter of `build(form, inputs)`."""
+
+    def build(self, form: Form, inputs: Inputs) -> "PreTrainedModel":
+        """A randomly initialised Hugging Face module (draws from torch's global stream)."""
+        self.check(form, inputs)
+        return self.model_class(inputs)(self.config(form, inputs))
