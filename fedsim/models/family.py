@@ -93,6 +93,7 @@ class Family(abc.ABC):
     """One Hugging Face family. Stateless; a module of this folder holds one instance named `FAMILY`."""
 
     post_norm: bool = False  # whether a block normalises after adding to the residual stream (BERT), not before
+    constants: tuple[str, ...] = ()  # fields of the Hugging Face config, beyond the form, that grown models must share
 
     @abc.abstractmethod
     def check(self, form: Form, inputs: Inputs) -> None:
