@@ -11,10 +11,11 @@ forward pass, and the operator is applied once a step, not once an example.
 from collections.abc import Mapping
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from fedgrow_algo.ligo import Operator
 from fedgrow_algo.presets import by_name
-from fedsim.models import Form
+from fedsim.models import Form, get_family
 from fedsim.task import Batch, Task
 from fedsim.training import Forward
 from fedsim.tree import Tree
@@ -25,22 +26,34 @@ def operator_between(preset: str, task: Task, small: Form, large: Form) -> Opera
 
     **Raises:** `ValueError` if the preset cannot map `small` into `large`; both forms are named.
     """
+    post_norm = get_family(task.config.family).post_norm
     try:
-        return Operator(by_name(preset), task.specs(small), task.specs(large), small.axes, large.axes)
+        return Operator(by_name(preset), task.specs(small), task.specs(large), small.axes, large.axes, post_norm)
     except ValueError as error:
         raise ValueError(f"growing {small} into {large}: {error}") from error
 
 
-def grown_forward(task: Task, operator: Operator, small: Mapping[str, Tensor], large: Form) -> Forward:
-    """`(operator's tensors, batch) -> logits` of the model of form `large` grown from `small`, which stays frozen."""
-    stacked = operator.stack(small)
+def grown_forward(
+    task: Task, operator: Operator, stacked: Mapping[str, Tensor], large: Form, checkpoint: bool = False
+) -> Forward:
+    """`(operator's tensors, batch) -> logits` of the model of form `large` grown from a small one, which stays frozen.
+
+    **Arguments:**
+
+    - `stacked`: the small model's weights as `operator.stack` returns them.
+    - `checkpoint`: keep nothing of what lies between small and grown weights; grow again in the backward pass.
+    """
 
     def forward(tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return task.forward(large, operator.grow(tensors, stacked), batch)
+        if checkpoint:
+            tree = recomputed(operator.grow, tensors, stacked, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tree = operator.grow(tensors, stacked)
+        return task.forward(large, tree, batch)
 
     return forward
 
 
-def grown(operator: Operator, tensors: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Tree:
+def grown(operator: Operator, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
     """The grown weights as a tree of their own, detached."""
-    return {name: tensor.detach().clone() for name, tensor in operator(tensors, small).items()}
+    return {name: tensor.detach().clone() for name, tensor in operator.grow(tensors, stacked).items()}

@@ -5,16 +5,22 @@
 
 Linear in the small weights, differentiable in its own tensors: `B` (how the coordinates of an axis are written), `A`
 (how they are read: the same matrix up to a fixed scale of its rows, or one of its own) and `w`, a table L2 x L1 for
-each module m of the block, shared by weight and bias. Which matrices there are and what they start as is the preset's
-business (`fedgrow_algo.presets`); where they apply is read off the named axes (`fedsim.submodel`), so nothing here
-knows the name of a model or of a parameter.
+each module m of the block. Which matrices there are and what they start as is the preset's business
+(`fedgrow_algo.presets`); where they apply is read off the named axes (`fedsim.submodel`), so nothing here knows the
+name of a model or of a parameter.
+
+A map need not span its whole dimension (`Factor`): coordinates that RoPE turns keep their place inside every head, the
+heads that share a key's and value's head are copied, and one map may serve several chunks of an MLP.
 
 Letters: D1, D2 small and large size of an axis; L1, L2 small and large depth; k a large block, l a small one.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +32,8 @@ from fedsim.tree import Tree
 Specs = Mapping[str, ParamSpec]
 Axes = Mapping[str, int]
 READ = ".read"  # ending of the name of an axis' second matrix, where a preset reads with one of its own
+NEXT = ".next"  # the same, where a preset writes coordinates of a block from the block above it
+MIX = -1  # in a plan: the step that mixes blocks; other steps are positions of dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +42,41 @@ class Preset:
 
     - `per`: width matrices belong to "source" blocks (widen each small block, then mix) or to "target" blocks (mix in
       the small space, then widen). Never once per (target, source) pair: that costs L1 x L2 widenings.
-    - `own_read`: the residual axis is read with a matrix of its own instead of the one it is written with.
     - `init(operator, generator)`: the tensors training starts from.
-    - `scale(operator, dim)`: fixed factors `(D2,)` on the rows of the matrix in this use of it; None: ones.
     - `check(operator)`: refuses, with a `ValueError`, sizes the preset cannot map.
+    - `exact(operator)`: whether, at these sizes, the start computes what the small model computed.
+    - `scale(operator, dim)`: fixed factors on the rows of the matrix in this use of it; None: ones.
+    - `share(D1, D2)`: how much of a unit's work each of its copies does, where a reader copies an axis: `(D2,)`.
+    - `own_read`: the residual axis is read with a matrix of its own instead of the one it is written with.
+    - `own_next`: blocks write some of their coordinates from the block above, with matrices of their own.
+    - `fixed_top`: matrices are `[I ; C]` and only C, of D2 - D1 rows, is a tensor of the operator.
+    - `chunked`: the MLP axis is a number of chunks as wide as the residual axis, all mapped by one matrix.
+    - `depth_by`: a depth table for each "module" (weight and bias share it) or for each "role".
     """
 
     name: str
-    per: str
-    own_read: bool
+    per: Literal["source", "target"]
     init: Callable[["Operator", torch.Generator], Tree]
-    scale: Callable[["Operator", Dim], Tensor | None]
     check: Callable[["Operator"], None]
+    exact: Callable[["Operator"], bool]
+    scale: Callable[["Operator", Dim], Tensor | None]
+    share: Callable[[int, int], Tensor]
+    own_read: bool = False
+    own_next: bool = False
+    fixed_top: bool = False
+    chunked: bool = False
+    depth_by: Literal["module", "role"] = "module"
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One factor of a dimension: its sizes, and whether the dimension's matrix spans it ("map"), or it stays as it is
+    ("keep"), or it is copied ("copy")."""
+
+    old: int
+    new: int
+    kind: Literal["map", "keep", "copy"]
+    axis: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +85,7 @@ class Operator:
 
     - `small`, `large`: the named axes of every parameter at either size.
     - `small_axes`, `large_axes`: the sizes of those axes.
+    - `post_norm`: whether blocks normalise after adding to the residual stream.
 
     **Raises:** `ValueError` where an axis would shrink, or the preset cannot map the sizes.
     """
@@ -63,12 +95,19 @@ class Operator:
     large: Specs
     small_axes: Axes
     large_axes: Axes
+    post_norm: bool = False
 
     def __post_init__(self) -> None:
         for group in self.groups:
             old, new = self.sizes(group)
             if new < old:
                 raise ValueError(f"a growth operator cannot shrink: axis {group!r} would go from {old} to {new}")
+        if "rotary" in self.axes and self.small_axes["rotary"] != self.large_axes["rotary"]:
+            old, new = self.small_axes["rotary"], self.large_axes["rotary"]
+            raise ValueError(
+                f"form.head_dim: rotary position embeddings give each pair of a head's coordinates a frequency, so "
+                f"heads cannot grow from {old} to {new} coordinates; give both forms one head_dim, or more heads"
+            )
         self.preset.check(self)
 
     # sizes and names ------------------------------------------------------------------------------------------------
@@ -89,16 +128,48 @@ class Operator:
         return split_specs(self.large)
 
     @cached_property
+    def dims(self) -> tuple[Dim, ...]:
+        """Every named dimension there is, each once, in order of appearance."""
+        return tuple(dict.fromkeys(dim for spec in self.small_parts.values() for dim in spec.parsed if dim.axes))
+
+    @cached_property
+    def axes(self) -> set[str]:
+        """The axes that some parameter has."""
+        return {axis for dim in self.dims for axis in dim.axes}
+
+    @cached_property
     def groups(self) -> dict[str, Dim]:
-        """Each group of dimensions that shares a map, in order of appearance."""
-        return {dim.group: dim for spec in self.small_parts.values() for dim in spec.parsed if dim.axes}
+        """Each group of dimensions that shares a map, in order of appearance, and the dimension that writes it."""
+        writers = {dim.group: dim for dim in reversed(self.dims) if dim.mode == "write"}
+        return {dim.group: writers[dim.group] for dim in self.dims}
 
     def sizes(self, group: str) -> tuple[int, int]:
-        """`(D1, D2)` of a group."""
-        dim = self.groups[group]
-        old, new = dim.size(self.small_axes), dim.size(self.large_axes)
+        """`(D1, D2)` of a group, as it is written."""
+        old, new = self.groups[group].size(self.small_axes), self.groups[group].size(self.large_axes)
         assert old is not None and new is not None
         return old, new
+
+    def factors(self, dim: Dim) -> list[Factor]:
+        """A dimension taken apart, first factor slowest."""
+        factors: list[Factor] = []
+        for axis in dim.axes:
+            old, new = self.small_axes[axis], self.large_axes[axis]
+            if axis not in self.groups[dim.group].axes:
+                factors.append(Factor(old, new, "copy", axis))
+            elif axis == "rotary":
+                factors.append(Factor(old, new, "keep", axis))
+            elif axis == "mlp" and self.preset.chunked:
+                chunks = old // self.small_axes["embed"]
+                factors.append(Factor(chunks, chunks, "keep", axis))
+                factors.append(Factor(old // chunks, new // chunks, "map", axis))
+            else:
+                factors.append(Factor(old, new, "map", axis))
+        return factors
+
+    def mapped(self, dim: Dim) -> tuple[int, int]:
+        """`(D1, D2)` of the matrix a dimension is grown with: all of the dimension, or some factors of it."""
+        spanned = [factor for factor in self.factors(dim) if factor.kind == "map"]
+        return math.prod(factor.old for factor in spanned), math.prod(factor.new for factor in spanned)
 
     @cached_property
     def whole(self) -> set[str]:
@@ -115,22 +186,30 @@ class Operator:
     @cached_property
     def read(self) -> set[str]:
         """Groups that some parameter reads. Heads that nobody reads (queries, keys) meet in a dot product instead."""
-        outside = {d.group for s in self.small_parts.values() if s.layer is None for d in s.parsed if d.mode == "read"}
-        return outside | self._in_blocks("read")
+        return {dim.group for dim in self.dims if dim.mode == "read" or dim.tied}
+
+    @cached_property
+    def shifted(self) -> set[str]:
+        """Groups whose normalisation has a shift, as LayerNorm's; a group with a gain alone has RMSNorm's."""
+        return {dim.group for dim in self.dims if dim.mode == "shift"}
 
     def _in_blocks(self, mode: str) -> set[str]:
         specs = [spec for spec in self.small_parts.values() if spec.layer is not None]
         return {dim.group for spec in specs for dim in spec.parsed if dim.mode == mode}
 
     @cached_property
-    def modules(self) -> dict[str, bool]:
-        """The block's modules in order; whether each writes the residual axis (an output projection)."""
-        modules: dict[str, bool] = {}
+    def tables(self) -> dict[str, bool]:
+        """The depth tables in order: one a module, or a role; whether each writes the residual axis."""
+        tables: dict[str, bool] = {}
         for spec in self.small_parts.values():
             if spec.layer is not None:
                 writes = any(dim.mode == "write" and dim.group in self.residual for dim in spec.parsed)
-                modules[spec.module] = modules.get(spec.module, False) or writes
-        return modules
+                table = self._table(spec)
+                tables[table] = tables.get(table, False) or writes
+        return tables
+
+    def _table(self, spec: ParamSpec) -> str:
+        return spec.module if self.preset.depth_by == "module" else spec.role
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -138,12 +217,15 @@ class Operator:
         old_depth, new_depth = self.depths
         maps = old_depth if self.preset.per == "source" else new_depth
         shapes: dict[str, tuple[int, ...]] = {}
-        for group in self.groups:
-            old, new = self.sizes(group)
-            shapes[f"width.{group}"] = (new, old) if group in self.whole else (maps, new, old)
+        for group, dim in self.groups.items():
+            old, new = self.mapped(dim)
+            rows = new - old if self.preset.fixed_top else new
+            shapes[f"width.{group}"] = (rows, old) if group in self.whole else (maps, rows, old)
             if self.preset.own_read and group in self.residual:
-                shapes[f"width.{group}{READ}"] = (new, old)
-        return shapes | {f"depth.{module}": (new_depth, old_depth) for module in self.modules}
+                shapes[f"width.{group}{READ}"] = (rows, old)
+            if self.preset.own_next and group in self._in_blocks("write"):
+                shapes[f"width.{group}{NEXT}"] = shapes[f"width.{group}"]
+        return shapes | {f"depth.{table}": (new_depth, old_depth) for table in self.tables}
 
     # the operator ---------------------------------------------------------------------------------------------------
 
@@ -169,18 +251,25 @@ class Operator:
 
     def grow(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
         """The large weights, by name: `stacked` from `stack`, `tensors` as `init` returns them."""
+        maps = {dim: self.matrix(tensors, dim) for dim in self.dims}
         grown: Tree = {}
-        blocks: dict[str, Tensor] = {}
+        blocks: dict[str, tuple[Tensor, ...]] = {}
         for name, spec in self.large_parts.items():
             if spec.layer is None:
-                grown[name] = self._widen(tensors, stacked[name][None], spec)[0]
+                tensor = stacked[name][None]
+                for position, dim in enumerate(spec.parsed):
+                    if dim.axes:
+                        tensor = self._widened(tensor, maps[dim], dim, position)
+                grown[name] = tensor[0]
                 continue
             if spec.role not in blocks:
-                table, block = tensors[f"depth.{spec.module}"], stacked[spec.role]
-                if self.preset.per == "source":
-                    blocks[spec.role] = mix(table, self._widen(tensors, block, spec))
-                else:
-                    blocks[spec.role] = self._widen(tensors, mix(table, block), spec)
+                tensor = stacked[spec.role]
+                for step in self.plans[spec.role]:
+                    if step == MIX:
+                        tensor = mix(tensors[f"depth.{self._table(spec)}"], tensor)
+                    else:
+                        tensor = self._widened_block(tensors, maps, tensor, spec.parsed[step], step)
+                blocks[spec.role] = tensor.unbind()  # one gradient of the stack, not one a block
             grown[name] = blocks[spec.role][spec.layer]
         return join_fused(grown, self.large)
 
@@ -189,17 +278,94 @@ class Operator:
         return self.grow(tensors, self.stack(small))
 
     def matrix(self, tensors: Mapping[str, Tensor], dim: Dim) -> Tensor:
-        """The map a dimension is grown with: `(D2, D1)`, or one a block."""
-        own = self.preset.own_read and dim.group in self.residual and dim.mode != "write"
+        """The map a dimension is grown with, `(D2, D1)` of `mapped` or one a block; under `fixed_top` its lower part.
+
+        Where blocks write from the block above as well, the sum of both maps: what everything else sees.
+        """
+        own = self.preset.own_read and dim.group in self.residual and dim.mode == "read"
         matrix = tensors[f"width.{dim.group}{READ if own else ''}"]
+        if f"width.{dim.group}{NEXT}" in tensors:
+            matrix = matrix + tensors[f"width.{dim.group}{NEXT}"]
         scale = self.preset.scale(self, dim)
         return matrix if scale is None else scale.to(matrix)[:, None] * matrix
 
-    def _widen(self, tensors: Mapping[str, Tensor], blocks: Tensor, spec: ParamSpec) -> Tensor:
-        for position, dim in enumerate(spec.parsed):
-            if dim.axes:
-                blocks = widen(blocks, self.matrix(tensors, dim), position + 1)
-        return blocks
+    @cached_property
+    def plans(self) -> dict[str, tuple[int, ...]]:
+        """For each role of a block, the cheapest order of widening its dimensions and mixing blocks, by count."""
+        plans: dict[str, tuple[int, ...]] = {}
+        for spec in self.small_parts.values():
+            if spec.layer is not None and spec.role not in plans:
+                shape = [dim.size(self.small_axes) or 1 for dim in spec.parsed]
+                steps = [MIX, *(position for position, dim in enumerate(spec.parsed) if dim.axes)]
+                orders = [order for order in itertools.permutations(steps) if self._allowed(order, spec)]
+                plans[spec.role] = min(orders, key=lambda order: self.multiplications(order, spec, shape))
+        return plans
+
+    def _allowed(self, order: tuple[int, ...], spec: ParamSpec) -> bool:
+        """A matrix that belongs to blocks meets only blocks it belongs to."""
+        before = order[: order.index(MIX)]
+        own = {position for position, dim in enumerate(spec.parsed) if dim.axes and dim.group not in self.whole}
+        own |= {
+            position
+            for position, dim in enumerate(spec.parsed)
+            if self.preset.own_next and dim.mode == "write" and dim.axes
+        }
+        return own <= {*before} if self.preset.per == "source" else own.isdisjoint(before)
+
+    def multiplications(self, order: tuple[int, ...], spec: ParamSpec, shape: list[int]) -> int:
+        """Multiplications of a forward and backward pass in this order, for a parameter `shape` of each small block.
+
+        The first step's input is frozen, so it has a gradient less than the others.
+        """
+        blocks, sizes, total = self.depths[0], list(shape), 0
+        for number, step in enumerate(order):
+            passes = 2 if number == 0 else 3
+            if step == MIX:
+                total += passes * self.depths[0] * self.depths[1] * math.prod(sizes)
+                blocks = self.depths[1]
+            else:
+                dim = spec.parsed[step]
+                old, new = self.mapped(dim)
+                total += passes * blocks * math.prod(sizes) * (new - old if self.preset.fixed_top else new)
+                size = dim.size(self.large_axes)
+                assert size is not None
+                sizes[step] = size
+        return total
+
+    def _widened_block(
+        self, tensors: Mapping[str, Tensor], maps: Mapping[Dim, Tensor], blocks: Tensor, dim: Dim, position: int
+    ) -> Tensor:
+        """One dimension of all blocks, `(L, ...)`."""
+        if not (self.preset.own_next and dim.mode == "write"):
+            return self._widened(blocks, maps[dim], dim, position)
+        own, next_ = tensors[f"width.{dim.group}"], tensors[f"width.{dim.group}{NEXT}"]
+        scale = self.preset.scale(self, dim)
+        if scale is not None:
+            own, next_ = (scale.to(matrix)[:, None] * matrix for matrix in (own, next_))
+        above = torch.arange(1, len(blocks) + 1).clamp(max=len(blocks) - 1).to(blocks.device)  # the last has none
+        return self._widened(blocks, own, dim, position) + self._widened(blocks[above], next_, dim, position)
+
+    def _widened(self, blocks: Tensor, B: Tensor, dim: Dim, position: int) -> Tensor:
+        """One dimension of some blocks, `(L, ...)`, factor by factor; `position` does not count the blocks."""
+        factors, at = self.factors(dim), position + 1
+        if all(factor.kind == "map" for factor in factors):
+            return self._with_top(blocks, B, at)
+        blocks = blocks.unflatten(at, [factor.old for factor in factors])
+        for i, factor in enumerate(factors):
+            if factor.kind == "copy" and factor.new != factor.old:
+                blocks = blocks.index_select(at + i, copies(factor.old, factor.new).to(blocks.device))
+                share = self.preset.share(factor.old, factor.new).to(blocks)
+                blocks = blocks * share.reshape(-1, *[1] * (blocks.ndim - at - i - 1))
+        spanned = [at + i for i, factor in enumerate(factors) if factor.kind == "map"]
+        together = list(range(at, at + len(spanned)))
+        moved = blocks.movedim(spanned, together).flatten(at, together[-1])
+        grown = self._with_top(moved, B, at).unflatten(at, [f.new for f in factors if f.kind == "map"])
+        return grown.movedim(together, spanned).flatten(at, at + len(factors) - 1)
+
+    def _with_top(self, blocks: Tensor, B: Tensor, position: int) -> Tensor:
+        """`widen`, or, where the matrix is `[I ; B]`, the blocks themselves on top of it."""
+        wide = widen(blocks, B, position)
+        return torch.cat([blocks, wide], position) if self.preset.fixed_top else wide
 
 
 def widen(W_L: Tensor, B: Tensor, position: int) -> Tensor:
@@ -212,6 +378,8 @@ def widen(W_L: Tensor, B: Tensor, position: int) -> Tensor:
 
     **Returns:** `(L, ...)` with size D2 at `position`.
     """
+    if position == 1 and W_L.ndim == 3:  # the general way below would leave the result transposed in memory
+        return B @ W_L
     W = W_L.movedim(position, -1)
     rows = W.reshape(W.shape[0], -1, W.shape[-1])  # (L, everything else, D1)
     return (rows @ B.mT).reshape(*W.shape[:-1], -1).movedim(-1, position)
@@ -220,6 +388,11 @@ def widen(W_L: Tensor, B: Tensor, position: int) -> Tensor:
 def mix(w: Tensor, W_L: Tensor) -> Tensor:
     """`W'[k] = sum_l w[k, l] W[l]` (LiGO, depth operator): `(L2, L1)` and `(L1, ...)` to `(L2, ...)`."""
     return (w @ W_L.flatten(1)).reshape(w.shape[0], *W_L.shape[1:])
+
+
+def copies(old: int, new: int) -> Tensor:
+    """Which old unit each unit of the larger axis copies: `(new,)`, old units first and in order."""
+    return torch.arange(new) % old
 
 
 def depth(specs: Specs) -> int:
