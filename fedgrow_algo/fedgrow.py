@@ -8,6 +8,7 @@ Shen et al., "Fed-Grow: Federating to Grow Transformers for Resource-Constrained
     round r, participant i   receive Global; train it through the task loss of T_i = Global(M_i); send Global
     round r, server          Global <- sum_i n_i Global_i / sum_i n_i
     result                   T_i = Global(M_i), one for each participant
+    optionally, afterwards   train T_i itself, each participant alone (`fedgrow_algo.rounds`)
 
 Only Global leaves a participant: not S_i, Local_i, M_i, T_i, nor data. The classifier is grown from S_i's, so nothing
 else has to travel.
@@ -20,32 +21,68 @@ the server's. The code trains the position embedding outside the operator; here 
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
 from fedgrow_algo.presets import by_name
 from fedgrow_algo.pretrain import trained_on_own_shard
-from fedsim.algorithm import (
-    Algorithm,
-    ClientContext,
-    ClientInfo,
-    ClientUpdate,
-    Partial,
-    Payload,
-    ServerContext,
-    weighted_mean,
-    weighted_sum,
+from fedgrow_algo.rounds import (
+    FINETUNE,
+    aggregated,
+    as_stored,
+    check_growth,
+    combined,
+    fine_tuned,
+    first_global,
+    own_target,
+    payloads,
+    server_state,
+    stage_of,
 )
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.fields import check_range, check_types
 from fedsim.models import Form
-from fedsim.seeding import generator
 from fedsim.task import Task
-from fedsim.training import local_train
-from fedsim.tree import Tree, prefixed, under
+from fedsim.training import COSTS, local_train
+from fedsim.tree import Tree, prefixed, to, under
 
 
 MIDDLE, OWN = "middle.", "global."  # parts of a participant's private state: M_i, and Global where nobody averages it
+
+
+def intermediate_model(
+    ctx: ClientContext,
+    preset: str,
+    *,
+    small_lr: float,
+    small_epochs: int,
+    local_lr: float,
+    local_epochs: int,
+    checkpoint_growth: bool,
+    **settings: Any,
+) -> Tree:
+    """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
+
+    - `settings`: of `local_train`, for both.
+
+    **Returns:** M_i's weights, stacked as Global takes them.
+    """
+    small = trained_on_own_shard(ctx, lr=small_lr, epochs=small_epochs, **settings)
+    local = operator_between(preset, ctx.task, ctx.info.form, ctx.intermediate)
+    stacked = local.stack(small)
+    tensors = local_train(
+        ctx,
+        grown_forward(ctx.task, local, stacked, ctx.intermediate, checkpoint_growth),
+        to(local.init(ctx.generator("local")), ctx.device),
+        purpose="local",
+        lr=local_lr,
+        epochs=local_epochs,
+        **settings,
+    )
+    shared = operator_between(preset, ctx.task, ctx.intermediate, ctx.target)
+    return as_stored(shared.stack(grown(local, tensors, stacked)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +92,11 @@ class FedGrow(Algorithm):
     - `preset`: how the operators are built; see `fedgrow_algo.presets`.
     - `lr`, `epochs`: of Global, in every round.
     - `local_lr`, `local_epochs`: of Local_i, once. - `small_lr`, `small_epochs`: of S_i, once.
-    - `batch_size`, `weight_decay` (decoupled), `clip` (global gradient norm): of all three stages; AdamW.
+    - `batch_size`, `weight_decay` (decoupled), `clip` (global gradient norm): of all stages; AdamW.
     - `federate`: False trains the same operators and never averages: every participant keeps its own Global.
+    - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
+      never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
+    - `checkpoint_growth`: keep nothing of the growth for the backward pass but grow again: less memory, more time.
     """
 
     preset: str = "paper"
@@ -70,13 +110,17 @@ class FedGrow(Algorithm):
     weight_decay: float = 0.0
     clip: float | None = 1.0
     federate: bool = True
+    finetune_after: int | None = None
+    finetune_lr: float = 5e-4
+    finetune_epochs: int = 1
+    checkpoint_growth: bool = dataclasses.field(default=False, metadata=COSTS)
 
     def __post_init__(self) -> None:
         check_types(self, "algorithm")
         by_name(self.preset)
-        check_range(self, "algorithm", "lr", "local_lr", "small_lr", "weight_decay", least=0)
-        check_range(self, "algorithm", "epochs", "batch_size", least=1)
-        check_range(self, "algorithm", "local_epochs", "small_epochs", least=0)
+        check_range(self, "algorithm", "lr", "local_lr", "small_lr", "finetune_lr", "weight_decay", least=0)
+        check_range(self, "algorithm", "epochs", "finetune_epochs", "batch_size", least=1)
+        check_range(self, "algorithm", "local_epochs", "small_epochs", "finetune_after", least=0)
         check_range(self, "algorithm", "clip", above=0)
 
     @property
@@ -88,78 +132,76 @@ class FedGrow(Algorithm):
         return self.preset
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
-        operator_between(self.preset, task, intermediate, target)
-        for form in forms:
-            operator_between(self.preset, task, form, intermediate)
+        check_growth(self.preset, task, forms, intermediate, target)
+
+    def stage(self, round: int) -> str:
+        return stage_of(round, self.finetune_after)
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return self._first_global(ctx) if self.federate else {}
+        return server_state(self.preset, self.finetune_after, ctx) if self.federate else {}
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        return {client.id: state for client in cohort}
+        return payloads(state, cohort, self.stage(ctx.round))
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return weighted_sum(updates)
+        return combined(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return weighted_mean(updates, like=state)
+        return aggregated(state, updates, self.stage(ctx.round))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> Tree:
-        small = trained_on_own_shard(
+        middle = intermediate_model(
             ctx,
-            lr=self.small_lr,
-            epochs=self.small_epochs,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
+            self.preset,
+            small_lr=self.small_lr,
+            small_epochs=self.small_epochs,
+            local_lr=self.local_lr,
+            local_epochs=self.local_epochs,
+            checkpoint_growth=self.checkpoint_growth,
+            **self._settings,
         )
-        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        tensors = local_train(
-            ctx,
-            grown_forward(ctx.task, local, small, ctx.intermediate),
-            {name: t.to(ctx.device) for name, t in local.init(ctx.generator("local")).items()},
-            purpose="local",
-            lr=self.local_lr,
-            epochs=self.local_epochs,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-        )
-        state = prefixed(grown(local, tensors, small), MIDDLE)
-        return state if self.federate else state | prefixed(self._first_global(ctx), OWN)
+        state = prefixed(middle, MIDDLE)
+        if self.federate:
+            return state
+        return state | prefixed(to(first_global(self.preset, ctx), ctx.device), OWN)
 
     def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
-        operator = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
+        if self.stage(ctx.round) == FINETUNE:
+            target = self._target(payload, state, ctx)
+            return fine_tuned(ctx, target, lr=self.finetune_lr, epochs=self.finetune_epochs, **self._settings)
+        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
         tensors = local_train(
             ctx,
-            grown_forward(ctx.task, operator, under(state, MIDDLE), ctx.target),
+            grown_forward(ctx.task, shared, under(state, MIDDLE), ctx.target, self.checkpoint_growth),
             self._global(payload, state),
             purpose="global",
             lr=self.lr,
             epochs=self.epochs,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
+            **self._settings,
         )
         if self.federate:
             return ClientUpdate(ctx.info.id, tensors, ctx.info.num_examples), state
         return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | prefixed(tensors, OWN)
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
-        operator = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        return ctx.task.module(ctx.target, grown(operator, self._global(payload, state), under(state, MIDDLE)))
-
-    def _first_global(self, ctx: ServerContext | ClientContext) -> Tree:
-        """Global before round 1: one draw for the whole run, so a participant can make it without being sent it."""
-        operator = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        return operator.init(generator(ctx.seed, "global"))
+        return ctx.task.module(ctx.target, self._target(payload, state, ctx))
 
     def _global(self, payload: Payload, state: Tree) -> Tree:
         return dict(payload) if self.federate else under(state, OWN)
+
+    def _target(self, payload: Payload, state: Tree, ctx: ClientContext) -> Tree:
+        """T_i: as it was fine-tuned, or else Global(M_i)."""
+        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
+        return own_target(state) or grown(shared, self._global(payload, state), under(state, MIDDLE))
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What all stages of training have in common."""
+        return {"batch_size": self.batch_size, "weight_decay": self.weight_decay, "clip": self.clip}
 
 
 def fedgrow_no_federation(**fields) -> FedGrow:

@@ -144,6 +144,10 @@ class Algorithm(abc.ABC):
         """Refuse, with a `ValueError`, forms this algorithm cannot work with. Called before anything starts."""
         return None
 
+    def stage(self, round: int) -> str:
+        """What the `stage` column calls a round after round 0: "federated", or "finetune" where nothing is shared."""
+        return "federated"
+
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     @abc.abstractmethod

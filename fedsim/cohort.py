@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedsim import pretrained
+from fedsim import tree as trees
 from fedsim.algorithm import ClientInfo
 from fedsim.data.partition import train_validation
 from fedsim.experiment import Experiment, Tier
@@ -17,6 +19,7 @@ from fedsim.task import Task
 
 
 EVERYONE_UP_TO = 100  # populations of at most this size are scored as a whole
+NAMED = 8  # a message names at most so many participants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,23 @@ def tiers_of(experiment: Experiment) -> list[Tier]:
     return [experiment.tiers[i] for i in numpy_generator(experiment.seed, "tiers").permutation(dealt)]
 
 
+def check_checkpoints(experiment: Experiment) -> None:
+    """Read every tier's checkpoint and hold it against the experiment.
+
+    **Raises:** `ValueError` naming the tier, its participants, the field and both values.
+    """
+    task, tiers = Task(experiment.task), tiers_of(experiment)
+    for tier in experiment.tiers:
+        if tier.checkpoint is None:
+            continue
+        try:
+            pretrained.check(task, tier.form, tier.checkpoint, experiment.seed)
+        except ValueError as error:
+            owners = [str(id_) for id_, owned in enumerate(tiers) if owned.name == tier.name]
+            named = ", ".join(owners[:NAMED]) + (f", ...: {len(owners)} in all" if len(owners) > NAMED else "")
+            raise ValueError(f"tier {tier.name!r} (participants {named}): {error}") from error
+
+
 def members(experiment: Experiment, task: Task) -> list[Member]:
     """The population, in order of id.
 
@@ -55,7 +75,9 @@ def members(experiment: Experiment, task: Task) -> list[Member]:
     for id_, (tier, shard) in enumerate(zip(tiers_of(experiment), shards, strict=True)):
         rng = numpy_generator(experiment.seed, "validation", client=id_)
         kept, validation = train_validation(shard, experiment.validation_share, rng)
-        population.append(Member(ClientInfo(id_, tier.name, tier.form, len(kept)), tier, kept, validation))
+        population.append(
+            Member(ClientInfo(id_, tier.name, tier.form, len(kept), tier.checkpoint), tier, kept, validation)
+        )
     return population
 
 
@@ -80,10 +102,19 @@ def scored_in(experiment: Experiment, round: int) -> tuple[int, ...]:
 
 
 def federation_sha256(experiment: Experiment, population: Sequence[Member]) -> str:
-    """Hash of shards, small forms and cohorts: equal for all methods that met the same federation."""
-    digest = hashlib.sha256()
+    """Hash of shards, small forms and cohorts: equal for all methods that met the same federation.
+
+    Of checkpoints the weights are hashed: what they hold counts, not where they lie.
+    """
+    digest, task = hashlib.sha256(), Task(experiment.task)
+    weights = {
+        tier.name: trees.sha256(pretrained.load_small(task, tier.form, tier.checkpoint, experiment.seed))
+        for tier in experiment.tiers
+        if tier.checkpoint is not None
+    }
     for member in population:
         digest.update(f"{member.info.id}:{member.info.tier}:{member.info.form!r};".encode())
+        digest.update(weights.get(member.info.tier, "").encode())
         digest.update(member.train.tobytes() + b"/" + member.validation.tobytes())
     for round in range(1, experiment.rounds + 1):
         digest.update(str(cohort_of(experiment, round)).encode())

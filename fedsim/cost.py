@@ -10,7 +10,7 @@ import torch
 
 from fedsim import tree as trees
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
-from fedsim.cohort import tiers_of
+from fedsim.cohort import check_checkpoints, tiers_of
 from fedsim.data.source import Split
 from fedsim.experiment import Experiment, Tier
 from fedsim.task import Task
@@ -94,7 +94,10 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
     """Count everything; takes as long as building the models, and their memory.
 
     `counted` receives the cost of a training step for every tier: participants that are handed it need not measure.
+
+    **Raises:** `ValueError` for a checkpoint that is not what its tier says.
     """
+    check_checkpoints(experiment)
     task = Task(experiment.task)
     tiers = tiers_of(experiment)
     target = trees.numel(task.fresh(experiment.target, 0))
@@ -105,7 +108,7 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
 def _participant(
     experiment: Experiment, task: Task, tier: Tier, count: int, counted: dict[tuple, StepCost]
 ) -> ParticipantCost:
-    algorithm, info = experiment.algorithm, ClientInfo(0, tier.name, tier.form, 0)
+    algorithm, info = experiment.algorithm, ClientInfo(0, tier.name, tier.form, 0, tier.checkpoint)
     meter = Meter.of(algorithm, counted)
     server = ServerContext(experiment.seed, 0, task, experiment.intermediate, experiment.target, [info])
     client = ClientContext(
@@ -118,6 +121,7 @@ def _participant(
         train=Split({}, torch.zeros(0, dtype=torch.long)),
         device=torch.device("cpu"),
         meter=meter,
+        precision=experiment.precision,
     )
     payload = algorithm.server_broadcast(algorithm.server_init(server), [info], server)[0]
     state = algorithm.client_init(client)

@@ -1,6 +1,7 @@
 """Experiments: frozen, typed, hashable. Everything that decides the numbers, nothing about where they are computed."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -10,14 +11,14 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
-from fedsim.fields import check_range, check_types, refuse
+from fedsim.fields import check_range, check_types, matches, refuse
 from fedsim.models import Form, get_family
-from fedsim.pretrained import Checkpoint
+from fedsim.pretrained import Checkpoint, form_of
 from fedsim.task import Task, TaskConfig
 
 
@@ -29,7 +30,8 @@ class Tier:
     """A class of device: the small form its owners have, and what a participant of it asks of the machine.
 
     - `form`: the participant's own small model.
-    - `checkpoint`: the pretrained model its owners start from (`fedsim.pretrained`); None: each trains its own.
+    - `checkpoint`: the pretrained model its owners start from (`fedsim.pretrained`); None: each trains its own. Its
+      form must be `form`: `from_pretrained` makes a tier from a checkpoint alone.
     - `share`: the tier's part of the population, relative to the other tiers'.
     - `num_cpus`, `num_gpus` (fractions allowed), `memory_mb`: resources of one participant's actor on Ray.
     """
@@ -48,6 +50,22 @@ class Tier:
         check_range(self, "tiers", "num_cpus", "num_gpus", least=0)
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             refuse("tiers.num_gpus", self.num_gpus, "a fraction of one GPU, or a whole number of GPUs")
+
+
+def from_pretrained(name: str, family: str, checkpoint: Checkpoint | str, **fields: Any) -> Tier:
+    """A tier whose owners start from a checkpoint, of the form its config says.
+
+    **Arguments:**
+
+    - `family`: as in `TaskConfig.family`.
+    - `checkpoint`: a folder's path stands for `Checkpoint(path)`.
+    - `fields`: further fields of the tier.
+
+    **Raises:** `ValueError` if there is no such checkpoint, or it is another family's.
+    """
+    found = Checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    with of_tier(name):
+        return Tier(name, form_of(family, found), checkpoint=found, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +123,23 @@ class Experiment:
                 accepted = f"at most intermediate.width={self.intermediate.width}"
                 refuse(f"tier {tier.name!r}: form.width", tier.form.width, accepted)
         task = Task(self.task)
-        for form in (*self.forms, self.intermediate, self.target):
+        for form in (self.intermediate, self.target):
             get_family(self.task.family).check(form, task.inputs)
-        self.algorithm.check(task, self.forms, self.intermediate, self.target)
+        for tier in self.tiers:
+            with of_tier(tier.name):
+                get_family(self.task.family).check(tier.form, task.inputs)
+        self._check_method(task)
+
+    def _check_method(self, task: Task) -> None:
+        """Ask the algorithm about all forms; where one tier's alone is what it cannot work with, name the tier."""
+        try:
+            self.algorithm.check(task, self.forms, self.intermediate, self.target)
+        except ValueError:
+            self.algorithm.check(task, (), self.intermediate, self.target)
+            for tier in self.tiers:
+                with of_tier(tier.name):
+                    self.algorithm.check(task, (tier.form,), self.intermediate, self.target)
+            raise
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -122,6 +154,15 @@ class Experiment:
     def canonical_json(self) -> str:
         """Every field that decides the numbers, classes by name, keys sorted."""
         return json.dumps(canonical(self), sort_keys=True)
+
+
+@contextlib.contextmanager
+def of_tier(name: str) -> Iterator[None]:
+    """Put the tier's name before what is refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"tier {name!r}: {error}") from error
 
 
 def canonical(value: Any) -> Any:
@@ -212,11 +253,17 @@ def parsed(text: str) -> Any:
 
 
 def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -> Any:
-    """`instance` with all changes below it applied at once: fields that depend on each other move together."""
+    """`instance` with all changes below it applied at once: fields that depend on each other move together.
+
+    A part that was None is given as its class: it is made of the fields that are set and the defaults of the others.
+    """
+    whole = instance if isinstance(instance, type) else type(instance)
+    hints: dict[str, Any] = {}
     if isinstance(instance, tuple):
         names: dict[str, Any] = {str(index): item for index, item in enumerate(instance)}
-    elif dataclasses.is_dataclass(instance) and not isinstance(instance, type):
-        names = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    elif dataclasses.is_dataclass(whole):
+        names = {field.name: getattr(instance, field.name, dataclasses.MISSING) for field in dataclasses.fields(whole)}
+        hints = typing.get_type_hints(whole)
     else:
         raise ValueError(f"--set {prefix}: {prefix} has no fields")
     values = dict(names)
@@ -224,27 +271,35 @@ def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -
         field = f"{prefix}.{name}" if prefix else name
         if name not in names:
             raise ValueError(f"--set {field}: no such field{nearest(name, list(names))}")
-        below = {path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1}
+        part = _part(names[name], hints.get(name))
         if (name,) in changes:
             values[name] = changes[(name,)]
-            hint = typing.get_type_hints(type(instance)).get(name) if not isinstance(instance, tuple) else None
-            if dataclasses.is_dataclass(names[name]):
-                fields = ", ".join(f"{field}.{inner.name}" for inner in dataclasses.fields(names[name]))
+            if part is not None and not (values[name] is None and matches(None, hints.get(name))):
+                fields = ", ".join(f"{field}.{inner.name}" for inner in dataclasses.fields(part))
                 raise ValueError(f"{field}={values[name]!r}: set its fields instead: {fields}")
-            if typing.get_origin(hint) is tuple and isinstance(values[name], str | int | float):
-                values[name] = (
-                    (values[name],) if not dataclasses.is_dataclass(typing.get_args(hint)[0]) else values[name]
-                )
+            if typing.get_origin(hints.get(name)) is tuple and isinstance(values[name], str | int | float):
+                of_parts = dataclasses.is_dataclass(typing.get_args(hints[name])[0])
+                values[name] = values[name] if of_parts else (values[name],)
+        below = {path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1}
         if below:
-            values[name] = _replaced(values[name], below, field)
+            values[name] = _replaced(part if values[name] is None else values[name], below, field)
     if isinstance(instance, tuple):
         return tuple(values.values())
+    for name, value in values.items():
+        if value is dataclasses.MISSING:
+            raise ValueError(f"--set {prefix}: there is none, so {prefix}.{name} must be given as well")
     try:
-        return dataclasses.replace(instance, **values)
+        return whole(**values)
     except ValueError as error:
         if not prefix or str(error).startswith(prefix):
             raise
         raise ValueError(f"{prefix}: {error}") from error
+
+
+def _part(value: Any, hint: Any) -> Any:
+    """The dataclass whose fields can be set below a field: its value's, or where that is None, the one it may have."""
+    kinds = (type(value),) if value is not None else (hint, *typing.get_args(hint))
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

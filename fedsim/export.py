@@ -1,46 +1,71 @@
-"""A participant's grown model as a folder that plain `transformers` loads."""
+"""A participant's grown model as a folder that plain `transformers` loads, with a card that says how it came about."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedsim import card, results
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
 from fedsim.checkpoint import Versions, read_json
 from fedsim.cohort import tiers_of
+from fedsim.data import text
+from fedsim.data.byte_tokenizer import byte_tokenizer
+from fedsim.data.config import DataConfig
 from fedsim.data.source import Split
 from fedsim.experiment import Experiment, revived
 from fedsim.fields import refuse
-from fedsim.results import read_table
+from fedsim.models import get_family
 from fedsim.task import Task
 from fedsim.training import Meter
 
 
-def experiment_of(directory: Path, run_id: str | None) -> Experiment:
-    """The experiment of a finished run in a results folder.
-
-    **Raises:** `ValueError` if there is no such run, or several and none is named.
-    """
-    runs = read_table(directory, "runs").set_index("run_id")
-    if runs.empty:
-        raise ValueError(f"{directory}: holds no run that finished or failed; resume the one that was cut")
-    if run_id is None and len(runs) > 1:
-        known = ", ".join(f"{id_} ({row.algorithm}, seed {row.seed})" for id_, row in runs.iterrows())
-        raise ValueError(f"--run: {directory} holds several runs, name one of {known}")
-    chosen = run_id if run_id is not None else next(iter(runs.index), None)
-    if chosen not in runs.index:
-        refuse("--run", chosen, f"one of {', '.join(runs.index)}")
-    return revived(json.loads(str(runs.loc[chosen, "config"])))
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.image_processing_backends import PilBackend
 
 
 def export(directory: Path, run_id: str | None, participant: int, to: Path) -> Path:
-    """Write the model `participant` would deploy after the last finished round; needs no data.
+    """Write the model `participant` would deploy after a finished run; needs no data.
 
-    **Raises:** `ValueError` naming what is not there: the run, the participant, its checkpoint.
+    **Raises:** `ValueError` naming what is not there: the run, the participant, its checkpoint, its tokenizer.
     """
-    experiment = experiment_of(directory, run_id)
+    run = finished_run(directory, run_id)
+    experiment: Experiment = revived(json.loads(run["config"]))
     if not 0 <= participant < experiment.participants:
         refuse("--participant", participant, f"from 0 to {experiment.participants - 1}")
+    model, told = deployed(directory, run, experiment, participant)
+    write(model, experiment.task.data, card.card(told), to)
+    return to
+
+
+def finished_run(directory: Path, run_id: str | None) -> dict[str, Any]:
+    """The row of the `runs` table of a finished run in a results folder.
+
+    **Raises:** `ValueError` if there is no such run, it failed, or there are several and none is named.
+    """
+    runs = {row["run_id"]: row for row in results.rows_of(results.read_table(directory, "runs"), "runs")}
+    if not runs:
+        raise ValueError(f"{directory}: holds no run that finished or failed; resume the one that was cut")
+    if run_id is None and len(runs) > 1:
+        known = ", ".join(f"{id_} ({row['algorithm']}, seed {row['seed']})" for id_, row in runs.items())
+        raise ValueError(f"--run: {directory} holds several runs, name one of {known}")
+    chosen = run_id if run_id is not None else next(iter(runs))
+    if chosen not in runs:
+        refuse("--run", chosen, f"one of {', '.join(runs)}")
+    if runs[chosen]["status"] != "finished":
+        refuse("--run", chosen, f"a run that finished; this one failed ({runs[chosen]['error']}): resume it first")
+    return runs[chosen]
+
+
+def deployed(
+    directory: Path, run: dict[str, Any], experiment: Experiment, participant: int
+) -> tuple["PreTrainedModel", card.Deployed]:
+    """The model of one participant after the last round, made as it is made for scoring, and what its card tells.
+
+    **Raises:** `ValueError` if the checkpoints are not there.
+    """
     folder = directory / "checkpoints" / experiment.run_id
     manifest = read_json(folder / "manifest.json")
     if manifest is None:
@@ -51,41 +76,92 @@ def export(directory: Path, run_id: str | None, participant: int, to: Path) -> P
     if server is None or private is None:
         raise ValueError(f"--participant={participant}: took part in no round of run {experiment.run_id}")
 
-    task, algorithm = Task(experiment.task), experiment.algorithm
-    tier = tiers_of(experiment)[participant]
-    info = ClientInfo(participant, tier.name, tier.form, 0)
+    clients = results.rows_of(results.read_run(directory, "clients", experiment.run_id), "clients")
+    sizes = {row["client"]: row["num_examples"] for row in clients}
+    population = [
+        ClientInfo(id_, tier.name, tier.form, sizes.get(id_, 0), checkpoint=tier.checkpoint)
+        for id_, tier in enumerate(tiers_of(experiment))
+    ]
+    task, algorithm, info = Task(experiment.task), experiment.algorithm, population[participant]
     seed, middle, target = experiment.seed, experiment.intermediate, experiment.target
-    at_server = ServerContext(seed, last, task, middle, target, [info])
+    at_server = ServerContext(seed, last, task, middle, target, population)
     nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
-    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, Meter("", {}))
+    meter, precision = Meter("", {}), experiment.precision
+    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision)
     payload = algorithm.server_broadcast(server[1], [info], at_server)[participant]
-    model = algorithm.client_model(payload, private[1], at_client)
+    model: Any = algorithm.client_model(payload, private[1], at_client)
+    told = card.Deployed(
+        experiment=experiment,
+        form=get_family(experiment.task.family).form(model.config),
+        info=info,
+        round=last,
+        run=run,
+        clients=sorted((row for row in clients if row["client"] == participant), key=lambda row: row["round"]),
+        received=payload,
+        private=private[1],
+    )
+    return model, told
+
+
+def write(model: "PreTrainedModel", data: DataConfig, readme: str, to: Path) -> None:
+    """The folder: model, what brings data to it, and README.
+
+    **Raises:** `ValueError` if the folder cannot be written to, or the tokenizer is gone.
+    """
+    describe(model, data)
+    preprocessor = image_processor(data) if data.kind == "image" else text_tokenizer(data)
     try:
         to.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(to)  # type: ignore[operator]  # every family builds Hugging Face models
-        (to / "README.md").write_text(card(experiment, participant, last, str(tier.form)))
+        model.save_pretrained(to)
+        preprocessor.save_pretrained(to)
+        (to / "README.md").write_text(readme, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--to={str(to)!r}: not a folder that can be written to ({error})") from error
-    return to
 
 
-def card(experiment: Experiment, participant: int, round: int, small: str) -> str:
-    """A model card that says how the model came about."""
-    algorithm, data = experiment.algorithm, experiment.task.data
-    grown = f", preset `{algorithm.preset_name}`" if algorithm.preset_name else ""
-    return f"""---
-library_name: transformers
-tags: [federated-learning, model-growth]
----
+def describe(model: "PreTrainedModel", data: DataConfig) -> None:
+    """Put into the config what users of the model rely on, and training had no use for."""
+    if data.kind == "lm":
+        model.config.use_cache = True
+        assert model.generation_config is not None
+        model.generation_config.use_cache = True
+    if data.kind in ("image", "text"):
+        model.config.problem_type = "single_label_classification"
+    if data.class_names and data.kind in ("image", "text", "tokens"):
+        model.config.id2label = dict(enumerate(data.class_names))
+        model.config.label2id = {name: number for number, name in enumerate(data.class_names)}
 
-# {algorithm.name}, participant {participant}, {experiment.target}
 
-- Method: `{algorithm.name}`{grown}, after round {round} of {experiment.rounds}, seed {experiment.seed}.
-- Small form of this participant: {small}; intermediate: {experiment.intermediate}; this model: {experiment.target}.
-- Data: `{data.name}`, dealt to {experiment.participants} participants ({experiment.partition.scheme}).
-- Run `{experiment.run_id}`. Its settings:
+def image_processor(data: DataConfig) -> "PilBackend":
+    """What `fedsim.data.vision` and `Task.batch` do to an image that is RGB, or grey where `data.channels` is 1.
 
-```json
-{json.dumps(json.loads(experiment.canonical_json()), indent=2)}
-```
-"""
+    Bilinear resizing to a square, then `x / 127.5 - 1`: written as `(x / 255 - 1/2) / (1/2)`, which rounds alike. Works
+    without torchvision. An image with transparency would be laid on white, where `fedsim` leaves transparency out.
+    """
+    from PIL.Image import Resampling
+    from transformers import ViTImageProcessorPil
+
+    half = [0.5] * data.channels
+    return ViTImageProcessorPil(
+        do_convert_rgb=data.channels == 3,
+        do_resize=True,
+        size={"height": data.image_size, "width": data.image_size},
+        resample=Resampling.BILINEAR,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=half,
+        image_std=half,
+    )
+
+
+def text_tokenizer(data: DataConfig) -> "PreTrainedTokenizerBase":
+    """The tokenizer that made the data, set to cut and pad as they were."""
+    if data.tokenizer == "bytes":
+        return byte_tokenizer(data.kind, data.max_length)
+    settings = {"add_prefix_space": True} if data.kind == "tokens" else {}  # as for lists of words
+    tokenizer = text._pretrained(data.tokenizer, data.hub, **settings)
+    tokenizer.model_max_length = data.max_length
+    # Types of tokens, which some tokenizers add, were never given to the model.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer

@@ -14,6 +14,7 @@ from fedsim import tree as trees
 from fedsim.algorithm import ClientContext, ClientUpdate, Payload
 from fedsim.checkpoint import Versions
 from fedsim.cohort import Member
+from fedsim.data.config import PER_TOKEN
 from fedsim.experiment import Experiment
 from fedsim.task import Task, load_task, subset
 from fedsim.training import Meter, StepCost
@@ -131,8 +132,8 @@ class Participant:
         assert dataset is not None
         test = self.task.score(model, dataset.test)
         validation = self.task.score(model, subset(dataset.train, self.member.validation))
-        if dataset.kind == "lm":
-            local = validation.accuracy  # without labels: the participant's own held-out part
+        if dataset.kind in PER_TOKEN:
+            local = validation.accuracy  # examples carry no label to weight by: the participant's own held-out part
         else:
             labels = dataset.train.labels.numpy()[self.member.train]
             local = test.accuracy_under(np.bincount(labels, minlength=dataset.num_classes))
@@ -142,6 +143,9 @@ class Participant:
             "accuracy_val": nullable(validation.accuracy),
             "loss": nullable(test.loss),
             "num_test_examples": len(dataset.test.labels),
+            "precision": nullable(test.precision),
+            "recall": nullable(test.recall),
+            "f1": nullable(test.f1),
         }
 
     def _measured(self, round: int, payload: Payload, work) -> Reply:

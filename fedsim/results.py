@@ -94,6 +94,9 @@ ROUNDS = _schema(
     accuracy_val_std="float?",
     accuracy_val_min="float?",
     failed="int",  # participants dropped from this round
+    precision_mean="float?",  # of entities, like the two below: null unless token classes are the tags of entities
+    recall_mean="float?",
+    f1_mean="float?",
 )
 
 CLIENTS = _schema(
@@ -122,6 +125,9 @@ CLIENTS = _schema(
     model="str?",  # the participant's small form, for example "64x2"
     trainable_params="int?",
     upload_params="int?",
+    precision="float?",  # of entities on the global test set, like the two below
+    recall="float?",
+    f1="float?",
 )
 
 SCHEMAS: Mapping[str, pa.Schema] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS}

@@ -45,10 +45,13 @@ def client_rows(
                 "host": None if note.get("host") is None else str(note["host"]),
                 "node": note.get("node"),
                 "retries": note.get("retries", 0),
-                "stage": stage_of(round),
+                "stage": stage_of(experiment, round),
                 "model": str(info.form),
                 "trainable_params": note.get("trainable_params"),
                 "upload_params": note.get("upload_params"),
+                "precision": note.get("precision"),
+                "recall": note.get("recall"),
+                "f1": note.get("f1"),
             }
         )
     return rows
@@ -67,16 +70,16 @@ def round_row(
     noted = report["rows"]
     up = sum(note.get("bytes_up", 0) for note in noted.values())
     down = sum(note.get("bytes_down", 0) for note in noted.values())
-    accuracy, local, validation = (
+    accuracy, local, validation, precision, recall, f1 = (
         statistics([note.get(name) for note in noted.values()])
-        for name in ("accuracy", "accuracy_local", "accuracy_val")
+        for name in ("accuracy", "accuracy_local", "accuracy_val", "precision", "recall", "f1")
     )
     return {
         "run_id": run_id,
         "algorithm": experiment.algorithm.name,
         "seed": experiment.seed,
         "round": round,
-        "stage": stage_of(round),
+        "stage": stage_of(experiment, round),
         "accuracy_mean": accuracy[0],
         "accuracy_std": accuracy[1],
         "accuracy_min": accuracy[2],
@@ -102,6 +105,9 @@ def round_row(
         "accuracy_val_std": validation[1],
         "accuracy_val_min": validation[2],
         "failed": sum("error" in note for note in noted.values()),
+        "precision_mean": precision[0],
+        "recall_mean": recall[0],
+        "f1_mean": f1[0],
     }
 
 
@@ -157,6 +163,6 @@ def statistics(values: Sequence[float | None]) -> tuple[float | None, float | No
     return float(known.mean()), float(known.std()), float(known.min())
 
 
-def stage_of(round: int) -> str:
-    """Round 0 is each participant alone; the others are federated."""
-    return "local" if round == 0 else "federated"
+def stage_of(experiment: Experiment, round: int) -> str:
+    """Round 0 is each participant alone; what the others are, the algorithm says."""
+    return "local" if round == 0 else experiment.algorithm.stage(round)

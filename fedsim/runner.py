@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedsim.cohort import members
+from fedsim.cohort import check_checkpoints, members
 from fedsim.experiment import Experiment
 from fedsim.progress import Progress, label_of, progress_for
 from fedsim.provenance import code_sha256
@@ -17,8 +17,12 @@ from fedsim.task import load_task
 
 
 def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
-    """Load the data and deal them, so that whatever they cannot do is said before anything starts (`ValueError`)."""
+    """Read checkpoints, load the data and deal them: whatever they cannot do is said before anything starts.
+
+    **Raises:** `ValueError` naming the field, and for a checkpoint the participants who were to start from it.
+    """
     for experiment in experiments:
+        check_checkpoints(experiment)
         members(experiment, load_task(experiment.task, data_dir))
 
 

@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fedsim.data.config import PER_TOKEN
 from fedsim.data.source import DataConfig, Dataset, Split, load
-from fedsim.fields import check_range, check_types
+from fedsim.data.text import IGNORED
+from fedsim.entities import EntityCounts, EntityTags
+from fedsim.fields import check_range, check_types, refuse
+from fedsim.masking import masked
 from fedsim.models import Form, Inputs, get_family
+from fedsim.seeding import generator as stream
 from fedsim.seeding import torch_seeded
 from fedsim.submodel import ParamSpec
 from fedsim.tree import Tree
 
 
 Batch = dict[str, Tensor]
-IGNORED = -100  # a label that counts in no loss and no score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +34,20 @@ class TaskConfig:
     - `data`: see `fedsim.data.source.DataConfig`.
     - `family`: a file of `fedsim/models`, or the dotted name of a module that declares `FAMILY`.
     - `patch_size`: side of an image patch in pixels (image families).
+    - `settings`: fields of the Hugging Face config and their values, over the family's own: `(("rope_theta", 5e5),)`.
     """
 
     data: DataConfig = DataConfig()
     family: str = "vit"
     patch_size: int = 2
+    settings: tuple[tuple[str, str | int | float | bool], ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self, "task")
         check_range(self, "task", "patch_size", least=1)
+        names = [name for name, _ in self.settings]
+        if "" in names or len({*names}) < len(names):
+            refuse("task.settings", self.settings, "pairs of a field's name, each named once, and its value")
         get_family(self.family)
 
     @property
@@ -52,6 +61,7 @@ class TaskConfig:
                 image_size=data.image_size,
                 channels=data.channels,
                 patch_size=self.patch_size,
+                settings=self.settings,
             )
         padding, end = data.special_ids
         return Inputs(
@@ -61,22 +71,43 @@ class TaskConfig:
             max_length=data.max_length,
             padding_id=padding,
             end_id=end,
+            mask_id=data.mask_id,
+            settings=self.settings,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a model got right on a split: counts per class (one class for language modelling)."""
+    """What a model got right on a split: counts per class (one class for language modelling).
+
+    `entities`: only for token classes that are the tags of entities.
+    """
 
     loss: float
     correct: np.ndarray  # (classes,)
     count: np.ndarray  # (classes,)
+    entities: EntityCounts | None = None
 
     @property
     def accuracy(self) -> float:
-        """Share of examples (tokens, for language modelling) that were right; NaN on an empty split."""
+        """Share of examples (of labelled tokens, where tokens are) that were right; NaN on an empty split."""
         total = self.count.sum()
         return float(self.correct.sum() / total) if total else float("nan")
+
+    @property
+    def precision(self) -> float:
+        """Share of the entities said that are there; NaN where entities are not scored."""
+        return self.entities.precision if self.entities else float("nan")
+
+    @property
+    def recall(self) -> float:
+        """Share of the entities there that are said; NaN where entities are not scored."""
+        return self.entities.recall if self.entities else float("nan")
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall; NaN where entities are not scored."""
+        return self.entities.f1 if self.entities else float("nan")
 
     def accuracy_under(self, mix: np.ndarray) -> float:
         """Per-class accuracy weighted by a label mix `(classes,)`: what the owner of such data would experience."""
@@ -125,14 +156,34 @@ class Task:
 
     # data -----------------------------------------------------------------------------------------------------------
 
-    def batch(self, split: Split, index: Tensor, device: torch.device | str = "cpu") -> Batch:
-        """Model inputs and labels of some examples. Pixels become floats in [-1, 1]."""
-        batch = {name: tensor[index].to(device) for name, tensor in split.inputs.items()}
+    def batch(
+        self,
+        split: Split,
+        index: Tensor,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """Model inputs and labels of some examples. Pixels become floats in [-1, 1].
+
+        `generator`: draws which tokens are to be predicted, where tokens are masked and the split has not been masked
+        before (it has no `labels` among its inputs); None: always the same stream.
+        """
+        batch = {name: tensor[index] for name, tensor in split.inputs.items()}
         if self.inputs.kind == "lm":
-            return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        elif self.inputs.kind == "mlm" and "labels" not in batch:
+            batch = self._masked(batch, generator)
+        elif "labels" not in batch:
+            batch["labels"] = split.labels[index]
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].to(torch.float32).div(127.5).sub(1.0)
-        return batch | {"labels": split.labels[index].to(device)}
+        return batch
+
+    def _masked(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        generator = generator or stream(0, "scoring/mask")
+        ids, labels = masked(batch["input_ids"], batch["attention_mask"], self.inputs, generator)
+        return batch | {"input_ids": ids, "labels": labels}
 
     def example(self, size: int) -> Batch:
         """A batch of the right shapes that holds no data: for counting."""
@@ -143,26 +194,39 @@ class Task:
             return {"pixel_values": pixels, "labels": torch.zeros(size, dtype=torch.long)}
         assert inputs.max_length
         tokens = torch.zeros(size, inputs.max_length, dtype=torch.long)
-        labels = tokens if kind == "lm" else torch.zeros(size, dtype=torch.long)
+        labels = tokens if kind in PER_TOKEN else torch.zeros(size, dtype=torch.long)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
     # loss and score -------------------------------------------------------------------------------------------------
 
     def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predictions `(N, classes)` and what they should have been `(N,)`: next tokens for language modelling."""
+        """Predictions `(M, classes)` and what they should have been `(M,)`; M counts tokens where these are labelled.
+
+        A token predicts the next one ("lm"), or itself ("tokens", "mlm").
+        """
         labels = batch["labels"]
         if self.inputs.kind == "lm":
-            return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if self.inputs.kind in PER_TOKEN:
+            return logits.flatten(0, 1), labels.flatten()
         return logits, labels
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over examples (tokens, for language modelling)."""
+        """Mean cross-entropy over examples (over labelled tokens, where tokens are labelled)."""
         return F.cross_entropy(*self.aligned(logits, batch), ignore_index=IGNORED)
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split, batch_size: int = 256) -> Score:
-        """Loss and counts of right answers on a split; independent of `batch_size` to rounding."""
-        classes = 1 if self.inputs.kind == "lm" else self.inputs.num_classes
+        """Loss and counts of right answers on a split; independent of `batch_size` to rounding.
+
+        Where tokens are masked, the same ones are, each time, for everyone who scores this split.
+        """
+        kind = self.inputs.kind
+        if kind == "mlm" and "labels" not in split.inputs:
+            split = Split(self._masked(split.inputs, None), split.labels)
+        tags = EntityTags.of(self.config.data.class_names) if kind == "tokens" else None
+        entities = EntityCounts() if tags and len(split.labels) else None
+        classes = 1 if kind in ("lm", "mlm") else self.inputs.num_classes
         device = next(model.parameters()).device
         loss, correct, count = 0.0, np.zeros(classes, np.int64), np.zeros(classes, np.int64)
         for start in range(0, len(split.labels), batch_size):
@@ -173,12 +237,16 @@ class Task:
             kept = labels != IGNORED
             predicted, labels = predicted[kept], labels[kept]
             loss += float(F.cross_entropy(predicted.double(), labels, reduction="sum"))
-            right = predicted.argmax(-1) == labels
+            said = predicted.argmax(-1)
+            right = said == labels
             of_class = torch.zeros_like(labels) if classes == 1 else labels
             count += torch.bincount(of_class, minlength=classes).cpu().numpy()
             correct += torch.bincount(of_class[right], minlength=classes).cpu().numpy()
+            if tags and entities:
+                example = (batch["labels"] != IGNORED).nonzero()[:, 0]  # kept tokens, in the order of `aligned`
+                entities += tags.count(labels.cpu().numpy(), said.cpu().numpy(), example.cpu().numpy())
         total = int(count.sum())
-        return Score(loss / total if total else float("nan"), correct, count)
+        return Score(loss / total if total else float("nan"), correct, count, entities)
 
 
 def load_task(config: TaskConfig, data_dir: str | None) -> Task:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fedsim.tree import Tree, clone
 
 Forward = Callable[[Mapping[str, Tensor], Batch], Tensor]
 PRETRAIN = "pretrain"  # the purpose of training that a participant is assumed to have done before it joins
+COSTS = {"costs": True}  # marks fields of an algorithm that change what a training step costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Meter:
     @staticmethod
     def of(algorithm: Algorithm, counted: dict[tuple, "StepCost"]) -> "Meter":
         """A meter that shares counts between variants of one method: learning rates cost no FLOPs."""
-        return Meter(f"{type(algorithm).__qualname__}/{algorithm.preset_name}", counted)
+        fields = dataclasses.fields(algorithm) if dataclasses.is_dataclass(algorithm) else ()
+        costly = [f"{f.name}={getattr(algorithm, f.name)}" for f in fields if f.metadata.get("costs")]
+        return Meter("/".join([type(algorithm).__qualname__, algorithm.preset_name, *costly]), counted)
 
     @property
     def trainable(self) -> int:
@@ -65,9 +69,10 @@ class Meter:
         return next((w.loss for w in reversed(self.work) if w.steps), None)
 
     def cost(self, ctx: ClientContext, forward: Forward, parameters: Tree, purpose: str) -> "StepCost":
-        """What one step costs, measured once a shape."""
+        """What one step costs, measured once a shape and precision."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in parameters.items())
-        key = (self.key, purpose, ctx.task.config.family, ctx.task.inputs, ctx.intermediate, ctx.target, shapes)
+        task = (ctx.task.config.family, ctx.task.inputs)
+        key = (self.key, purpose, *task, ctx.intermediate, ctx.target, ctx.precision, shapes)
         if key not in self.counted:
             self.counted[key] = StepCost.measured(ctx, forward, parameters)
         return self.counted[key]
@@ -84,8 +89,12 @@ def local_train(
     batch_size: int,
     weight_decay: float = 0.0,
     clip: float | None = None,
+    lr_under: Mapping[str, float] | None = None,
 ) -> Tree:
     """Train a tree on the client's shard with AdamW (a fresh optimiser, constant learning rate).
+
+    Under `ctx.precision="bf16"` the forward pass and the loss are computed under autocast, the loss from logits in fp32;
+    weights, their gradients and the optimiser's moments stay fp32, and bf16 has the range of fp32, so no loss is scaled.
 
     **Arguments:**
 
@@ -93,20 +102,23 @@ def local_train(
     - `parameters`: where training starts; not written to.
     - `purpose`: names this stage of work in the random stream and in the accounts.
     - `clip`: largest global norm of the gradient; None: no clipping.
+    - `lr_under`: learning rates of the tensors under some prefixes of names, where they are not `lr`.
 
     **Returns:** the trained tree, detached. **Raises:** `FloatingPointError` if the loss is not finite.
     """
     leaves = {name: tensor.requires_grad_() for name, tensor in clone(parameters).items()}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(_groups(leaves, lr, lr_under or {}), weight_decay=weight_decay, fused=True)
     cost = ctx.meter.cost(ctx, forward, leaves, purpose)
     generator, examples = ctx.generator(f"{purpose}/order"), len(ctx.train.labels)
+    masking = ctx.generator(f"{purpose}/mask")
     flops, steps, loss = 0, 0, float("nan")
 
     for _ in range(epochs if examples else 0):
         total = 0.0
         for index in torch.randperm(examples, generator=generator).split(batch_size):
-            batch = ctx.task.batch(ctx.train, index, ctx.device)
-            value = ctx.task.loss(forward(leaves, batch), batch)
+            batch = ctx.task.batch(ctx.train, index, ctx.device, masking)
+            with autocast(ctx):
+                value = ctx.task.loss(forward(leaves, batch).float(), batch)  # bf16 has three digits: too few here
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             if clip is not None:
@@ -117,12 +129,29 @@ def local_train(
             flops += cost.flops(len(index))
         loss = total / examples
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{purpose}: the training loss became {loss} after {steps} steps with lr={lr}")
+            rates = "".join(f", {prefix}*: {rate}" for prefix, rate in (lr_under or {}).items())
+            raise FloatingPointError(
+                f"{purpose}: the training loss became {loss} after {steps} steps with lr={lr}{rates}"
+            )
 
     trainable = sum(tensor.numel() for tensor in leaves.values())
     per_step, activations = cost.flops(batch_size), cost.activation_bytes(batch_size)
     ctx.meter.work.append(Work(purpose, trainable, examples * epochs, steps, flops, per_step, activations, loss))
     return {name: tensor.detach() for name, tensor in leaves.items()}
+
+
+def autocast(ctx: ClientContext) -> torch.autocast:
+    """What forward pass and loss run under: matrix products in bfloat16 where the run asks for it, else nothing."""
+    return torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.precision == "bf16")
+
+
+def _groups(leaves: Tree, lr: float, lr_under: Mapping[str, float]) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: one a learning rate, names in the order of `leaves`."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, leaf in leaves.items():
+        rate = next((rate for prefix, rate in lr_under.items() if name.startswith(prefix)), lr)
+        groups.setdefault(rate, []).append(leaf)
+    return [{"params": members, "lr": rate} for rate, members in groups.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +182,8 @@ class StepCost:
 def step_cost(ctx: ClientContext, forward: Forward, parameters: Tree, size: int) -> tuple[int, int]:
     """FLOPs of a forward and backward pass, and bytes autograd saves in between, on `size` examples.
 
-    Counted on tensors without storage and on the unfused attention path, so the figure depends neither on the device
-    nor on its kernels (fused attention is not counted on CPU).
+    Counted on tensors without storage and on the unfused attention path, so FLOPs depend neither on the device nor on
+    its kernels (fused attention is not counted on CPU). They do not depend on the precision either; saved bytes do.
     """
     saved: dict[int, int] = {}
 
@@ -168,7 +197,9 @@ def step_cost(ctx: ClientContext, forward: Forward, parameters: Tree, size: int)
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        leaves: Tree = {name: fake.from_tensor(t.detach().cpu()).requires_grad_() for name, t in parameters.items()}
-        batch: Batch = {name: fake.from_tensor(tensor) for name, tensor in ctx.task.example(size).items()}
-        ctx.task.loss(forward(leaves, batch), batch).backward()
+        leaves: Tree = {name: fake.from_tensor(t.detach()).requires_grad_() for name, t in parameters.items()}
+        batch: Batch = {name: fake.from_tensor(t).to(ctx.device) for name, t in ctx.task.example(size).items()}
+        with autocast(ctx):
+            loss = ctx.task.loss(forward(leaves, batch).float(), batch)
+        loss.backward()
     return counter.get_total_flops(), sum(saved.values())

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from baselines.fedavg import FedAvg
 from fedgrow_algo.fedgrow import FedGrow
-from fedsim.algorithm import Algorithm, ClientUpdate, Partial, weighted_mean, weighted_sum
+from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedsim.algorithm import Algorithm, ClientUpdate, Partial, ServerContext, weighted_mean, weighted_sum
 from fedsim.tree import Tree, sha256
 
 
 LIKE = {"w": torch.zeros(2), "b": torch.zeros(())}
-AVERAGING = [FedAvg(), FedGrow()]
+AVERAGING = [FedAvg(), FedGrow(), FedGrowJoint(), FedGrowReleasedCode()]
 
 
 def update(client: int, w: Sequence[float], b: float, weight: float) -> ClientUpdate:
@@ -82,12 +84,14 @@ def test_weighted_sum_by_hand() -> None:
 def test_algorithms_that_average_do_so_over_the_cohort(algorithm: Algorithm) -> None:
     updates = [update(0, [1.0, 8.0], -2.0, 1), update(1, [5.0, 0.0], 2.0, 3)]
     expected = {"w": torch.tensor([4.0, 2.0]), "b": torch.tensor(1.0)}
-    nothing: Any = None  # averaging asks nothing of its context
-    assert_equal(algorithm.server_aggregate(LIKE, iter(updates), nothing), expected)
+    nothing: Any = None
+    context = ServerContext(0, 1, nothing, nothing, nothing, [])  # averaging asks for the round, and nothing else
+    assert algorithm.stage(1) == "federated"
+    assert_equal(algorithm.server_aggregate(LIKE, iter(updates), context), expected)
     combined = algorithm.combine(updates)
     assert combined is not None
     assert_equal(combined.tree, weighted_sum(updates).tree)
-    assert_equal(algorithm.server_aggregate(LIKE, iter([combined]), nothing), expected)
+    assert_equal(algorithm.server_aggregate(LIKE, iter([combined]), context), expected)
 
 
 def test_denominator_is_the_sampled_total() -> None:

@@ -12,54 +12,82 @@ import torch
 from torch import nn
 
 import fedgrow_algo.fedgrow
+import fedgrow_algo.joint
 import fedgrow_algo.pretrain
+import fedgrow_algo.released_code
 from baselines.fedavg import FedAvg
 from fedgrow_algo.dual_ligo import operator_between
 from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
+from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
 from fedsim.cost import cost_of
 from fedsim.data.config import Split, digits, pydoc
 from fedsim.experiment import Experiment, Tier
 from fedsim.models import Form
 from fedsim.task import Task, TaskConfig, load_task, subset
-from fedsim.training import Meter
-from fedsim.tree import Tree, clone, nbytes, numel, sha256
+from fedsim.training import Meter, StepCost
+from fedsim.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
 
 
 SEED, CLIENTS = 3, 2
 SMALL, INTERMEDIATE, TARGET = Form(8, 1, heads=2), Form(12, 1, heads=2), Form(16, 2, heads=2)
+ROTARY = Form(8, 1, heads=2), Form(12, 1, heads=3, head_dim=4), Form(16, 2, heads=4, head_dim=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is learned, by which family, and the forms: small, intermediate, target."""
+
+    config: TaskConfig
+    forms: tuple[Form, Form, Form] = (SMALL, INTERMEDIATE, TARGET)
+
+
 TASKS = {
-    "vit/digits": TaskConfig(digits(limit=64), patch_size=4),
-    "gpt2/pydoc": TaskConfig(pydoc(limit=64, max_length=12), family="gpt2"),
+    "vit/digits": Setting(TaskConfig(digits(limit=64), patch_size=4)),
+    "gpt2/pydoc": Setting(TaskConfig(pydoc(limit=64, max_length=12), family="gpt2")),
+    "bert/pydoc": Setting(TaskConfig(pydoc(limit=64, max_length=12, objective="masked_token"), family="bert")),
+    "llama/pydoc": Setting(TaskConfig(pydoc(limit=64, max_length=12), family="llama"), ROTARY),
 }
-GROWTH = {
+ROUNDS: dict[str, Any] = {
     "lr": 1e-2,
     "epochs": 2,
-    "local_lr": 1e-2,
-    "local_epochs": 2,
     "small_lr": 1e-2,
     "small_epochs": 2,
+    "local_lr": 1e-2,
     "batch_size": 8,
 }
+GROWTH = ROUNDS | {"local_epochs": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method, what it uploads ("target", "operator", "nothing"), and whether the server has a model of its own."""
+    """A method, what it uploads ("target", "operator", "everything", "nothing"), and what else tells it from others.
+
+    - `server_model`: whether the server has a model of its own.
+    - `first_mean`: before round 1 there is nothing to send; the first round averages what each client made alone.
+    """
 
     algorithm: Algorithm
     uploads: str
     server_model: bool = False
+    first_mean: bool = False
 
 
 METHODS = {
     "fedgrow-paper": Row(FedGrow(preset="paper", **GROWTH), "operator"),
     "fedgrow-preserving": Row(FedGrow(preset="preserving", **GROWTH), "operator"),
+    "fedgrow_joint-paper": Row(FedGrowJoint(preset="paper", **ROUNDS), "operator"),
     "fedgrow_no_federation-paper": Row(fedgrow_no_federation(preset="paper", **GROWTH), "nothing"),
     "fedgrow_no_federation-preserving": Row(fedgrow_no_federation(preset="preserving", **GROWTH), "nothing"),
+    "fedgrow_released_code-paper": Row(
+        FedGrowReleasedCode(preset="paper", **GROWTH), "everything", server_model=True, first_mean=True
+    ),
     "fedavg": Row(FedAvg(lr=1e-2, epochs=2, batch_size=8), "target", server_model=True),
 }
-TABLE = [(method, task) for task in TASKS for method in METHODS]
+ALSO = {"fedgrow_joint-preserving": Row(FedGrowJoint(preset="preserving", **ROUNDS), "operator")}  # not in every family
+OTHER_FAMILIES = {"bert/pydoc": ("fedgrow-paper", "fedavg"), "llama/pydoc": ("fedgrow_joint-preserving", "fedavg")}
+TABLE = [(method, task) for task in TASKS for method in OTHER_FAMILIES.get(task, METHODS)]
 PROMISED_NAMES = {
     "fedgrow",
     "fedgrow_joint",
@@ -90,27 +118,32 @@ PROMISED_NAMES = {
 
 @dataclasses.dataclass
 class Case:
-    """One row brought to life: its contexts, and its states before round 1."""
+    """One row brought to life: its contexts, and its states before round 1 (or after the first mean).
+
+    `counted` and `predicted`: costs of training steps, as participants measure them and as `cost_of` does.
+    """
 
     row: Row
-    config: TaskConfig
-    counted: dict[tuple, Any] = dataclasses.field(default_factory=dict)
-    key: str = ""
-
-    def __post_init__(self) -> None:
-        self.key = self.key or repr(self.algorithm)
+    setting: Setting
+    counted: dict[tuple, StepCost]
+    predicted: dict[tuple, StepCost]
 
     @property
     def algorithm(self) -> Algorithm:
         return self.row.algorithm
 
+    @property
+    def target(self) -> Form:
+        return self.setting.forms[2]
+
     @functools.cached_property
     def task(self) -> Task:
-        return load_task(self.config, None)
+        return load_task(self.setting.config, None)
 
     @functools.cached_property
     def clients(self) -> list[ClientInfo]:
-        return [ClientInfo(id_, "phone", SMALL, len(self.shard(id_))) for id_ in range(CLIENTS)]
+        small = self.setting.forms[0]
+        return [ClientInfo(id_, "phone", small, len(self.shard(id_))) for id_ in range(CLIENTS)]
 
     def shard(self, client: int) -> Split:
         """Client 0 has the first third of the examples, client 1 the others."""
@@ -120,7 +153,7 @@ class Case:
         return subset(self.task.dataset.train, everything[:third] if client == 0 else everything[third:])
 
     def server(self, round: int = 1, seed: int = SEED) -> ServerContext:
-        return ServerContext(seed, round, self.task, INTERMEDIATE, TARGET, self.clients)
+        return ServerContext(seed, round, self.task, self.setting.forms[1], self.target, self.clients)
 
     def client(self, round: int = 1, client: int = 0, **changes: Any) -> ClientContext:
         info = self.clients[client]
@@ -128,18 +161,23 @@ class Case:
             seed=SEED,
             round=round,
             task=self.task,
-            intermediate=INTERMEDIATE,
-            target=TARGET,
+            intermediate=self.setting.forms[1],
+            target=self.target,
             info=info,
             train=self.shard(client),
             device=torch.device("cpu"),
-            meter=Meter(self.key, self.counted),
+            meter=Meter.of(self.algorithm, self.counted),
         )
         return dataclasses.replace(context, **changes)
 
     @functools.cached_property
     def server_state(self) -> Tree:
-        return self.algorithm.server_init(self.server(round=0))
+        state = self.algorithm.server_init(self.server(round=0))
+        if not self.row.first_mean:
+            return state
+        assert state == {}
+        firsts = [self.algorithm.client_update({}, self.private[i], self.client(1, i))[0] for i in range(CLIENTS)]
+        return self.algorithm.server_aggregate(state, iter(firsts), self.server(round=1))
 
     @functools.cached_property
     def private(self) -> dict[int, Tree]:
@@ -155,20 +193,30 @@ class Case:
 
     def with_lr_zero(self) -> "Case":
         """The same row with nothing learned in a round; its private states are these."""
-        algorithm = dataclasses.replace(self.algorithm, lr=0.0)  # type: ignore[call-arg]
-        case = Case(dataclasses.replace(self.row, algorithm=algorithm), self.config, self.counted, self.key)
-        case.private = self.private
+        rates = {f.name: 0.0 for f in dataclasses.fields(self.algorithm) if f.name in ("lr", "local_lr")}  # type: ignore[arg-type]
+        algorithm = dataclasses.replace(self.algorithm, **rates)  # type: ignore[call-arg]
+        case = dataclasses.replace(self, row=dataclasses.replace(self.row, algorithm=algorithm))
+        case.private, case.server_state = self.private, self.server_state
         return case
 
     def experiment(self) -> Experiment:
-        tier = Tier("phone", SMALL)
-        return Experiment(self.algorithm, self.config, (tier,), INTERMEDIATE, TARGET, participants=CLIENTS, seed=SEED)
+        small, intermediate, target = self.setting.forms
+        tiers = (Tier("phone", small),)
+        return Experiment(
+            self.algorithm, self.setting.config, tiers, intermediate, target, participants=CLIENTS, seed=SEED
+        )
+
+
+@pytest.fixture(scope="module")
+def counts() -> tuple[dict[tuple, StepCost], dict[tuple, StepCost]]:
+    """Counting is most of what this module costs: rows share it, as the runs of a sweep do."""
+    return {}, {}
 
 
 @pytest.fixture(scope="module", params=TABLE, ids=lambda row: "-".join(row))
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request: pytest.FixtureRequest, counts: tuple[dict, dict]) -> Case:
     method, task = request.param
-    return Case(METHODS[method], TASKS[task])
+    return Case((METHODS | ALSO)[method], TASKS[task], *counts)
 
 
 @pytest.fixture(autouse=True)
@@ -225,10 +273,10 @@ def test_a_round_sets_nothing_on_the_object(case: Case) -> None:
 
 
 def test_first_server_state_depends_on_the_seed_alone(case: Case) -> None:
-    again = case.algorithm.server_init(case.server(round=0))
-    assert sha256(again) == sha256(case.server_state)
-    if case.server_state and case.algorithm.preset_name != "preserving":  # whose start is not drawn
-        assert sha256(case.algorithm.server_init(case.server(round=0, seed=SEED + 1))) != sha256(case.server_state)
+    state = case.algorithm.server_init(case.server(round=0))
+    assert sha256(case.algorithm.server_init(case.server(round=0))) == sha256(state)
+    if state and case.algorithm.preset_name != "preserving":  # whose start is not drawn
+        assert sha256(case.algorithm.server_init(case.server(round=0, seed=SEED + 1))) != sha256(state)
 
 
 def test_broadcast_gives_each_client_of_the_cohort_a_payload_and_equal_forms_the_same_object(case: Case) -> None:
@@ -262,7 +310,7 @@ def test_server_model_is_the_target_or_none(case: Case) -> None:
     assert (model is not None) == case.row.server_model
     if model is not None:
         assert not model.training
-        assert {n: p.shape for n, p in model.named_parameters()} == shapes_of(case, TARGET)
+        assert {n: p.shape for n, p in model.named_parameters()} == shapes_of(case, case.target)
 
 
 def shapes_of(case: Case, form: Form) -> dict[str, torch.Size]:
@@ -332,7 +380,7 @@ def test_client_model_is_the_target_in_evaluation_mode(case: Case) -> None:
     model = case.algorithm.client_model(update.tree, state, case.client())
     assert isinstance(model, nn.Module)
     assert not any(module.training for module in model.modules())
-    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes_of(case, TARGET)
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes_of(case, case.target)
     before = case.algorithm.client_model(case.payload(), case.private[0], case.client())
     changed = [not torch.equal(one, other) for one, other in zip(model.parameters(), before.parameters(), strict=True)]
     assert any(changed), "training does not reach the model that is scored"
@@ -343,17 +391,21 @@ def test_zero_learning_rate_is_a_fixed_point(case: Case) -> None:
     updates = []
     for client in range(CLIENTS):
         update, state = zero.algorithm.client_update(case.payload(client), case.private[client], zero.client(1, client))
-        assert sha256(state) == sha256(case.private[client])
+        assert sha256(state) == sha256(case.private[client] if not case.row.first_mean else {})
         updates.append(update)
-    assert sha256(zero.server_state) == sha256(case.server_state)
-    assert sha256(zero.algorithm.server_aggregate(case.server_state, iter(updates), zero.server())) == sha256(
-        case.server_state
-    )
+    before = sha256(fixed_part(case, case.server_state))
+    after = zero.algorithm.server_aggregate(case.server_state, iter(updates), zero.server())
+    assert sha256(fixed_part(case, after)) == before
     combined = zero.algorithm.combine(updates)
-    assert combined is not None
-    assert sha256(zero.algorithm.server_aggregate(case.server_state, iter([combined]), zero.server())) == sha256(
-        case.server_state
-    )
+    assert (combined is None) == (case.row.uploads == "nothing"), "there is nothing to add up"
+    if combined is not None:
+        after = zero.algorithm.server_aggregate(case.server_state, iter([combined]), zero.server())
+        assert sha256(fixed_part(case, after)) == before
+
+
+def fixed_part(case: Case, state: Tree) -> Tree:
+    """The server's state without a target grown anew in every round from the rest of it."""
+    return state if case.row.uploads != "everything" else {n: t for n, t in state.items() if "target." not in n}
 
 
 def test_training_loss_falls(case: Case) -> None:
@@ -376,8 +428,8 @@ def test_a_client_without_data_trains_nothing(case: Case) -> None:
     nothing = Split({}, torch.zeros(0, dtype=torch.long))
     context = case.client(train=nothing)
     update, state = case.algorithm.client_update(case.payload(), case.private[0], context)
-    assert sha256(update.tree) == sha256(case.payload())
-    assert sha256(state) == sha256(case.private[0])
+    assert sha256(fixed_part(case, update.tree)) == sha256(fixed_part(case, case.payload()))
+    assert sha256(state) == sha256(case.private[0] if not case.row.first_mean else {})
     assert context.meter.flops == 0 and context.meter.loss is None
 
 
@@ -385,11 +437,11 @@ def test_a_client_without_data_trains_nothing(case: Case) -> None:
 
 
 def test_bytes_are_as_predicted_without_data(case: Case) -> None:
-    (predicted,) = cost_of(case.experiment(), case.counted).participants
-    update, state = case.first
+    (predicted,) = cost_of(case.experiment(), case.predicted).participants
+    update, _ = case.first
     assert (predicted.upload_bytes, predicted.upload_params) == (nbytes(update.tree), numel(update.tree))
-    assert predicted.download_bytes == nbytes(case.payload())
-    assert predicted.private_bytes == nbytes(state)
+    assert predicted.download_bytes == (nbytes(case.payload()) if not case.row.first_mean else 0)
+    assert predicted.private_bytes == nbytes(case.private[0])
     context = case.client()
     case.algorithm.client_update(case.payload(), case.private[0], context)
     (work,) = context.meter.work
@@ -399,11 +451,18 @@ def test_bytes_are_as_predicted_without_data(case: Case) -> None:
 
 def expected_update(case: Case) -> dict[str, tuple[int, ...]]:
     """Names and shapes, from the method's definition."""
+    target = {name: tuple(shape) for name, shape in shapes_of(case, case.target).items()}
     if case.row.uploads == "target":
-        return {name: tuple(shape) for name, shape in shapes_of(case, TARGET).items()}
+        return target
+    if case.row.uploads == "nothing":
+        return {}
+    operator = operator_between(case.algorithm.preset_name, case.task, case.setting.forms[1], case.target)
     if case.row.uploads == "operator":
-        return operator_between(case.algorithm.preset_name, case.task, INTERMEDIATE, TARGET).shapes
-    return {}
+        return operator.shapes
+    middle = operator.stack(case.task.fresh(case.setting.forms[1], 0))
+    parts = {"middle.": {name: tuple(t.shape) for name, t in middle.items()}, "target.": target}
+    parts["global."] = operator.shapes
+    return {prefix + name: shape for prefix, part in parts.items() for name, shape in part.items()}
 
 
 def test_an_update_holds_exactly_what_the_method_says(case: Case) -> None:
@@ -413,7 +472,10 @@ def test_an_update_holds_exactly_what_the_method_says(case: Case) -> None:
 
 
 def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a name nor values of the small model, the local operator, the intermediate model, the target or data."""
+    """Neither a name nor values of the small model, the local operator, the intermediate model, the target or data.
+
+    What holds for every method but the one that is there to show what the released code does.
+    """
     trained: dict[str, Tree] = {}
 
     def recording(local_train: Callable[..., Tree]) -> Callable[..., Tree]:
@@ -423,35 +485,46 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
 
         return recorded
 
-    for module in (fedgrow_algo.fedgrow, fedgrow_algo.pretrain):
+    for module in (fedgrow_algo.fedgrow, fedgrow_algo.joint, fedgrow_algo.released_code, fedgrow_algo.pretrain):
         monkeypatch.setattr(module, "local_train", recording(module.local_train))
     state = case.algorithm.client_init(case.client(round=0))
     if not case.algorithm.preset_name:  # nothing is grown: the target is trained as it is, and sent
         assert (state, trained) == ({}, {})
         return
-    assert set(trained) == {"pretrain", "local"}
+    joint = case.algorithm.name == "fedgrow_joint"
+    assert set(trained) == ({"pretrain"} if joint else {"pretrain", "local"})
 
     update, kept = case.algorithm.client_update(case.payload(), state, case.client())
+    shared = under(trained["joint"], "global.") if joint else trained["global"]
+    local = under(trained["joint"], "local.") if joint else trained["local"]
     target = dict(case.algorithm.client_model(update.tree, kept, case.client()).named_parameters())
     data = case.shard(0)
-    trees = [trained["pretrain"], trained["local"], state, kept, target, data.inputs, {"labels": data.labels}]
+    trees = [trained["pretrain"], local, state, kept, target, data.inputs, {"labels": data.labels}]
     private = {content(tensor) for tree in trees for tensor in tree.values()}
     names = {*trained["pretrain"], *state, *kept, *target}
-    assert len(private) > 50
-    for name, tensor in update.tree.items():
-        assert name not in names, f"{name} is a private tensor's name"
-        assert content(tensor) not in private, f"{name} has a private tensor's values"
+    found = {name for name, tensor in update.tree.items() if name in names or content(tensor) in private}
+    assert len(private) > 40
+    if case.row.uploads == "everything":
+        assert {f"target.{name}" for name in target} <= found
+        return
+    assert not found, "private tensors, by name or by value"
     sent = sorted(map(content, update.tree.values()))
-    assert sent == (sorted(map(content, trained["global"].values())) if case.row.uploads == "operator" else [])
+    assert sent == (sorted(map(content, shared.values())) if case.row.uploads == "operator" else [])
 
 
-def test_federated_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
+def test_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
     _, state = case.first
-    middle = {name: tensor for name, tensor in state.items() if name.startswith("middle.")}
-    assert sha256(middle) == sha256({n: t for n, t in case.private[0].items() if n.startswith("middle.")})
-    if case.algorithm.name == "fedgrow_no_federation":
-        own = {name for name in state if name.startswith("global.")}
-        assert own and set(state) == own | set(middle)
-        assert any(not torch.equal(state[name], case.private[0][name]) for name in own)
-    else:
-        assert set(state) == set(middle)
+    frozen = {"middle.", "small."}
+    before, after = (
+        {name: t for name, t in one.items() if name.startswith(tuple(frozen))} for one in (case.private[0], state)
+    )
+    if case.row.first_mean:
+        assert state == {}, "all a participant holds is what the server sends"
+        return
+    assert sha256(before) == sha256(after)
+    own = {"fedgrow_no_federation": "global.", "fedgrow_joint": "local."}.get(case.algorithm.name)
+    trained = under(state, own) if own else {}
+    assert set(state) == set(after) | set(prefixed(trained, own or ""))
+    assert bool(trained) == (own is not None)
+    if own:
+        assert any(not torch.equal(trained[name], t) for name, t in under(case.private[0], own).items())

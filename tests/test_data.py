@@ -296,6 +296,11 @@ def test_tokens_outside_the_promised_vocabulary_are_refused(tmp_path, monkeypatc
         (DataConfig(name="some.parquet", image="img"), "image", None),
         (DataConfig(name="some.csv", text=(1,)), "text", 258),
         (DataConfig(name="some.csv", objective="next_token"), "lm", 258),
+        (DataConfig(name="some.csv", objective="masked_token"), "mlm", 259),
+        (pydoc(objective="masked_token"), "mlm", 259),
+        (sst2(objective="masked_token"), "mlm", 259),
+        (DataConfig(name="some.parquet", objective="token_classes"), "tokens", 258),
+        (DataConfig(name="some.parquet", objective="token_classes", text=("words",)), "tokens", 258),
     ],
 )
 def test_kind_is_known_without_data(config, kind, vocab_size):
@@ -600,6 +605,10 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
         ("channels", 2),
         ("num_classes", 0),
         ("num_classes", None),
+        ("class_names", "O"),
+        ("class_names", ("O",)),
+        ("class_names", (*"ABCDEFGHI", "")),
+        ("class_names", (*"ABCDEFGHII",)),
         ("tokenizer", ""),
         ("tokenizer", None),
         ("max_length", 1),
@@ -621,6 +630,17 @@ def test_settings_that_do_not_fit_together_are_refused():
     for config in (digits(), cifar10(), DataConfig(name="a.csv", image="img")):
         with pytest.raises(ValueError, match=r"task\.data\.objective='next_token': must be 'classes' for images"):
             replace(config, objective="next_token")
+        for objective in ("masked_token", "token_classes"):
+            with pytest.raises(ValueError, match=rf"objective='{objective}': must be 'classes' for images"):
+                replace(config, objective=objective)
+    with pytest.raises(ValueError, match=r"objective='token_classes': must be 'next_token' or 'masked_token' for"):
+        pydoc(objective="token_classes")
+    with pytest.raises(ValueError, match=r"task\.data\.text=\('a', 'b'\): must be one column"):
+        DataConfig(name="some.parquet", objective="token_classes", text=("a", "b"))
+    with pytest.raises(
+        ValueError, match=r"class_names=\('O', 'B-X'\): must be empty or .*num_classes=3 names; there are 2"
+    ):
+        DataConfig(name="some.parquet", objective="token_classes", num_classes=3, class_names=("O", "B-X"))
     with pytest.raises(ValueError, match=r"task\.data\.tokenizer='words'"):
         pydoc(tokenizer="words")
     with pytest.raises(ValueError, match=r"task\.data\.num_classes=5"):

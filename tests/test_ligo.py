@@ -11,6 +11,8 @@ from fedgrow_algo.ligo import Operator, mix, widen
 from fedgrow_algo.presets import PRESETS, by_name
 from fedsim.checkpoint import Versions
 from fedsim.models import Form, Inputs, get_family
+from fedsim.submodel import join_fused, split_fused
+from tests import growing
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,6 +21,10 @@ VIT = get_family("vit")
 INPUTS = Inputs("image", 10, image_size=8, channels=1, patch_size=2)
 SMALL, MIDDLE, LARGE = Form(8, 2, heads=2), Form(12, 3, heads=3, mlp=14), Form(15, 4, heads=3, mlp=21)
 SMALL_DEEP = Form(8, 4, heads=2)
+OTHER_SIZES = {  # for presets that cannot map SMALL to those
+    "paper-chunked": {MIDDLE: Form(12, 3, heads=3), LARGE: Form(15, 4, heads=3)},
+    "hypercloning": {MIDDLE: Form(16, 3, heads=4), LARGE: Form(24, 4, heads=6, mlp=32)},
+}
 
 PAPER = by_name("paper")  # full matrices, tied in and out
 PER_BLOCK = {per: dataclasses.replace(PAPER, per=per) for per in ("source", "target")}
@@ -29,6 +35,11 @@ assert_close = functools.partial(assert_close, rtol=1e-12, atol=1e-12)
 
 def operator_of(small, large, preset=PAPER):
     return Operator(preset, VIT.specs(small, INPUTS), VIT.specs(large, INPUTS), small.axes, large.axes)
+
+
+def mappable(preset, large=MIDDLE):
+    """A form of about this size that the preset can map SMALL into."""
+    return OTHER_SIZES.get(preset.name, {}).get(large, large)
 
 
 def generator(seed=0):
@@ -135,6 +146,60 @@ def test_leading_block_of_identity_on_top_is_the_small_tensor():
     assert_trees_close({name: t[tuple(map(slice, small[name].shape))] for name, t in grown.items()}, expected)
 
 
+@pytest.mark.parametrize("model", ["vit", "gpt2-lm", "bert-mlm"])
+def test_leading_block_of_ligo_is_the_small_tensor_its_blocks_mixed(model):
+    small, large = growing.small(model), growing.large(model, "all", "ligo")
+    operator = growing.operator_between("ligo", model, small, large)
+    tensors, stacked = growing.anywhere(operator), operator.stack(growing.random_tree(model, small))
+    grown = split_fused(operator.grow(tensors, stacked), operator.large, operator.large_axes)
+    for name, spec in operator.large_parts.items():
+        expected = stacked[spec.role if spec.layer is not None else name]
+        if spec.layer is not None:
+            expected = mix(tensors[f"depth.{spec.role}"], expected)[spec.layer]
+        leading = grown[name][tuple(map(slice, expected.shape))]
+        assert_close(leading, expected, msg=lambda m, name=name: f"{name}: {m}")
+        assert torch.equal(leading, expected) or spec.layer is not None
+        assert grown[name].shape != expected.shape or not any(dim.axes for dim in spec.parsed), name
+
+
+PERMUTABLE = [
+    (preset, model)
+    for preset in PRESETS
+    for model in ("vit", "gpt2-lm", "llama-tied", "bert-text")
+    if preset != "ligo" and growing.accepted(model, "all x2", preset)
+]
+
+
+@pytest.mark.parametrize(("preset", "model"), PERMUTABLE)
+def test_order_of_small_units_does_not_matter_once_the_maps_follow(preset, model):
+    """Every group of coordinates permuted at once: units, heads and coordinates of heads, the residual axis."""
+    small, large = growing.small(model), growing.large(model, "all x2", preset)
+    operator = growing.operator_between(preset, model, small, large)
+    tensors, tree = growing.anywhere(operator), growing.random_tree(model, small)
+    orders = {
+        group: torch.randperm(operator.mapped(dim)[0], generator=generator(i))
+        for i, (group, dim) in enumerate(operator.groups.items())
+    }
+    follow = {
+        name: t[..., orders[name.split(".")[1]]] if name.startswith("width.") else t for name, t in tensors.items()
+    }
+    parts = dict(split_fused(tree, operator.small, operator.small_axes))
+    for name, spec in operator.small_parts.items():
+        for position, dim in enumerate(spec.parsed):
+            if dim.axes:
+                index = torch.arange(dim.size(operator.small_axes)).view(-1, *[f.old for f in operator.factors(dim)])
+                spanned = [1 + i for i, f in enumerate(operator.factors(dim)) if f.kind == "map"]
+                together = list(range(1, 1 + len(spanned)))
+                moved = index.movedim(spanned, together)
+                permuted = moved.flatten(1, len(spanned))[:, orders[dim.group]].view(moved.shape)
+                parts[name] = parts[name].index_select(position, permuted.movedim(together, spanned).flatten())
+    permuted_tree = join_fused(parts, operator.small)
+    assert trees_differ(permuted_tree, tree)
+    grown, of_permuted = operator(tensors, tree), operator(follow, permuted_tree)
+    assert_trees_close(of_permuted, grown)
+    assert trees_differ(operator(tensors, permuted_tree), grown)
+
+
 # depth ----------------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +284,7 @@ def test_growing_twice_is_growing_once_by_the_product_of_the_maps(tied):
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 @pytest.mark.parametrize("trained", [False, True], ids=["start", "moved"])
 def test_grown_weights_are_linear_in_the_small_ones(preset, trained):
-    operator = operator_of(SMALL, MIDDLE, preset)
+    operator = operator_of(SMALL, mappable(preset), preset)
     tensors = operator.init(generator(), dtype=torch.float64)
     if trained:
         tensors = {name: t + 0.1 * randn(*t.shape, seed=i) for i, (name, t) in enumerate(tensors.items())}
@@ -254,8 +319,8 @@ def test_grown_weights_are_linear_in_a_map_that_is_only_written_or_only_read_wit
     read = operator(tensors | {"width.embed.read": c * tensors["width.embed.read"]}, tree)
     for name, spec in operator.large.items():
         modes = [dim.mode for dim in spec.parsed if dim.group == "embed"]
-        assert_close(written[name], (c if "write" in modes else 1.0) * grown[name])
-        assert_close(read[name], (c if set(modes) & {"read", "gain", "shift"} else 1.0) * grown[name])
+        assert_close(written[name], (c if set(modes) & {"write", "gain", "shift"} else 1.0) * grown[name])
+        assert_close(read[name], (c if "read" in modes else 1.0) * grown[name])
 
 
 def test_grown_weights_are_linear_in_the_depth_tables():
@@ -273,14 +338,16 @@ def test_grown_weights_are_linear_in_the_depth_tables():
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 @pytest.mark.parametrize("large", [SMALL, MIDDLE, LARGE], ids=str)
 def test_grown_tree_has_the_names_order_and_shapes_of_the_large_module(preset, large):
+    large = mappable(preset, large)
     operator = operator_of(SMALL, large, preset)
     grown = operator(operator.init(generator(), dtype=torch.float64), random_tree(SMALL))
+    assert list(grown) == list(operator.large)
     assert {name: tensor.shape for name, tensor in grown.items()} == shapes_of(large)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_growing_keeps_no_state_and_writes_into_nothing(preset):
-    operator = operator_of(SMALL, MIDDLE, preset)
+    operator = operator_of(SMALL, mappable(preset), preset)
     tensors, tree = random_tensors(operator), random_tree(SMALL)
     before = [{name: t.clone() for name, t in part.items()} for part in (tensors, tree)]
     first = operator(tensors, tree)
@@ -293,7 +360,7 @@ def test_growing_keeps_no_state_and_writes_into_nothing(preset):
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_saved_operator_and_small_model_give_the_grown_model_again(preset, dtype, tmp_path):
-    operator = operator_of(SMALL, MIDDLE, preset)
+    operator = operator_of(SMALL, mappable(preset), preset)
     tensors = operator.init(generator(), dtype=dtype)
     small = {name: t.to(dtype) for name, t in random_tree(SMALL).items()}
     loaded = []
@@ -302,7 +369,7 @@ def test_saved_operator_and_small_model_give_the_grown_model_again(preset, dtype
         found = Versions(tmp_path, name).load(1)
         assert found
         loaded.append(found[1])
-    again = operator_of(SMALL, MIDDLE, preset)(*loaded)
+    again = operator_of(SMALL, mappable(preset), preset)(*loaded)
     grown = operator(tensors, small)
     assert all(t.dtype == dtype for t in grown.values())
     assert_trees_equal(again, grown)
@@ -310,14 +377,15 @@ def test_saved_operator_and_small_model_give_the_grown_model_again(preset, dtype
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_start_is_a_function_of_the_generator_alone(preset):
-    operator = operator_of(SMALL, MIDDLE, preset)
+    operator = operator_of(SMALL, mappable(preset), preset)
     global_stream = torch.get_rng_state()
     first, again, other = (operator.init(generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(torch.get_rng_state(), global_stream)
     assert {name: tuple(t.shape) for name, t in first.items()} == operator.shapes
     assert_trees_equal(first, again)
-    if preset is PAPER:
-        assert all(torch.equal(first[name], other[name]) == name.startswith("depth.") for name in first)
+    drawn = {name for name in first if not torch.equal(first[name], other[name])}
+    widths = {name for name in first if name.startswith("width.")}
+    assert drawn == {"paper": widths, "paper-chunked": widths, "ligo": first.keys()}.get(preset.name, set())
 
 
 @pytest.mark.parametrize("wrong", ["missing", "extra", "deeper"])

@@ -13,9 +13,19 @@ from torch.testing import assert_close
 
 from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
 from fedgrow_algo.ligo import Operator
-from fedgrow_algo.presets import PRESETS, by_name
+from fedgrow_algo.presets import (
+    PRESETS,
+    by_name,
+    copied_units,
+    equal_shares,
+    interlaced_blocks,
+    stacked_blocks,
+    stacked_from_top,
+    unequal_shares,
+)
 from fedsim.models import Form, Inputs, get_family
 from fedsim.task import Task, TaskConfig
+from tests import growing
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,53 +33,29 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VIT = get_family("vit")
 INPUTS = Inputs("image", 10, image_size=8, channels=1, patch_size=2)
 PAPER, PRESERVING = by_name("paper"), by_name("preserving")
+COPYING = [preset for preset in PRESETS if preset not in ("paper", "paper-chunked", "ligo")]
 EXACT, BROKEN = 1e-9, 1e-3
 
 assert_close = functools.partial(assert_close, rtol=1e-12, atol=1e-12)
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """A ViT whose axes are all free, `heads * head_dim` included: one axis can grow alone.
-
-    `eps` is added to the variance by its normalisations; 0 leaves rounding as the only error.
-    """
-
-    width: int = 8
-    depth: int = 2
-    heads: int = 2
-    head_dim: int = 4
-    mlp: int = 8
-    eps: float = 0.0
-
-    @property
-    def axes(self):
-        return {"embed": self.width, "head": self.heads, "head_dim": self.head_dim, "mlp": self.mlp}
-
-    @property
-    def specs(self):
-        return VIT.specs(Form(self.width, self.depth, heads=1, mlp=self.mlp), INPUTS)
-
-    @property
-    def module(self):
-        return _module(self)
+def size(width=8, depth=2, heads=2, head_dim=4, mlp=8):
+    """A ViT whose axes are all free: one can grow alone. Nothing is added to variances: rounding is the only error."""
+    return Form(width, depth, heads, mlp, head_dim=head_dim, norm_eps=0.0)
 
 
 @functools.cache
-def _module(size):
-    module = VIT.build(Form(size.width, size.depth, heads=1, mlp=size.mlp), INPUTS)
-    config = module.config
-    config.num_attention_heads, config.head_dim, config.layer_norm_eps = size.heads, size.head_dim, size.eps
-    return type(module)(config).double().requires_grad_(False).eval()
+def module(form):
+    return VIT.build(form, INPUTS).double().requires_grad_(False).eval()
 
 
-SMALL = Size()
-ALL_LARGER = Size(width=12, depth=5, heads=5, head_dim=7, mlp=21)
+SMALL = size()
+ALL_LARGER = size(width=12, depth=5, heads=5, head_dim=7, mlp=21)
 BLOCK = "vit.layers.{}.{}".format
 
 
 def operator_of(small, large, preset=PRESERVING):
-    return Operator(preset, small.specs, large.specs, small.axes, large.axes)
+    return Operator(preset, VIT.specs(small, INPUTS), VIT.specs(large, INPUTS), small.axes, large.axes)
 
 
 def larger(**axes):
@@ -84,10 +70,10 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
-def random_tree(size, seed=0):
+def random_tree(form, seed=0):
     """Weights of ordinary size, and biases, gains and shifts that are neither 0 nor 1."""
     tree = {}
-    for i, (name, parameter) in enumerate(size.module.named_parameters()):
+    for i, (name, parameter) in enumerate(module(form).named_parameters()):
         gain = "norm" in name and name.endswith("weight")
         tree[name] = float(gain) + 0.3 * randn(*parameter.shape, seed=seed * 1000 + i)
     return tree
@@ -104,8 +90,8 @@ def moved(operator, by=0.1):
 PIXELS, LABELS = randn(5, 1, 8, 8), torch.arange(5)
 
 
-def run(size, tree, pixels=PIXELS, **options):
-    return functional_call(size.module, tree, kwargs={"pixel_values": pixels} | options)
+def run(form, tree, pixels=PIXELS, **options):
+    return functional_call(module(form), tree, kwargs={"pixel_values": pixels} | options)
 
 
 def gap(small, large, preset=PRESERVING, change=lambda tensors: tensors):
@@ -115,24 +101,7 @@ def gap(small, large, preset=PRESERVING, change=lambda tensors: tensors):
     return float((run(large, grown_tree).logits - run(small, tree).logits).abs().max())
 
 
-def copied(dim, small_axes, large_axes):
-    """Which old coordinate each new one copies: whole heads in turn, and within each head its coordinates in turn."""
-    index = [0]
-    for axis in dim.axes:
-        old = small_axes[axis]
-        index = [i * old + j % old for i in index for j in range(large_axes[axis])]
-    return index
-
-
-def equal_shares(operator, dim):
-    """As `preserving`, but all copies of a unit are read alike: plain Net2Net."""
-    if dim.mode != "read" or dim.group in operator.residual:
-        return PRESERVING.scale(operator, dim)
-    index = torch.tensor(copied(dim, operator.small_axes, operator.large_axes))
-    return 1.0 / torch.bincount(index)[index].double()
-
-
-NET2NET = dataclasses.replace(PRESERVING, scale=equal_shares)
+NET2NET = dataclasses.replace(PRESERVING, share=equal_shares)
 TIED_COPIES = dataclasses.replace(PRESERVING, scale=lambda operator, dim: None)
 TIED_RESIDUAL = dataclasses.replace(PRESERVING, own_read=False)
 
@@ -178,8 +147,8 @@ def test_preserving_growth_between_forms_leaves_the_logits_of_the_hugging_face_m
     tree = {
         name: t.double() + 0.2 * randn(*t.shape, seed=i) for i, (name, t) in enumerate(task.fresh(small, 0).items())
     }
-    module = task.module(large, grown(operator, start(operator), tree))
-    assert_close(module(PIXELS).logits, task.module(small, tree)(PIXELS).logits, rtol=0, atol=EXACT)
+    grown_module = task.module(large, grown(operator, start(operator), operator.stack(tree)))
+    assert_close(grown_module(PIXELS).logits, task.module(small, tree)(PIXELS).logits, rtol=0, atol=EXACT)
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -189,8 +158,8 @@ def test_preserving_growth_between_forms_leaves_the_logits_of_the_hugging_face_m
 )
 def test_preserving_growth_leaves_the_logits_whatever_the_sizes(sizes, seed):
     (width, *rest), (more_width, *more_rest) = zip(*sizes, strict=True)
-    small = Size(width + 2, *rest)  # layer norm over two or more coordinates; over one it is constant
-    large = Size(width + 2 + more_width, *map(sum, zip(rest, more_rest, strict=True)))
+    small = size(width + 2, *rest)  # layer norm over two or more coordinates; over one it is constant
+    large = size(width + 2 + more_width, *map(sum, zip(rest, more_rest, strict=True)))
     operator, tree = operator_of(small, large), random_tree(small, seed)
     assert_close(run(large, operator(start(operator), tree)).logits, run(small, tree).logits, rtol=EXACT, atol=EXACT)
 
@@ -206,28 +175,6 @@ def test_preserving_growth_leaves_every_position_of_every_block():
         assert_close(of_large[..., 8:], mean, rtol=0, atol=EXACT)
 
 
-def test_what_remains_of_a_wider_residual_axis_is_the_eps_of_its_normalisations():
-    small = larger(eps=1e-4)
-    assert gap(small, larger(width=12, eps=1e-4 * 8 / 12)) < EXACT
-    assert EXACT < gap(small, larger(width=12, eps=1e-4)) < 1e-2
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_preserving_growth_leaves_the_loss_and_its_gradient_in_the_input(training):
-    operator, tree = operator_of(SMALL, ALL_LARGER), random_tree(SMALL)
-    losses, gradients = [], []
-    for size, weights in ((SMALL, tree), (ALL_LARGER, operator(start(operator), tree))):
-        pixels = PIXELS.clone().requires_grad_()
-        size.module.train(training)
-        loss = F.cross_entropy(run(size, weights, pixels).logits, LABELS)
-        size.module.eval()
-        losses.append(loss.detach())
-        gradients.append(torch.autograd.grad(loss, pixels)[0])
-    assert_close(*losses, rtol=0, atol=EXACT)
-    assert_close(*gradients, rtol=0, atol=EXACT)
-    assert gradients[0].abs().max() > BROKEN
-
-
 def test_preserving_depth_inserts_blocks_that_add_nothing():
     large = larger(depth=5)
     operator, tree = operator_of(SMALL, large), random_tree(SMALL)
@@ -241,22 +188,6 @@ def test_preserving_depth_inserts_blocks_that_add_nothing():
                 assert torch.equal(grown_tree[BLOCK(k, f"{role}.{part}")], 0 * before if new else before)
     aligned = {name: t.clone() for name, t in grown_tree.items()}  # alike in memory, so alike in rounding
     assert torch.equal(run(large, aligned).logits, run(SMALL, tree).logits)
-
-
-def test_preserving_growth_to_the_same_size_is_the_identity():
-    operator, tree = operator_of(SMALL, SMALL), random_tree(SMALL)
-    grown_tree = operator(start(operator), tree)
-    assert grown_tree.keys() == tree.keys()
-    assert all(torch.equal(grown_tree[name], tree[name]) for name in tree)
-
-
-def test_what_new_residual_coordinates_are_read_with_is_free():
-    def anything(tensors):
-        read = tensors["width.embed.read"].clone()
-        read[8:] = randn(4, 8)
-        return tensors | {"width.embed.read": read}
-
-    assert gap(SMALL, larger(width=12), change=anything) < EXACT
 
 
 # preserving: every part of it is needed -------------------------------------------------------------------------------
@@ -330,8 +261,8 @@ def test_paper_start_is_not_preserving(axes):
 
 
 def test_paper_starts_from_xavier_normal_maps_and_the_mean_of_the_blocks():
-    small = Size(width=64, depth=3, heads=2, head_dim=32, mlp=80)
-    operator = operator_of(small, Size(width=96, depth=4, heads=3, head_dim=32, mlp=112), PAPER)
+    small = size(width=64, depth=3, heads=2, head_dim=32, mlp=80)
+    operator = operator_of(small, size(width=96, depth=4, heads=3, head_dim=32, mlp=112), PAPER)
     for name, tensor in start(operator).items():
         if name.startswith("depth."):
             assert_close(tensor, torch.full_like(tensor, 1 / 3), rtol=1e-7, atol=0)
@@ -343,7 +274,88 @@ def test_paper_starts_from_xavier_normal_maps_and_the_mean_of_the_blocks():
                 assert abs(of_block.std() / xavier - 1) < 0.05
 
 
-# preserving: copies, shares, heads ------------------------------------------------------------------------------------
+def test_ligo_starts_from_averages_and_noisy_stacking():
+    operator = operator_of(size(depth=3), size(width=24, depth=5, mlp=24), by_name("ligo"))
+    for name, tensor in start(operator).items():
+        assert_close(tensor.sum(-1), torch.ones(tensor.shape[:-1]).double(), rtol=1e-6, atol=0)
+        if name.startswith("width."):
+            assert tensor.shape[-1] == 8 and tensor.min() >= 0 and tensor.max() < 0.5
+            assert tensor.shape[-2] == 0 if name.split(".")[1] in ("query", "key", "value") else tensor.shape[-2] == 16
+        else:
+            assert tensor.argmax(1).tolist() == [0, 1, 2, 0, 1]
+            others = tensor[torch.arange(3) != torch.tensor([0, 1, 2, 0, 1])[:, None]]
+            assert 0 < others.min() and others.max() < 0.03 and others.std() > 0.003
+
+
+# depth and shares, by hand --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "old", "new", "blocks"),
+    [
+        (stacked_blocks, 2, 5, [0, 1, 0, 1, 0]),
+        (stacked_blocks, 3, 6, [0, 1, 2, 0, 1, 2]),
+        (stacked_from_top, 2, 5, [0, 1, 0, 1, 1]),
+        (stacked_from_top, 3, 8, [0, 1, 2, 0, 1, 2, 1, 2]),
+        (stacked_from_top, 3, 6, [0, 1, 2, 0, 1, 2]),
+        (interlaced_blocks, 2, 4, [0, 0, 1, 1]),
+        (interlaced_blocks, 2, 5, [0, 0, 0, 1, 1]),
+        (interlaced_blocks, 3, 4, [0, 0, 1, 2]),
+    ],
+)
+def test_which_block_each_block_copies(rule, old, new, blocks):
+    assert rule(old, new) == blocks
+    assert rule(old, old) == list(range(old))
+
+
+@pytest.mark.parametrize(
+    ("preset", "blocks", "silent"),
+    [
+        ("net2net", [0, 1, 0, 1, 1], []),
+        ("aki", [0, 1, 0, 1, 1], []),
+        ("stacking", [0, 1, 0, 1, 0], []),
+        ("interlacing", [0, 0, 0, 1, 1], []),
+        ("zero-block", [0, 0, 0, 1, 1], [1, 2, 4]),
+        ("hypercloning", [0, 0, 0, 1, 1], [1, 2, 4]),
+        ("preserving", [0, 0, 0, 1, 1], [1, 2, 4]),
+    ],
+)
+def test_depth_tables_copy_blocks_and_silence_what_writes_the_residual_axis(preset, blocks, silent):
+    tensors = start(operator_of(SMALL, larger(depth=5), by_name(preset)))
+    tables = {name.removeprefix("depth."): t for name, t in tensors.items() if name.startswith("depth.")}
+    assert len(tables) == 8
+    for name, table in tables.items():
+        expected = torch.eye(2).double()[blocks]
+        if name in ("attention.o_proj", "mlp.fc2"):
+            expected[silent] = 0.0
+        assert torch.equal(table, expected), name
+
+
+def test_shares_of_the_copies_of_a_unit_add_up_to_one():
+    assert equal_shares(2, 5).tolist() == [1 / 3, 1 / 2, 1 / 3, 1 / 2, 1 / 3]
+    assert_close(unequal_shares(2, 5), torch.tensor([1 / 6, 1 / 3, 2 / 6, 2 / 3, 3 / 6]).double())
+    assert equal_shares(3, 3).tolist() == unequal_shares(3, 3).tolist() == [1, 1, 1]
+
+
+def test_aki_by_hand():
+    """Rows of a grown block's projection: its own block's, then the block above's; the last block has none above."""
+    small, large = size(mlp=2), size(mlp=3)
+    operator, tree = operator_of(small, large, by_name("aki")), random_tree(small)
+    for k, rows in enumerate(([[1, 2], [3, 4]], [[5, 6], [7, 8]])):
+        tree[BLOCK(k, "mlp.fc1.weight")] = torch.tensor(rows).double().repeat(1, 4)
+        tree[BLOCK(k, "mlp.fc1.bias")] = 10.0 * torch.tensor(rows)[:, 0].double()
+        tree[BLOCK(k, "mlp.fc2.weight")] = torch.tensor(rows).double().repeat(4, 1)
+    grown_tree = operator(start(operator), tree)
+    assert grown_tree[BLOCK(0, "mlp.fc1.weight")][:, :2].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert grown_tree[BLOCK(1, "mlp.fc1.weight")][:, :2].tolist() == [[5, 6], [7, 8], [5, 6]]
+    assert grown_tree[BLOCK(0, "mlp.fc1.bias")].tolist() == [10, 30, 50]
+    assert grown_tree[BLOCK(1, "mlp.fc1.bias")].tolist() == [50, 70, 50]
+    # unit 0 is there twice, and read in halves; the residual axis did not grow
+    assert grown_tree[BLOCK(0, "mlp.fc2.weight")][:2].tolist() == [[0.5, 2, 0.5], [1.5, 4, 1.5]]
+    assert grown_tree[BLOCK(1, "mlp.fc2.weight")][:2].tolist() == [[2.5, 6, 2.5], [3.5, 8, 3.5]]
+
+
+# copies, shares, heads -----------------------------------------------------------------------------------------------
 
 
 def net2net(tree, units, heads, head_dim=4):
@@ -398,57 +410,108 @@ def test_tied_copies_are_not_net2net():
 
 
 def written_and_read(operator, tensors):
-    """`(group, B, A)` of every axis that lives inside a block and is read back there."""
-    dims = [dim for spec in operator.small.values() for dim in spec.parsed if dim.group not in operator.residual]
-    for read in {dim for dim in dims if dim.mode == "read"}:
-        written = next(dim for dim in dims if dim.group == read.group and dim.mode == "write")
-        yield read.group, operator.matrix(tensors, written), operator.matrix(tensors, read)
+    """`(group, B, A)` of every axis that is read back, by whatever reads it: a projection, or the gain of a norm whose
+    result a tied matrix reads."""
+    for read in {dim for dim in operator.dims if dim.mode == "read" or (dim.tied and dim.mode == "gain")}:
+        yield read.group, read, operator.matrix(tensors, operator.groups[read.group]), operator.matrix(tensors, read)
 
 
-@pytest.mark.parametrize("axes", GROWTH.values(), ids=GROWTH)
-def test_preserving_readers_undo_writers(axes):
-    operator = operator_of(SMALL, larger(**axes))
-    checked = {}
-    for group, B, A in written_and_read(operator, start(operator)):
-        checked[group] = (A.mT @ B).diagonal(dim1=-2, dim2=-1)
-        assert_close(A.mT @ B, torch.eye(8).double().expand(*A.shape[:-2], 8, 8))
-    assert checked.keys() == {"value", "mlp"}
+UNDOES = {  # which axes are read back, beside the residual one
+    "vit": {"value", "mlp"},
+    "gpt2-lm": {"value", "mlp"},
+    "llama-tied": {"value", "mlp"},
+    "bert-text": {"value", "mlp", "pooled:embed", "pooled"},
+    "bert-mlm": {"value", "mlp", "transform"},
+}
+
+
+@pytest.mark.parametrize("growth", ["all x2", "all", "mlp"])
+@pytest.mark.parametrize("model", UNDOES)
+@pytest.mark.parametrize("preset", COPYING)
+def test_readers_undo_writers(preset, model, growth):
+    if not growing.accepted(model, growth, preset):
+        return
+    old, new = growing.small(model), growing.large(model, growth, preset)
+    operator = growing.operator_between(preset, model, old, new)
+    seen = set()
+    for group, read, B, A in written_and_read(operator, start(operator)):
+        undone = A.mT @ B
+        if preset == "preserving" and group in operator.residual and not (operator.post_norm and growth != "all"):
+            continue  # added coordinates are 0 once normalised: what is read there is free
+        if preset == "preserving" and group == "transform" and growth == "all":
+            assert_close(undone, torch.eye(8).double(), msg=f"{model} {group}")
+        if group == "value" and "group" in read.axes:
+            G_old, G = operator.small_axes["group"], operator.large_axes["group"]
+            assert_close(sum(equal_shares(G_old, G)), torch.tensor(float(G_old)).double())
+        assert_close(
+            undone, torch.eye(B.shape[-1]).double().expand_as(undone), msg=lambda m, group=group: f"{group}: {m}"
+        )
+        seen.add(group)
+    assert seen >= {"value", "mlp"}
+
+
+@pytest.mark.parametrize("preset", COPYING)
+@pytest.mark.parametrize("head_dim", [4, 6, 8])
+def test_queries_and_keys_of_a_copied_head_meet_as_before_at_the_temperature_of_its_size(preset, head_dim):
+    if preset == "hypercloning" and head_dim > 4:
+        return
+    operator = operator_of(SMALL, larger(heads=4, head_dim=head_dim), by_name(preset))
+    tensors = start(operator)
+    B_query, B_key = (operator.matrix(tensors, operator.groups[group])[0] for group in ("query", "key"))
+    for head in range(4):
+        q, k = (B.unflatten(0, (4, head_dim))[head].unflatten(1, (2, 4)) for B in (B_query, B_key))
+        met = torch.einsum("jha,jib->haib", q, k)
+        expected = torch.zeros_like(met)
+        expected[head % 2, :, head % 2] = torch.eye(4).double() * (head_dim / 4) ** 0.5
+        assert_close(met, expected)
 
 
 def test_tied_readers_do_not_undo_writers():
     operator = operator_of(SMALL, larger(heads=3, mlp=13), PAPER)
     tensors = start(operator)
-    for group, B, A in written_and_read(operator, tensors):
+    for group, _, B, A in written_and_read(operator, tensors):
         assert torch.equal(A, B), group
-    on_top = {
-        name: torch.cat([torch.eye(8).double().expand(2, 8, 8), t[:, 8:]], 1) if t.ndim == 3 else t
-        for name, t in tensors.items()
-    }
-    for group, B, A in written_and_read(operator, on_top):
-        C = on_top[f"width.{group}"][:, 8:]
-        assert_close(A.mT @ B, torch.eye(8).double() + C.mT @ C)
-        assert C.abs().max() > 0.1
+
+
+def test_tied_readers_of_an_identity_on_top_read_the_added_rows_as_well():
+    operator = operator_of(SMALL, larger(heads=3, mlp=13), by_name("ligo"))
+    tensors = start(operator)
+    for group, _, B, A in written_and_read(operator, tensors):
+        assert torch.equal(A, B), group
+        C = tensors[f"width.{group}"]
+        on_top = torch.cat([torch.eye(8).double().expand(*C.shape[:-2], 8, 8), C], -2)
+        assert_close(on_top.mT @ on_top, torch.eye(8).double() + C.mT @ C)
+        if group != "embed":
+            unit = torch.zeros(2, 8, 1).double()
+            unit[:, 3] = 1
+            grown_unit = operator._with_top(unit, B, 1)  # noqa: SLF001, the only place where the identity is
+            assert torch.equal(grown_unit, on_top[..., 3:4])
 
 
 def test_tied_copies_count_a_copied_unit_twice():
     operator = operator_of(SMALL, larger(heads=3, mlp=13), TIED_COPIES)
     twice = {"mlp": [2.0] * 5 + [1.0] * 3, "value": [2.0] * 4 + [1.0] * 4}
-    for group, B, A in written_and_read(operator, start(operator)):
-        assert (A.mT @ B)[0].diagonal().tolist() == twice.pop(group)
+    for group, _, B, A in written_and_read(operator, start(operator)):
+        if group != "embed":
+            assert (A.mT @ B)[0].diagonal().tolist() == twice.pop(group)
     assert not twice
 
 
-@pytest.mark.parametrize("axes", [dict(heads=5), dict(head_dim=7), dict(heads=5, head_dim=7)], ids=str)
-def test_preserving_maps_no_head_into_a_head_that_is_not_its_copy(axes):
+@pytest.mark.parametrize("axes", [dict(heads=4), dict(heads=5), dict(head_dim=7), dict(heads=5, head_dim=7)], ids=str)
+@pytest.mark.parametrize("preset", COPYING)
+def test_no_head_is_mapped_into_a_head_that_is_not_its_copy(preset, axes):
     large = larger(**axes)
-    operator = operator_of(SMALL, large)
+    if preset == "hypercloning" and axes != dict(heads=4):
+        return
+    operator = operator_of(SMALL, large, by_name(preset))
     tensors = start(operator)
     for group in ("query", "key", "value"):
-        B = tensors[f"width.{group}"].unflatten(2, (2, 4)).unflatten(1, (large.heads, large.head_dim))
+        matrix = tensors[f"width.{group}"] + tensors.get(f"width.{group}.next", 0)
+        B = matrix.unflatten(2, (2, 4)).unflatten(1, (large.heads, large.head_size))
         used = B.abs().amax((0, 2, 4)) > 0  # (new heads, old heads)
         assert used.tolist() == [[new % 2 == old for old in range(2)] for new in range(large.heads)]
-        dim = operator.groups[group]
-        assert tensors[f"width.{group}"][0].argmax(1).tolist() == copied(dim, SMALL.axes, large.axes)
+        copied = [new % 2 * 4 + j % 4 for new in range(large.heads) for j in range(large.head_size)]
+        assert matrix[0].argmax(1).tolist() == copied == copied_units(operator, group).tolist()
 
 
 def test_order_of_small_mlp_units_does_not_matter():
@@ -477,14 +540,51 @@ def test_order_of_small_mlp_units_does_not_matter():
 # training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_gradient_of_the_task_loss_in_the_operator_is_the_finite_difference(preset):
-    task, small, large = Task(TaskConfig()), Form(8, 2, heads=2), Form(12, 3, heads=3, mlp=14)
+@pytest.mark.parametrize(
+    ("preset", "model"),
+    [
+        (preset, model)
+        for preset in PRESETS
+        for model in ("vit", "gpt2-lm", "llama-tied", "bert-mlm")
+        if growing.accepted(model, "all x2", preset)
+    ],
+)
+def test_gradient_of_the_loss_in_the_operator_is_the_finite_difference(preset, model):
+    old, new = growing.small(model), growing.large(model, "all x2", preset)
+    operator = growing.operator_between(preset, model, old, new)
+    tree = growing.random_tree(model, old)
+    stack = operator.stack(tree)
+
+    def loss(tensors):
+        out = growing.logits(model, new, operator.grow(tensors, stack))
+        return F.cross_entropy(out, torch.arange(len(out)) % out.shape[-1])
+
+    tensors = {name: t.requires_grad_() for name, t in growing.moved(operator, by=0.05).items()}
+    loss(tensors).backward()
+
+    step = 1e-5
+    with torch.no_grad():
+        for kind in ("width", "depth", ""):
+            along = {n: randn(*t.shape, seed=i) * n.startswith(kind) for i, (n, t) in enumerate(tensors.items())}
+            ahead, behind = (loss({n: t + s * along[n] for n, t in tensors.items()}) for s in (step, -step))
+            slope = sum((tensors[name].grad * along[name]).sum() for name in tensors)
+            assert_close((ahead - behind) / (2 * step), slope, rtol=1e-6, atol=1e-8)
+    assert all(t.grad.abs().max() > 0 for t in tensors.values())
+    assert all(t.grad is None and not t.requires_grad for t in tree.values())
+    assert all(p.grad is None and not p.requires_grad for p in growing.module(model, new).parameters())
+
+
+@pytest.mark.parametrize("preset", ["paper", "ligo", "preserving"])
+def test_gradient_in_each_tensor_of_the_operator_is_its_finite_difference(preset):
+    task, small, large = Task(TaskConfig(patch_size=4)), Form(8, 2, heads=2), Form(12, 3, heads=3, mlp=14)
     operator = operator_between(preset, task, small, large)
     tree = {
         name: t.double() + 0.2 * randn(*t.shape, seed=i) for i, (name, t) in enumerate(task.fresh(small, 0).items())
     }
-    forward, batch = grown_forward(task, operator, tree, large), {"pixel_values": PIXELS, "labels": LABELS}
+    forward, batch = (
+        grown_forward(task, operator, operator.stack(tree), large),
+        {"pixel_values": PIXELS, "labels": LABELS},
+    )
 
     def loss(tensors):
         return task.loss(forward(tensors, batch), batch)
@@ -494,18 +594,11 @@ def test_gradient_of_the_task_loss_in_the_operator_is_the_finite_difference(pres
 
     step = 1e-5
     with torch.no_grad():
-        along = {name: randn(*t.shape, seed=i) for i, (name, t) in enumerate(tensors.items())}
-        ahead, behind = (loss({n: t + s * along[n] for n, t in tensors.items()}) for s in (step, -step))
-        slope = sum((tensors[name].grad * along[name]).sum() for name in tensors)
-        assert_close((ahead - behind) / (2 * step), slope, rtol=1e-6, atol=1e-8)
         for name, tensor in tensors.items():
-            for entry in torch.randint(tensor.numel(), (3,), generator=generator()).tolist():
-                one = torch.zeros_like(tensor)
-                one.view(-1)[entry] = step
-                ahead, behind = loss(tensors | {name: tensor + one}), loss(tensors | {name: tensor - one})
-                assert_close((ahead - behind) / (2 * step), tensor.grad.view(-1)[entry], rtol=1e-6, atol=1e-8)
-    assert all(t.grad.abs().max() > 0 for t in tensors.values())
-    assert all(t.grad is None and not t.requires_grad for t in tree.values())
+            entry, one = torch.randint(tensor.numel(), (), generator=generator()), torch.zeros_like(tensor)
+            one.view(-1)[entry] = step
+            ahead, behind = loss(tensors | {name: tensor + one}), loss(tensors | {name: tensor - one})
+            assert_close((ahead - behind) / (2 * step), tensor.grad.view(-1)[entry], rtol=1e-6, atol=1e-8)
     assert all(p.grad is None and not p.requires_grad for p in task.skeleton(large).parameters())
 
 
@@ -586,23 +679,6 @@ def test_new_residual_coordinates_read_as_they_are_written_never_part():
 @pytest.mark.parametrize(
     ("small", "large", "text"),
     [
-        (Form(8, 2, heads=4), Form(12, 2, heads=2), "'head' cannot go from 4 to 2"),
-        (Form(8, 2, heads=2), Form(12, 2, heads=6), "'head_dim' cannot go from 4 to 2"),
-        (Form(8, 3, heads=2), Form(12, 2, heads=2), "depth would go from 3 to 2"),
-        (Form(12, 2, heads=2), Form(8, 2, heads=2), "'embed' would go from 12 to 8"),
-        (Form(8, 2, heads=2, mlp=9), Form(8, 2, heads=2, mlp=7), "'mlp' would go from 9 to 7"),
-    ],
-    ids=["heads", "head size", "depth", "width", "mlp"],
-)
-def test_preserving_refuses_to_shrink_naming_axis_and_sizes(small, large, text):
-    with pytest.raises(ValueError, match=text) as refusal:
-        operator_between("preserving", Task(TaskConfig()), small, large)
-    assert str(refusal.value).startswith(f"growing {small} into {large}: ")
-
-
-@pytest.mark.parametrize(
-    ("small", "large", "text"),
-    [
         (Form(12, 2, heads=2), Form(8, 2, heads=2), "'embed' would go from 12 to 8"),
         (Form(8, 2, heads=2, mlp=9), Form(8, 2, heads=2, mlp=7), "'mlp' would go from 9 to 7"),
     ],
@@ -614,7 +690,7 @@ def test_paper_refuses_to_shrink_naming_axis_and_sizes(small, large, text):
 
 
 def test_paper_maps_any_heads_and_any_depth_into_any_other():
-    operator = operator_of(Size(heads=4, head_dim=2, depth=4), Size(heads=2, head_dim=6, depth=2), PAPER)
+    operator = operator_of(size(heads=4, head_dim=2, depth=4), size(heads=2, head_dim=6, depth=2), PAPER)
     assert operator.shapes["width.value"] == (4, 12, 8)
     assert operator.shapes["depth.mlp.fc1"] == (2, 4)
 

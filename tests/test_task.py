@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.data.config import DataConfig, Split, digits, pydoc
+from fedsim.data.config import PER_TOKEN, DataConfig, Split, digits, pydoc
 from fedsim.models import Form
 from fedsim.task import IGNORED, Score, Task, TaskConfig, load_task, subset
 
@@ -19,6 +19,7 @@ FORM = Form(8, 1, heads=2)
 TASKS = {
     "vit/digits": TaskConfig(digits(limit=90), patch_size=4),
     "gpt2/pydoc": TaskConfig(pydoc(limit=20, max_length=12), family="gpt2"),
+    "bert/pydoc": TaskConfig(pydoc(limit=20, max_length=12, objective="masked_token"), family="bert"),
 }
 
 
@@ -103,6 +104,9 @@ def test_nothing_scored_has_no_accuracy() -> None:
 
 def test_accuracy_of_everything_is_the_mean_over_parts_weighted_by_size(task: Task, model: nn.Module) -> None:
     split = held_out(task)
+    if task.inputs.kind == "mlm":  # which tokens are masked depends on the split, unless it is masked before
+        whole_batch = task.batch(split, torch.arange(len(split)))
+        split = Split(whole_batch, split.labels)
     parts = np.split(np.random.default_rng(0).permutation(len(split)), [len(split) // 7, len(split) // 2])
     scores = [task.score(model, subset(split, part)) for part in parts]
     whole = task.score(model, split)
@@ -137,8 +141,10 @@ def test_score_by_another_road(task: Task, model: nn.Module) -> None:
         predicted = output.logits.argmax(-1)
     result = task.score(model, split)
     assert result.loss == pytest.approx(float(output.loss), rel=1e-5)
-    if task.inputs.kind == "lm":
-        predicted, labels = predicted[:, :-1], batch["labels"][:, 1:]
+    if task.inputs.kind in PER_TOKEN:
+        labels = batch["labels"]
+        if task.inputs.kind == "lm":
+            predicted, labels = predicted[:, :-1], labels[:, 1:]
         kept = labels != IGNORED
         assert result.count.tolist() == [int(kept.sum())]
         assert result.correct.tolist() == [int((predicted == labels)[kept].sum())]

@@ -26,6 +26,8 @@ class KnownSet:
     hub_test_split: str = "test"
 
 
+OBJECTIVES = {"next_token": "lm", "masked_token": "mlm", "token_classes": "tokens"}  # objective -> kind
+PER_TOKEN = tuple(OBJECTIVES.values())  # the kinds in which tokens are labelled, not examples
 EMBEDDED = {"digits": "image", "pydoc": "lm"}  # name -> kind
 KNOWN = {
     "cifar10": KnownSet("uoft-cs/cifar10", "image"),
@@ -47,10 +49,11 @@ class DataConfig:
     - `config_name`: the hub data set's configuration.
     - `train_split`, `test_split`: names of files, folders or hub splits; `validation` stands in for a missing `test`.
     - `test_share`: share held out when the source has one split only, and by the embedded sets.
-    - `objective`: "classes", or "next_token": language modelling on the texts, which reads no labels. `pydoc` is
-        language modelling either way.
+    - `objective`: "classes": one for each example. "next_token" or "masked_token": language modelling on the texts,
+        which reads no labels; `pydoc` is "next_token" unless it is "masked_token". "token_classes": one for each word.
     - `image`, `text`, `label`: columns by name or by position from 0. Text columns are joined with a space. Left out,
-        usual names are tried; a path's text columns must be named, except for language modelling.
+        usual names are tried; a path's text columns must be named, except for language modelling. For token classes
+        `text` is one column of lists of words and `label` one of lists of tags: numbers, or texts of `class_names`.
     - `group`: the column whose distinct values are natural groups; examples held out for test are of any group.
     - `label_offset`: subtracted from labels; 1 for classes counted from 1.
     - `header`: whether the first line of a csv or tsv names the columns.
@@ -58,6 +61,7 @@ class DataConfig:
         example of language modelling is a piece of `max_length` tokens.
     - `image_size`, `channels`: what images are brought to.
     - `num_classes`: not read for language modelling.
+    - `class_names`: the classes' names in order, or none. Tags named "O", "B-..." and "I-..." get entity scores.
     - `tokenizer`: "bytes", a folder, or a hub name (with `hub`).
     - `max_length`: tokens an example.
     """
@@ -68,7 +72,7 @@ class DataConfig:
     train_split: str = "train"
     test_split: str = "test"
     test_share: float = 0.2
-    objective: Literal["classes", "next_token"] = "classes"
+    objective: Literal["classes", "next_token", "masked_token", "token_classes"] = "classes"
     image: str | int | None = None
     text: tuple[str | int, ...] = ()
     label: str | int | None = None
@@ -79,6 +83,7 @@ class DataConfig:
     image_size: int = 8
     channels: int = 1
     num_classes: int = 10
+    class_names: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     max_length: int = 64
 
@@ -109,31 +114,56 @@ class DataConfig:
         if self.name == "pydoc" and self.tokenizer != "bytes":
             refuse("task.data.tokenizer", self.tokenizer, "'bytes' for the embedded set 'pydoc'")
         images = self.image is not None or (not self.text and _kind_of(self.name) == "image")
-        if self.objective == "next_token" and images:
+        if self.objective != "classes" and images:
             accepted = f"'classes' for images (task.data.name={self.name!r}, task.data.image={self.image!r})"
             refuse("task.data.objective", self.objective, accepted)
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        if self.objective == "token_classes" and self.name == "pydoc":
+            refuse("task.data.objective", self.objective, "'next_token' or 'masked_token' for the embedded set 'pydoc'")
+        if self.objective == "token_classes" and len(self.text) > 1:
+            refuse(
+                "task.data.text", self.text, "one column, of lists of words, for task.data.objective='token_classes'"
+            )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            accepted = f"empty or task.data.num_classes={self.num_classes} names; there are {len(self.class_names)}"
+            refuse("task.data.class_names", self.class_names, accepted)
+        if "" in self.class_names or len({*self.class_names}) < len(self.class_names):
+            refuse("task.data.class_names", self.class_names, "names that differ, none of them empty")
 
     @property
     def kind(self) -> str:
-        """What a model gets to see: "image", "text" or "lm". Known without loading anything; `load` holds data to it.
+        """What is learned: "image", "text", "tokens", "lm" or "mlm". Known without loading; `load` holds data to it.
 
         A path's columns are not known here, so it is a path of images unless the settings say otherwise.
         """
-        if self.objective == "next_token":
-            return "lm"
+        if self.objective in OBJECTIVES:
+            return OBJECTIVES[self.objective]
         if self.image is not None:
             return "image"
         return "text" if self.text else _kind_of(self.name) or "image"
 
     @property
     def vocab_size(self) -> int | None:
-        """Size of the tokenizer's vocabulary; None for images. Reads the tokenizer, never data."""
-        return None if self.kind == "image" else text.vocabulary(self.tokenizer, self.hub)
+        """Size of the vocabulary, a mask among it where tokens are masked; None for images. Never reads data."""
+        if self.kind == "image":
+            return None
+        size, mask = text.vocabulary(self.tokenizer, self.hub), self.mask_id
+        return size if mask is None else max(size, mask + 1)
 
     @property
     def special_ids(self) -> tuple[int | None, int | None]:
         """The ids that pad a text and that close it; None for images. Reads the tokenizer, never data."""
         return (None, None) if self.kind == "image" else text.special_ids(self.tokenizer, self.hub)
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id that stands for a token to predict; None unless tokens are masked. Reads the tokenizer, never data.
+
+        **Raises:** `ValueError` if the tokenizer has none.
+        """
+        return text.mask_id(self.tokenizer, self.hub) if self.kind == "mlm" else None
 
 
 def _kind_of(name: str) -> str | None:
@@ -167,8 +197,9 @@ class Split:
 
     **Arguments:**
 
-    - `inputs`: `pixel_values` uint8 `(N, C, H, W)`, or `input_ids` and `attention_mask` int64 `(N, L)`.
-    - `labels`: int64 `(N,)`; zeros for language modelling.
+    - `inputs`: `pixel_values` uint8 `(N, C, H, W)`, or `input_ids` and `attention_mask` int64 `(N, L)`; for token
+        classes also `labels` int64 `(N, L)`, `text.IGNORED` where a token carries none.
+    - `labels`: int64 `(N,)`; zeros where tokens are labelled, not examples.
     - `groups`: int64 `(N,)`, numbered alike in both splits; None where the data have no natural groups.
     """
 
@@ -186,7 +217,8 @@ class Dataset:
 
     **Arguments:**
 
-    - `kind`: "image", "text" or "lm".
+    - `kind`: "image", "text", "tokens", "lm" or "mlm".
+    - `num_classes`: how many there are among the labels of examples; 1 where tokens are labelled.
     - `vocab_size`: None for images.
     - `fingerprint`: sha256 over all tensors, so that a run can record which data it saw.
     """

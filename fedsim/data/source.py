@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data import embedded, files, text, vision
-from fedsim.data.config import EMBEDDED, DataConfig, Dataset, Split, cifar10, digits, pydoc, sst2
+from fedsim.data import embedded, files, tags, text, vision
+from fedsim.data.config import EMBEDDED, PER_TOKEN, DataConfig, Dataset, Split, cifar10, digits, pydoc, sst2
 from fedsim.data.partition import train_validation
 from fedsim.fields import refuse
 from fedsim.seeding import numpy_generator
@@ -25,7 +25,9 @@ __all__ = ["DataConfig", "Dataset", "Split", "cifar10", "digits", "load", "pydoc
 
 USUAL_IMAGES = ("image", "img")
 USUAL_TEXTS = ("text", "sentence")
+USUAL_WORDS = ("tokens", "words")
 USUAL_LABELS = ("label", "labels", "fine_label", "target")
+USUAL_TAGS = ("ner_tags", "tags", "labels")
 
 # Which examples are held out or kept must not depend on an experiment's seed: all runs share one test set.
 SUBSET_SEED = 0
@@ -53,7 +55,7 @@ def load(config: DataConfig, data_dir: str | None) -> Dataset:
         kind=config.kind,
         train=splits["train"],
         test=splits["test"],
-        num_classes=1 if config.kind == "lm" else config.num_classes,
+        num_classes=1 if config.kind in PER_TOKEN else config.num_classes,
         vocab_size=vocab_size,
         fingerprint=_fingerprint(splits),
     )
@@ -85,18 +87,20 @@ def _converted(config: DataConfig, tables: dict[str, Any]) -> dict[str, Split]:
     groups, splits = _groups(config, tables), {}
     for split, table in tables.items():
         columns = _input_columns(config, table.column_names)
-        if config.kind == "lm":
+        if config.kind in ("lm", "mlm"):
             splits[split] = _language_split(config, table, columns, groups.get(split), split)
             continue
         kept = _kept(len(table), config.limit, split)
-        table = table.select(kept)
+        table, of_group = table.select(kept), torch.from_numpy(groups[split][kept]) if groups else None
+        if config.kind == "tokens":
+            splits[split] = _tagged_split(config, table, columns[0], of_group, split)
+            continue
         labels = _labels(table, config)
         if config.kind == "image":
             inputs = {"pixel_values": vision.column_pixels(table, columns[0], config.image_size, config.channels)}
         else:
             texts = text.joined(table, columns)
             inputs = text.tokens(texts, config.tokenizer, config.max_length, config.hub)
-        of_group = torch.from_numpy(groups[split][kept]) if groups else None
         splits[split] = Split(inputs, labels, of_group)
     return splits
 
@@ -114,9 +118,25 @@ def _language_split(
     return _rows(everything, _kept(len(row_of), config.limit, split))
 
 
+def _tagged_split(config: DataConfig, table: Any, column: str, of_group: Tensor | None, split: str) -> Split:
+    """Rows without a tagged token, which leave nothing to learn or to score, are dropped."""
+    words = tags.word_lists(table, column)
+    of_rows = tags.tag_lists(table, _label_column(config, table.column_names), config, words)
+    # Checked as one, then cut apart again.
+    numbers = _checked_labels(np.concatenate(of_rows), config).numpy()
+    of_rows = np.split(numbers, np.cumsum([len(of_row) for of_row in of_rows])[:-1])
+    inputs, starts_NL = text.word_tokens(words, config.tokenizer, config.max_length, config.hub)
+    rows = np.flatnonzero((starts_NL >= 0).any(axis=1))
+    if len(rows) == 0:
+        refuse("task.data.text", column, f"a column with words to learn from; no row of the {split} split holds one")
+    inputs["labels"] = tags.token_labels(of_rows, starts_NL)
+    return _rows(Split(inputs, torch.zeros(len(words), dtype=torch.int64), of_group), rows)
+
+
 def _check_promised(config: DataConfig, splits: dict[str, Split], vocab_size: int | None) -> None:
     """Hold the data to what models are built for without having seen them."""
     names = {"pixel_values"} if config.kind == "image" else {"input_ids", "attention_mask"}
+    names |= {"labels"} if config.kind == "tokens" else set()
     for split in splits.values():
         assert set(split.inputs) == names, f"{config.kind} data hold {sorted(split.inputs)}"
         # The ids of a Hugging Face vocabulary need not be consecutive, so its length does not bound them.
@@ -131,7 +151,8 @@ def _input_columns(config: DataConfig, names: list[str]) -> list[str]:
         return [_column("image", config.image, names)]
     if config.text:
         return [_column("text", wanted, names) for wanted in config.text]
-    usual_texts = [name for name in USUAL_TEXTS if name in names][:1]
+    usual = USUAL_WORDS if config.kind == "tokens" else USUAL_TEXTS
+    usual_texts = [name for name in usual if name in names][:1]
     found = [name for name in USUAL_IMAGES if name in names][:1] if config.kind == "image" else usual_texts
     if not found:
         example = usual_texts[0] if usual_texts else "COLUMN"
@@ -189,12 +210,16 @@ def _column(field: str, wanted: str | int, names: list[str]) -> str:
     return str(wanted)
 
 
-def _labels(table: Any, config: DataConfig) -> Tensor:
-    names = table.column_names
-    wanted = config.label if config.label is not None else next((n for n in USUAL_LABELS if n in names), None)
+def _label_column(config: DataConfig, names: list[str]) -> str:
+    usual = USUAL_TAGS if config.kind == "tokens" else USUAL_LABELS
+    wanted = config.label if config.label is not None else next((name for name in usual if name in names), None)
     if wanted is None:
-        refuse("task.data.label", None, f"set, as none of {USUAL_LABELS} is among the columns present: {names}")
-    column = _column("label", wanted, names)
+        refuse("task.data.label", None, f"set, as none of {usual} is among the columns present: {names}")
+    return _column("label", wanted, names)
+
+
+def _labels(table: Any, config: DataConfig) -> Tensor:
+    column = _label_column(config, table.column_names)
     values = []
     for cell in table[column][:]:
         # A csv's cells are text; int() would also cut 1.5 to 1, so other numbers are refused.
@@ -220,10 +245,11 @@ def _checked_labels(labels: np.ndarray, config: DataConfig) -> Tensor:
 def _fingerprint(splits: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     for name, split in sorted(splits.items()):
-        tensors = {**split.inputs, "labels": split.labels}
+        # Pairs, not a dict: token classes have labels among the inputs as well.
+        tensors = [*split.inputs.items(), ("labels", split.labels)]
         if split.groups is not None:
-            tensors["groups"] = split.groups
-        for key, tensor in sorted(tensors.items()):
+            tensors.append(("groups", split.groups))
+        for key, tensor in sorted(tensors, key=lambda pair: pair[0]):
             digest.update(f"{name}/{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -18,6 +18,8 @@ from fedsim.fields import refuse
 BYTE_PADDING = 256
 BYTE_END = 257
 BYTE_VOCABULARY = 258
+BYTE_MASK = 258  # above the vocabulary: only models that predict masked tokens have an embedding for it
+IGNORED = -100  # a label that counts in no loss and no score
 
 
 @lru_cache(maxsize=32)  # experiments ask often, and with `hub` each answer costs requests
@@ -31,6 +33,7 @@ def vocabulary(tokenizer: str, hub: bool) -> int:
     return BYTE_VOCABULARY if tokenizer == "bytes" else len(_pretrained(tokenizer, hub))
 
 
+@lru_cache(maxsize=32)
 def special_ids(tokenizer: str, hub: bool) -> tuple[int, int]:
     """`(padding, end)`: the ids that pad a text and that close it."""
     if tokenizer == "bytes":
@@ -38,6 +41,18 @@ def special_ids(tokenizer: str, hub: bool) -> tuple[int, int]:
     pretrained = _pretrained(tokenizer, hub)
     padding = pretrained.pad_token_id
     return padding, padding if pretrained.eos_token_id is None else pretrained.eos_token_id
+
+
+@lru_cache(maxsize=32)
+def mask_id(tokenizer: str, hub: bool) -> int:
+    """The id that stands for a token to predict. **Raises:** `ValueError` if the tokenizer has none."""
+    if tokenizer == "bytes":
+        return BYTE_MASK
+    found = _pretrained(tokenizer, hub).mask_token_id
+    if found is None:
+        accepted = "'bytes' or a tokenizer that has a mask token, for task.data.objective='masked_token'"
+        refuse("task.data.tokenizer", tokenizer, accepted)
+    return found
 
 
 def joined(table: Any, columns: Sequence[str]) -> list[str]:
@@ -64,6 +79,49 @@ def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> 
     pretrained = _pretrained(tokenizer, hub)
     encoded = pretrained(list(texts), truncation=True, padding="max_length", max_length=max_length, return_tensors="pt")
     return {name: encoded[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
+
+
+def word_tokens(
+    words: Sequence[Sequence[str]], tokenizer: str, max_length: int, hub: bool
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """One example a list of words: cut to L and padded to L.
+
+    By bytes, words are separated by a space that belongs to neither.
+
+    **Returns:** `{"input_ids", "attention_mask"}`, both int64 `(N, L)`; for each token the position of the word whose
+    first token it is, int64 `(N, L)`, -1 at all other tokens.
+    """
+    starts_NL = np.full((len(words), max_length), -1, dtype=np.int64)
+    if tokenizer == "bytes":
+        for row, of_row in enumerate(words):
+            start = 0
+            for number, word in enumerate(of_row):
+                size = len(word.encode("utf-8"))
+                if size and start < max_length:
+                    starts_NL[row, start] = number
+                start += size + 1
+        return tokens([" ".join(of_row) for of_row in words], tokenizer, max_length, hub), starts_NL
+
+    # A tokenizer of texts that marks words by the space before them would otherwise read several as one.
+    pretrained = _pretrained(tokenizer, hub, add_prefix_space=True)
+    if not pretrained.is_fast:
+        accepted = "'bytes' or a tokenizer that says which word a token is of (a fast one), for token classes"
+        refuse("task.data.tokenizer", tokenizer, accepted)
+    encoded = pretrained(
+        [list(of_row) for of_row in words],
+        is_split_into_words=True,
+        truncation=True,
+        padding="max_length",
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    for row in range(len(words)):
+        before = None
+        for position, number in enumerate(encoded.word_ids(row)):
+            if number is not None and number != before:
+                starts_NL[row, position] = number
+            before = number
+    return {name: encoded[name].to(torch.int64) for name in ("input_ids", "attention_mask")}, starts_NL
 
 
 def pieces(
@@ -114,7 +172,7 @@ def byte_ids(text: str) -> np.ndarray:
     return np.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64), BYTE_END)
 
 
-def _pretrained(tokenizer: str, hub: bool) -> Any:
+def _pretrained(tokenizer: str, hub: bool, **settings: Any) -> Any:
     """A Hugging Face tokenizer that can pad."""
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
     if not hub and not Path(tokenizer).is_dir():
@@ -125,7 +183,7 @@ def _pretrained(tokenizer: str, hub: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        pretrained: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub)
+        pretrained: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"task.data.tokenizer={tokenizer!r}: could not be loaded ({error})") from error
     if pretrained.pad_token is None:

@@ -8,10 +8,12 @@ from fedsim.models.family import Family, Form, Inputs
 
 __all__ = ["Family", "Form", "Inputs", "families", "get_family"]
 
+NOT_FAMILIES = {"family", "declare"}  # what families are written with
+
 
 def families() -> list[str]:
     """Names of the families in this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "family")
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in NOT_FAMILIES)
 
 
 def get_family(name: str) -> Family:

@@ -4,23 +4,50 @@ Projections are `Conv1D`s, which hold the transpose of a linear layer's weight: 
 One of them, `c_attn`, holds queries, keys and values. The language-modelling head is the token embedding itself.
 """
 
+from typing import TYPE_CHECKING
+
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from fedsim.models.declare import (
+    ACTIVATIONS,
+    Accepted,
+    chosen,
+    refuse_foreign,
+    refuse_grouped_queries,
+    refuse_head_size,
+    refuse_kind,
+    stacked,
+)
 from fedsim.models.family import Family, Form, Inputs
 from fedsim.submodel import ParamSpec
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 PREFIX = "transformer.h."
 QUERY_KEY_VALUE = "query:head head_dim + key:head head_dim + value:head head_dim"
 
-OUTSIDE = {
+EMBEDDINGS = {
     "transformer.wte.weight": ("", "embed"),
     "transformer.wpe.weight": ("", "embed"),
+}
+
+LAST_NORM = {
     "transformer.ln_f.weight": ("*embed",),
     "transformer.ln_f.bias": ("+embed",),
 }
 
-HEAD = {"score.weight": ("", "<embed")}  # of the classifier
+LAST_NORM_BEFORE_TIED_HEAD = {
+    "transformer.ln_f.weight": ("*<embed",),
+    "transformer.ln_f.bias": ("+<embed",),
+}
+
+HEADS = {
+    "lm": {"lm_head.weight": ("", "<embed")},  # where it is not the token embedding
+    "text": {"score.weight": ("", "<embed")},
+}
 
 BLOCK = {
     "ln_1.weight": ("*embed",),
@@ -43,23 +70,34 @@ EPSILON_TIMES_WIDTH = 768 * 1e-5
 
 
 class Gpt2(Family):
-    """Language model for data of kind "lm", classifier for "text"; dropout off, as in every family."""
+    """Language model for data of kind "lm", classifier for "text"."""
+
+    constants = (
+        "activation_function",
+        "add_cross_attention",
+        "n_positions",
+        "scale_attn_by_inverse_layer_idx",
+        "scale_attn_weights",
+        "tie_word_embeddings",
+        "vocab_size",
+    )
 
     def check(self, form: Form, inputs: Inputs) -> None:
-        if inputs.kind not in ("lm", "text"):
-            raise ValueError(f"task.family='gpt2': reads texts, but the data are of kind {inputs.kind!r}")
+        refuse_kind("gpt2", inputs, "lm", "text")
+        refuse_grouped_queries("gpt2", form)
+        refuse_head_size("gpt2", form)
+        chosen(inputs, _accepted(inputs))
 
-    def build(self, form: Form, inputs: Inputs) -> GPT2LMHeadModel | GPT2ForSequenceClassification:
-        self.check(form, inputs)
-        assert inputs.vocab_size and inputs.max_length
+    def model_class(self, inputs: Inputs) -> type[GPT2LMHeadModel] | type[GPT2ForSequenceClassification]:
+        return GPT2LMHeadModel if inputs.kind == "lm" else GPT2ForSequenceClassification
+
+    def config(self, form: Form, inputs: Inputs) -> GPT2Config:
         config = GPT2Config(
-            vocab_size=inputs.vocab_size,
-            n_positions=inputs.max_length,
             n_embd=form.width,
             n_layer=form.depth,
             n_head=form.heads,
             n_inner=form.inner,
-            layer_norm_epsilon=EPSILON_TIMES_WIDTH / form.width,
+            layer_norm_epsilon=EPSILON_TIMES_WIDTH / form.width if form.norm_eps is None else float(form.norm_eps),
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -67,22 +105,41 @@ class Gpt2(Family):
             bos_token_id=inputs.end_id,
             eos_token_id=inputs.end_id,
             pad_token_id=inputs.padding_id,
+            **chosen(inputs, _accepted(inputs)),
         )
-        if inputs.kind == "lm":
-            model = GPT2LMHeadModel(config)
-            model.generation_config.use_cache = True  # whoever generates text with a saved model wants it fast
-            return model
-        config.num_labels = inputs.num_classes
-        return GPT2ForSequenceClassification(config)
+        if inputs.kind == "text":
+            config.num_labels = inputs.num_classes
+        return config
+
+    def form(self, config: "PretrainedConfig") -> Form:
+        refuse_foreign(config, "gpt2")
+        return Form(
+            config.n_embd,
+            config.n_layer,
+            heads=config.n_head,
+            mlp=4 * config.n_embd if config.n_inner is None else config.n_inner,
+            kv_heads=config.n_head,
+            head_dim=config.n_embd // config.n_head,
+            norm_eps=config.layer_norm_epsilon,
+        )
 
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
-        outside = OUTSIDE if inputs.kind == "lm" else OUTSIDE | HEAD
-        blocks = {
-            f"{PREFIX}{layer}.{role}": ParamSpec(dims, layer, role)
-            for layer in range(form.depth)
-            for role, dims in BLOCK.items()
-        }
-        return {name: ParamSpec(dims, None, name) for name, dims in outside.items()} | blocks
+        tied = inputs.kind == "lm" and dict(inputs.settings).get("tie_word_embeddings", True)
+        ending = LAST_NORM_BEFORE_TIED_HEAD if tied else LAST_NORM | HEADS[inputs.kind]
+        return stacked(form, EMBEDDINGS | ending, PREFIX, BLOCK)
+
+
+def _accepted(inputs: Inputs) -> dict[str, Accepted]:
+    assert inputs.vocab_size and inputs.max_length
+    return {
+        "activation_function": ACTIVATIONS,
+        "initializer_range": float,
+        "n_positions": inputs.max_length,
+        "scale_attn_by_inverse_layer_idx": bool,
+        "scale_attn_weights": bool,
+        "tie_word_embeddings": bool,
+        "vocab_size": inputs.vocab_size,
+    }
 
 
 FAMILY = Gpt2()

@@ -1,0 +1,169 @@
+"""Fed-Grow with both operators trained together in every round.
+
+Shen et al., arXiv 2406.13450; IEEE TPDS 2026: what can be read of the paper does not say whether Local and Global are
+trained in two stages (`fedgrow_algo.fedgrow`, as the authors' code does) or jointly. This is the joint form:
+
+    participant i, once      bring or train S_i; freeze it; draw Local_i
+    round r, participant i   receive Global; train Local_i and Global through the task loss of
+                             T_i = Global(Local_i(S_i)); keep Local_i; send Global
+    round r, server          Global <- sum_i n_i Global_i / sum_i n_i
+    result                   T_i, one for each participant
+    optionally, afterwards   train T_i itself, each participant alone (`fedgrow_algo.rounds`)
+
+Only Global leaves a participant, as in the staged form. A step costs more: M_i = Local_i(S_i) is grown in every one,
+and its gradient is needed.
+
+Differs from the paper: its text could not be read in full; see `fedgrow_algo.fedgrow`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
+from fedgrow_algo.presets import by_name
+from fedgrow_algo.pretrain import trained_on_own_shard
+from fedgrow_algo.rounds import (
+    FINETUNE,
+    aggregated,
+    as_stored,
+    check_growth,
+    combined,
+    fine_tuned,
+    own_target,
+    payloads,
+    server_state,
+    stage_of,
+)
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.fields import check_range, check_types
+from fedsim.models import Form
+from fedsim.task import Batch, Task
+from fedsim.training import COSTS, Forward, local_train
+from fedsim.tree import Tree, prefixed, to, under
+
+
+SMALL, LOCAL = "small.", "local."  # parts of a participant's private state: S_i, and Local_i
+GLOBAL = "global."  # beside LOCAL in the tree that is trained
+
+
+@dataclasses.dataclass(frozen=True)
+class FedGrowJoint(Algorithm):
+    """Joint Fed-Grow.
+
+    - `preset`: how the operators are built; see `fedgrow_algo.presets`.
+    - `lr`, `local_lr`: of Global and of Local_i, in every round. - `epochs`: of both.
+    - `small_lr`, `small_epochs`: of S_i, once.
+    - `batch_size`, `weight_decay` (decoupled), `clip` (gradient norm over both operators): of all stages; AdamW.
+    - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
+      never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
+    - `checkpoint_growth`: keep nothing of the growth to the target for the backward pass but grow again: less memory,
+      more time. What lies between S_i and M_i is kept.
+    """
+
+    preset: str = "paper"
+    lr: float = 5e-4
+    local_lr: float = 5e-4
+    epochs: int = 1
+    small_lr: float = 5e-4
+    small_epochs: int = 10
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    finetune_after: int | None = None
+    finetune_lr: float = 5e-4
+    finetune_epochs: int = 1
+    checkpoint_growth: bool = dataclasses.field(default=False, metadata=COSTS)
+
+    def __post_init__(self) -> None:
+        check_types(self, "algorithm")
+        by_name(self.preset)
+        check_range(self, "algorithm", "lr", "local_lr", "small_lr", "finetune_lr", "weight_decay", least=0)
+        check_range(self, "algorithm", "epochs", "finetune_epochs", "batch_size", least=1)
+        check_range(self, "algorithm", "small_epochs", "finetune_after", least=0)
+        check_range(self, "algorithm", "clip", above=0)
+
+    @property
+    def name(self) -> str:
+        return "fedgrow_joint"
+
+    @property
+    def preset_name(self) -> str:
+        return self.preset
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+        check_growth(self.preset, task, forms, intermediate, target)
+
+    def stage(self, round: int) -> str:
+        return stage_of(round, self.finetune_after)
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return server_state(self.preset, self.finetune_after, ctx)
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        return payloads(state, cohort, self.stage(ctx.round))
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        return combined(updates)
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        return aggregated(state, updates, self.stage(ctx.round))
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_init(self, ctx: ClientContext) -> Tree:
+        small = trained_on_own_shard(ctx, lr=self.small_lr, epochs=self.small_epochs, **self._settings)
+        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
+        tensors = to(local.init(ctx.generator("local")), ctx.device)
+        return prefixed(as_stored(local.stack(small)), SMALL) | prefixed(tensors, LOCAL)
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        if self.stage(ctx.round) == FINETUNE:
+            target = self._target(payload, state, ctx)
+            return fine_tuned(ctx, target, lr=self.finetune_lr, epochs=self.finetune_epochs, **self._settings)
+        trained = local_train(
+            ctx,
+            self._forward(state, ctx),
+            prefixed(under(state, LOCAL), LOCAL) | prefixed(payload, GLOBAL),
+            purpose="joint",
+            lr=self.lr,
+            lr_under={LOCAL: self.local_lr},
+            epochs=self.epochs,
+            **self._settings,
+        )
+        update = ClientUpdate(ctx.info.id, under(trained, GLOBAL), ctx.info.num_examples)
+        return update, state | prefixed(under(trained, LOCAL), LOCAL)
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(ctx.target, self._target(payload, state, ctx))
+
+    def _forward(self, state: Tree, ctx: ClientContext) -> Forward:
+        """`(both operators' tensors, batch) -> logits` of T_i = Global(Local_i(S_i))."""
+        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
+        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
+        small = under(state, SMALL)
+
+        def forward(tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            middle = shared.stack(local.grow(under(tensors, LOCAL), small))
+            through_global = grown_forward(ctx.task, shared, middle, ctx.target, self.checkpoint_growth)
+            return through_global(under(tensors, GLOBAL), batch)
+
+        return forward
+
+    def _target(self, payload: Payload, state: Tree, ctx: ClientContext) -> Tree:
+        """T_i: as it was fine-tuned, or else Global(Local_i(S_i))."""
+        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
+        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
+        target = own_target(state)
+        if target is not None:
+            return target
+        return grown(shared, payload, shared.stack(local.grow(under(state, LOCAL), under(state, SMALL))))
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What all stages of training have in common."""
+        return {"batch_size": self.batch_size, "weight_decay": self.weight_decay, "clip": self.clip}

@@ -1,0 +1,116 @@
+"""What the procedures of Fed-Grow do alike: rounds that share Global, and rounds of fine-tuning after them.
+
+    federated round    server: send Global to the cohort; average what comes back
+    fine-tuning        participant i, once: receive Global; make T_i = Global(M_i), and keep nothing else
+                       participant i, in every such round: train T_i on its own shard; send nothing
+
+The server notes who has made its T_i: Global is sent to nobody twice for it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from fedgrow_algo.dual_ligo import operator_between
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.models import Form
+from fedsim.seeding import generator
+from fedsim.task import Task
+from fedsim.training import local_train
+from fedsim.tree import Tree, prefixed, under
+
+
+FINETUNE = "finetune"  # the stage, and the purpose of its training
+TARGET = "target."  # part of a participant's private state: T_i, once it is fine-tuned
+GROWN = "grown"  # part of the server's state: who has made its T_i, `(population,)` of bools
+
+
+def stage_of(round: int, finetune_after: int | None) -> str:
+    """The stage of a round after round 0."""
+    return "federated" if finetune_after is None or round <= finetune_after else FINETUNE
+
+
+def check_growth(preset: str, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    """**Raises:** `ValueError` if the preset cannot map every small form into the intermediate one, and that into the
+    target; both forms are named."""
+    operator_between(preset, task, intermediate, target)
+    for form in forms:
+        operator_between(preset, task, form, intermediate)
+
+
+def first_global(preset: str, ctx: ServerContext | ClientContext) -> Tree:
+    """Global before round 1: one draw for the whole run, so a participant can make it without being sent it."""
+    return operator_between(preset, ctx.task, ctx.intermediate, ctx.target).init(generator(ctx.seed, "global"))
+
+
+def as_stored(tree: Tree) -> Tree:
+    """The tree as a checkpoint gives it back: strides, which files forget, may decide how a sum is rounded."""
+    return {name: tensor.contiguous() for name, tensor in tree.items()}
+
+
+# at the aggregator ----------------------------------------------------------------------------------------------------
+
+
+def server_state(preset: str, finetune_after: int | None, ctx: ServerContext) -> Tree:
+    """Global before round 1 and, where targets will be fine-tuned, that nobody has made its own."""
+    state = first_global(preset, ctx)
+    return state if finetune_after is None else state | {GROWN: torch.zeros(len(ctx.clients), dtype=torch.bool)}
+
+
+def payloads(state: Tree, cohort: Sequence[ClientInfo], stage: str) -> Mapping[int, Payload]:
+    """Global for everyone; when targets are fine-tuned, for those alone that have not made theirs."""
+    shared: Tree = {name: tensor for name, tensor in state.items() if name != GROWN}
+    if stage != FINETUNE or GROWN not in state:
+        return {client.id: shared for client in cohort}
+    nothing: Tree = {}
+    return {client.id: nothing if state[GROWN][client.id] else shared for client in cohort}
+
+
+def combined(updates: Sequence[ClientUpdate]) -> Partial | None:
+    """The sum of what is averaged. Updates without tensors pass through: the server reads who they are from."""
+    return weighted_sum(updates) if any(update.tree for update in updates) else None
+
+
+def aggregated(state: Tree, updates: Iterable[ClientUpdate | Partial], stage: str) -> Tree:
+    """The mean of what arrived; when targets are fine-tuned, a note of who has its own. Nobody averages: nothing."""
+    if GROWN not in state:
+        return weighted_mean(updates, like=state)
+    grown = state[GROWN].clone()
+    if stage != FINETUNE:
+        return state | weighted_mean(updates, like=state) | {GROWN: grown}
+    for update in updates:
+        assert isinstance(update, ClientUpdate), "sums do not say whose they are"
+        grown[update.client] = True
+    return state | {GROWN: grown}
+
+
+# at a participant -----------------------------------------------------------------------------------------------------
+
+
+def own_target(state: Tree) -> Tree | None:
+    """T_i as it was fine-tuned so far; None before the first such round."""
+    return under(state, TARGET) or None
+
+
+def fine_tuned(ctx: ClientContext, target: Tree, **settings) -> tuple[ClientUpdate, Tree]:
+    """One round of fine-tuning T_i: nothing to send, and a private state that is T_i alone.
+
+    - `settings`: of `local_train`.
+    """
+    trained = local_train(
+        ctx,
+        lambda tree, batch: ctx.task.forward(ctx.target, tree, batch),
+        as_stored(target),
+        purpose=FINETUNE,
+        **settings,
+    )
+    return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), prefixed(trained, TARGET)
