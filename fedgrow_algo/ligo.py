@@ -9,10 +9,9 @@ each module m of the block. Which matrices there are and what they start as is t
 (`fedgrow_algo.presets`); where they apply is read off the named axes (`fedsim.submodel`), so nothing here knows the
 name of a model or of a parameter.
 
-A map need not span its whole dimension (`Factor`): coordinates that RoPE turns keep their place inside every head, the
-heads that share a key's and value's head are copied, and one map may serve several chunks of an MLP.
-
-Letters: D1, D2 small and large size of an axis; L1, L2 small and large depth; k a large block, l a small one.
+A map need not span its whole dimension (`Factor`): coordinates that RoPE turns keep their place in every head, heads
+that share a key's and value's head are copied, and one map may serve several chunks of an MLP. Letters: D1, D2 small and
+large size of an axis; L1, L2 small and large depth; k a large block, l a small one.
 """
 
 import dataclasses
@@ -70,8 +69,7 @@ class Preset:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """One factor of a dimension: its sizes, and whether the dimension's matrix spans it ("map"), or it stays as it is
-    ("keep"), or it is copied ("copy")."""
+    """One factor of a dimension, and whether the matrix spans it ("map"), or it stays ("keep"), or it is copied."""
 
     old: int
     new: int
@@ -160,8 +158,7 @@ class Operator:
                 factors.append(Factor(old, new, "keep", axis))
             elif axis == "mlp" and self.preset.chunked:
                 chunks = old // self.small_axes["embed"]
-                factors.append(Factor(chunks, chunks, "keep", axis))
-                factors.append(Factor(old // chunks, new // chunks, "map", axis))
+                factors += [Factor(chunks, chunks, "keep", axis), Factor(old // chunks, new // chunks, "map", axis)]
             else:
                 factors.append(Factor(old, new, "map", axis))
         return factors
@@ -174,9 +171,8 @@ class Operator:
     @cached_property
     def whole(self) -> set[str]:
         """Groups that live outside the stack as well: one map for the whole network, as skip connections demand."""
-        return {
-            dim.group for spec in self.small_parts.values() if spec.layer is None for dim in spec.parsed if dim.axes
-        }
+        outside = [spec for spec in self.small_parts.values() if spec.layer is None]
+        return {dim.group for spec in outside for dim in spec.parsed if dim.axes}
 
     @cached_property
     def residual(self) -> set[str]:
@@ -194,8 +190,8 @@ class Operator:
         return {dim.group for dim in self.dims if dim.mode == "shift"}
 
     def _in_blocks(self, mode: str) -> set[str]:
-        specs = [spec for spec in self.small_parts.values() if spec.layer is not None]
-        return {dim.group for spec in specs for dim in spec.parsed if dim.mode == mode}
+        blocks = [spec for spec in self.small_parts.values() if spec.layer is not None]
+        return {dim.group for spec in blocks for dim in spec.parsed if dim.mode == mode}
 
     @cached_property
     def tables(self) -> dict[str, bool]:
@@ -204,8 +200,7 @@ class Operator:
         for spec in self.small_parts.values():
             if spec.layer is not None:
                 writes = any(dim.mode == "write" and dim.group in self.residual for dim in spec.parsed)
-                table = self._table(spec)
-                tables[table] = tables.get(table, False) or writes
+                tables[self._table(spec)] = tables.get(self._table(spec), False) or writes
         return tables
 
     def _table(self, spec: ParamSpec) -> str:
@@ -282,12 +277,16 @@ class Operator:
 
         Where blocks write from the block above as well, the sum of both maps: what everything else sees.
         """
-        own = self.preset.own_read and dim.group in self.residual and dim.mode == "read"
+        own = self.preset.own_read and dim.group in self.residual and (dim.mode == "read" or self._read_gain(dim))
         matrix = tensors[f"width.{dim.group}{READ if own else ''}"]
         if f"width.{dim.group}{NEXT}" in tensors:
             matrix = matrix + tensors[f"width.{dim.group}{NEXT}"]
         scale = self.preset.scale(self, dim)
         return matrix if scale is None else scale.to(matrix)[:, None] * matrix
+
+    def _read_gain(self, dim: Dim) -> bool:
+        """A gain alone (RMSNorm's) before blocks goes with their readers: coordinates written as 0 must not lose it."""
+        return dim.mode == "gain" and dim.group not in self.shifted and not self.post_norm
 
     @cached_property
     def plans(self) -> dict[str, tuple[int, ...]]:
@@ -302,15 +301,15 @@ class Operator:
         return plans
 
     def _allowed(self, order: tuple[int, ...], spec: ParamSpec) -> bool:
-        """A matrix that belongs to blocks meets only blocks it belongs to."""
+        """A matrix that belongs to blocks meets only blocks it belongs to: its own, or, where a block writes from the
+        block above, what has become its own."""
+        named = [(position, dim) for position, dim in enumerate(spec.parsed) if dim.axes]
+        above = [position for position, dim in named if self.preset.own_next and dim.mode == "write"]
+        own = [position for position, dim in named if dim.group not in self.whole and position not in above]
         before = order[: order.index(MIX)]
-        own = {position for position, dim in enumerate(spec.parsed) if dim.axes and dim.group not in self.whole}
-        own |= {
-            position
-            for position, dim in enumerate(spec.parsed)
-            if self.preset.own_next and dim.mode == "write" and dim.axes
-        }
-        return own <= {*before} if self.preset.per == "source" else own.isdisjoint(before)
+        if self.preset.per == "target":
+            return {*own, *above}.isdisjoint(before)
+        return {*own, *above} <= {*before} and all(order.index(p) < order.index(q) for p in above for q in own)
 
     def multiplications(self, order: tuple[int, ...], spec: ParamSpec, shape: list[int]) -> int:
         """Multiplications of a forward and backward pass in this order, for a parameter `shape` of each small block.
@@ -323,13 +322,14 @@ class Operator:
             if step == MIX:
                 total += passes * self.depths[0] * self.depths[1] * math.prod(sizes)
                 blocks = self.depths[1]
-            else:
-                dim = spec.parsed[step]
-                old, new = self.mapped(dim)
-                total += passes * blocks * math.prod(sizes) * (new - old if self.preset.fixed_top else new)
-                size = dim.size(self.large_axes)
-                assert size is not None
-                sizes[step] = size
+                continue
+            dim = spec.parsed[step]
+            old, new = self.mapped(dim)
+            copied = math.prod(factor.new / factor.old for factor in self.factors(dim) if factor.kind == "copy")
+            twice = 2 if self.preset.own_next and dim.mode == "write" else 1
+            rows = new - old if self.preset.fixed_top else new
+            total += passes * twice * blocks * round(math.prod(sizes) * copied) * rows
+            sizes[step] = dim.size(self.large_axes) or 1
         return total
 
     def _widened_block(
@@ -348,7 +348,7 @@ class Operator:
     def _widened(self, blocks: Tensor, B: Tensor, dim: Dim, position: int) -> Tensor:
         """One dimension of some blocks, `(L, ...)`, factor by factor; `position` does not count the blocks."""
         factors, at = self.factors(dim), position + 1
-        if all(factor.kind == "map" for factor in factors):
+        if {factor.kind for factor in factors} == {"map"}:
             return self._with_top(blocks, B, at)
         blocks = blocks.unflatten(at, [factor.old for factor in factors])
         for i, factor in enumerate(factors):

@@ -34,7 +34,7 @@ SCORES = {  # columns of the `clients` table
     "precision": "of entities, on the global test set",
     "recall": "of entities, on the global test set",
     "f1": "of entities, on the global test set",
-    "accuracy_local": "as the participant would experience it, its own mix of data",
+    "accuracy_local": "on what the participant itself meets: classes in its own shares, or its own held-out part",
     "accuracy_val": "on the participant's own validation examples",
 }
 
@@ -99,22 +99,31 @@ def grown(model: Deployed) -> str:
     experiment, info = model.experiment, model.info
     algorithm, partition = experiment.algorithm, experiment.partition
     about = (inspect.getdoc(type(algorithm)) or "").partition("\n")[0]
-    preset = f", preset `{algorithm.preset_name}`" if algorithm.preset_name else ""
-    source = "trained on the participant's own data"
-    if info.checkpoint is not None:
-        revision = f" at revision `{info.checkpoint.revision}`" if info.checkpoint.revision else ""
-        source = f"from the checkpoint `{info.checkpoint.path}`{revision}"
+    preset, forms = "", f"- The participant's class of device is `{info.tier}`; no small model was grown."
+    if algorithm.preset_name:
+        preset = f", preset `{algorithm.preset_name}`"
+        forms = f"""\
+- Small model: {described(info.form)}; {origin(info)}; class of device `{info.tier}`.
+- Intermediate form: {described(experiment.intermediate)}.
+- Target form: {described(experiment.target)}."""
     dealt = partition.scheme
     if partition.scheme in ("dirichlet", "by_size"):
         dealt += f", alpha {partition.alpha}"
     return f"""\
 - Method: `{algorithm.name}`{preset}. {about}
-- Form of the participant's own small model: {described(info.form)}; {source}; class of device `{info.tier}`.
-- Intermediate form: {described(experiment.intermediate)}. Target form: {described(experiment.target)}.
+{forms}
 - This model: {described(model.form)}, after round {model.round} of {experiment.rounds}, seed {experiment.seed}.
 - Rounds: {stages(experiment)}.
 - Federation: {experiment.participants} participants, {experiment.cohort or experiment.participants} in each round.
 - Data: `{experiment.task.data.name}`, dealt to the participants by `{dealt}`."""
+
+
+def origin(info: ClientInfo) -> str:
+    """Where the participant's small model came from."""
+    if info.checkpoint is None:
+        return "trained on the participant's own data"
+    revision = f" at revision `{info.checkpoint.revision}`" if info.checkpoint.revision else ""
+    return f"from the checkpoint `{info.checkpoint.path}`{revision}"
 
 
 def stages(experiment: Experiment) -> str:
@@ -143,9 +152,9 @@ def shared(model: Deployed) -> str:
     examples = f"{model.info.num_examples:,} training examples"
     return f"""\
 - The participant sent {upload}, and received at most {received / 1e6:.3f} MB in a round.
-- This model is made of what the server sends after the last round, {counted(model.received)}; and of what never left
-  the participant, {counted(model.private)}.
-- The participant's {examples} never left it either.
+- For this model the server sends, after the last round, {counted(model.received)}.
+- The participant adds what it holds in its own state, {counted(model.private)}.
+- Its {examples} never left it.
 - Whoever publishes this folder publishes what the model learned from private data. Nothing was done to hide single
   examples: no differential privacy, no secure aggregation."""
 
@@ -195,7 +204,7 @@ print(model.config.id2label[int(logits.argmax())])
 """
     loading = f"""\
 import torch
-from transformers import AutoTokenizer, {auto_class}
+from transformers import {auto_class}, AutoTokenizer
 
 folder = "."
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -258,7 +267,9 @@ def limits(experiment: Experiment) -> str:
     else:
         lines.append(f"Texts of at most {data.max_length} tokens; what lies beyond is not read.")
         if data.tokenizer == "bytes":
-            lines.append("A token is one byte of the text, and the mask is only known to models of masked tokens.")
+            lines.append("A token is one byte of the UTF-8 text.")
+        if data.kind == "mlm":
+            lines.append("Masks are written into the text as `tokenizer.mask_token`.")
     if data.kind == "lm":
         lines.append("A prompt is given without the end token (`add_special_tokens=False`).")
     return "\n".join(f"- {line}" for line in lines)

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pickle
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 # Fields of a Hugging Face config that the experiment decides elsewhere than in `task.settings`.
 DECIDED = {"image_size": "task.data.image_size", "num_channels": "task.data.channels", "patch_size": "task.patch_size"}
-
-CLASSIFIERS = ("image", "text", "tokens")  # kinds of data whose models end in one output a class
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
@@ -113,7 +111,7 @@ def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
 def _form(family: Family, name: str, config: "PretrainedConfig", checkpoint: Checkpoint) -> Form:
     try:
         return family.form(config)
-    except ValueError as error:
+    except (ArithmeticError, TypeError, ValueError) as error:  # a config may say that there are 0 heads
         text = f"holds a model of type {config.model_type!r}, which task.family={name!r} cannot read ({error})"
         raise ValueError(f"{_named(checkpoint)}: {text}") from error
 
@@ -219,13 +217,11 @@ def _loaded(
     family_name: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int, contents: object
 ) -> Mapping[str, Any]:
     import torch
-    from safetensors import SafetensorError
 
     _check_config(family_name, form, inputs, checkpoint)
     family = get_family(family_name)
     model_class: Any = family.model_class(inputs)
-    broken = (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)
-    with _readable(checkpoint, "its weights could not be read", *broken), torch_seeded(0):
+    with _readable(checkpoint, "its weights could not be read"), torch_seeded(0):
         module, report = model_class.from_pretrained(
             checkpoint.path,
             config=family.config(form, inputs),
@@ -277,21 +273,20 @@ def _heads(module: "PreTrainedModel") -> list[list[str]]:
     parts: dict[str, list[str]] = {}
     for name, parameter in module.named_parameters():
         if id(parameter) not in inside:  # a tied head is inside
-            steps = name.split(".")
-            parts.setdefault("pooler" if "pooler" in steps else steps[0], []).append(name)
+            parts.setdefault(name.split(".")[0], []).append(name)
     return list(parts.values())
 
 
 def _of_body(name: str, module: "PreTrainedModel") -> bool:
     """Whether a saved tensor that the model has no place for lies in the body; a saved body alone has no prefix."""
     steps = name.removeprefix(f"{module.base_model_prefix}.").split(".")
-    body = {inner.split(".")[0] for inner, _ in module.base_model.named_parameters()} - {"pooler"}
+    body = {inner.split(".")[0] for inner, _ in module.base_model.named_parameters()}
     return steps[0] in body and steps[-1] not in SAVED_CONSTANTS
 
 
 def _other_classes(held: tuple[int, ...], wanted: tuple[int, ...], inputs: Inputs) -> bool:
     """Whether two shapes differ in the number of classes and in nothing else."""
-    return inputs.kind in CLASSIFIERS and wanted[:1] == (inputs.num_classes,) and held[1:] == wanted[1:]
+    return wanted[:1] == (inputs.num_classes,) and held[1:] == wanted[1:]
 
 
 # where it lies --------------------------------------------------------------------------------------------------------
@@ -314,7 +309,7 @@ def _contents(checkpoint: Checkpoint) -> tuple[tuple[str, int, int], ...]:
 
 
 @contextlib.contextmanager
-def _readable(checkpoint: Checkpoint, otherwise: str, *errors: type[Exception]) -> Iterator[None]:
+def _readable(checkpoint: Checkpoint, otherwise: str) -> Iterator[None]:
     """Turn what the library raises about a broken checkpoint into a `ValueError`, and keep it from printing tables."""
     from transformers.utils import logging
 
@@ -323,11 +318,11 @@ def _readable(checkpoint: Checkpoint, otherwise: str, *errors: type[Exception]) 
     logging.set_verbosity(logging.CRITICAL)
     try:
         yield
-    except (OSError, ValueError, *errors) as error:
+    except Exception as error:  # of any kind: files can be broken in more ways than their readers foresee
         if str(error).startswith("checkpoint."):
             raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{_named(checkpoint)}: {otherwise} ({type(error).__name__}: {reason})") from error
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise ValueError(f"{_named(checkpoint)}: {otherwise} ({reason})") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.set_tqdm_hook(hook)

@@ -1,6 +1,6 @@
 """Fixtures that several test modules share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,27 +8,16 @@ import torch
 
 from benchmarks.suites import tiny
 from fedsim.experiment import Experiment, with_settings
+from fedsim.runner import run_all
+from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
+from tests.disturbed import TINY_SETTINGS, Lent, small, without_federation
 
 
-# What makes `benchmarks.suites:tiny` tinier still, as words for `--set`.
-TINY_SETTINGS = (
-    "rounds=2",
-    "task.data.limit=120",
-    "task.patch_size=4",
-    "partition.min_size=10",
-    "algorithm.small_epochs=1",
-    "algorithm.local_epochs=1",
-    "tiers.0.form.width=8",
-    "tiers.1.form.width=8",
-    "tiers.2.form.width=12",
-    "tiers.2.form.depth=2",
-    "intermediate.width=16",
-    "intermediate.depth=2",
-    "target.width=20",
-    "target.depth=3",
-)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray come last: they share one Ray, which need not run beside the others."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +48,49 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with undisturbed inline runs of `small` and `without_federation`. Do not write to it."""
+    out = tmp_path_factory.mktemp("reference")
+    assert run_all([small(), without_federation()], out=out, make_runtime=InlineRuntime) == []
+    return out
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One private Ray for all tests in this process, with more logical CPUs and GPUs than the machine has."""
+    import ray  # only here: tests that need no Ray do not wait for it
+
+    ray.init(address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def on_hosts(cluster: None) -> Iterator[Callable[[int], Callable[[], Runtime]]]:
+    """number of hosts -> a function that lends a runtime with so many.
+
+    One runtime, and one server, for all runs, as in a sweep: what one test kills must be whole again for the next. Its
+    hosts stay as long as their number does: a start costs seconds, most of them for importing torch and transformers.
+    """
+    from fedsim.runtime.ray_runtime import RayRuntime
+
+    runtime = RayRuntime()
+
+    def lender(hosts: int) -> Callable[[], Runtime]:
+        def lend() -> Runtime:
+            runtime.hosts = hosts
+            return Lent(runtime)
+
+        return lend
+
+    yield lender
+    runtime.close()
+
+
+@pytest.fixture
+def two_hosts(on_hosts: Callable[[int], Callable[[], Runtime]]) -> Callable[[], Runtime]:
+    """A function that lends a runtime with two hosts."""
+    return on_hosts(2)

@@ -1,4 +1,4 @@
-"""An algorithm that is disturbed once: what fault tests run, in any process of a Ray runtime."""
+"""What tests run in any process of a Ray runtime: small experiments, and an algorithm that is disturbed once."""
 
 import os
 import signal
@@ -9,7 +9,27 @@ from pathlib import Path
 from benchmarks.suites import tiny
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
-from fedsim.experiment import Experiment
+from fedsim.experiment import Experiment, with_settings
+from fedsim.runtime.base import Runtime
+
+
+# What makes `benchmarks.suites:tiny` tinier still, as words for `--set`.
+TINY_SETTINGS = (
+    "rounds=2",
+    "task.data.limit=120",
+    "task.patch_size=4",
+    "partition.min_size=10",
+    "algorithm.small_epochs=1",
+    "algorithm.local_epochs=1",
+    "tiers.0.form.width=8",
+    "tiers.1.form.width=8",
+    "tiers.2.form.width=12",
+    "tiers.2.form.depth=2",
+    "intermediate.width=16",
+    "intermediate.depth=2",
+    "target.width=20",
+    "target.depth=3",
+)
 
 
 @dataclass(frozen=True)
@@ -62,19 +82,32 @@ class Disturbed(Algorithm):
             if self.event == "die_always" or (self.event == "die" and self.once()):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.event == "stall" and self.once():
-                time.sleep(600)
+                time.sleep(3600)
         return self.inner.client_update(payload, state, ctx)
 
     def client_model(self, payload, state, ctx):
         return self.inner.client_model(payload, state, ctx)
 
 
+class Lent(Runtime):
+    """A runtime lent to `run_all`, which closes what it is given: this one stays as it is."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def start(self, *args) -> None:
+        self.runtime.start(*args)
+
+    def ask(self, method, *args, watch=None):
+        return self.runtime.ask(method, *args, watch=watch)
+
+    def close(self) -> None:
+        """Its owner closes it."""
+
+
 def small() -> Experiment:
-    """`tiny`, made smaller: six participants, so that chunks of two meet one, two and four hosts in different ways."""
-    experiment = tiny()
-    assert isinstance(experiment.algorithm, FedGrow)
-    quicker = replace(experiment.algorithm, local_epochs=1, small_epochs=1)
-    return replace(experiment, algorithm=quicker, participants=6)
+    """The tiny experiment for three rounds and six participants: chunks of two meet one, two and four hosts unlike."""
+    return replace(with_settings(tiny(), TINY_SETTINGS), participants=6, rounds=3)
 
 
 def without_federation() -> Experiment:

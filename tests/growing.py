@@ -147,9 +147,9 @@ def accepted(model: str, growth: str, preset: str) -> bool:
 
 def operator_between(preset: Preset | str, model: str, old: Form, new: Form) -> Operator:
     of_family = get_family(family(model))
-    specs = (of_family.specs(form, MODELS[model]) for form in (old, new))
+    old_specs, new_specs = (of_family.specs(form, MODELS[model]) for form in (old, new))
     preset = by_name(preset) if isinstance(preset, str) else preset
-    return Operator(preset, *specs, old.axes, new.axes, of_family.post_norm)
+    return Operator(preset, old_specs, new_specs, old.axes, new.axes, of_family.post_norm)
 
 
 def start(operator: Operator, seed: int = 1) -> Tree:

@@ -108,8 +108,8 @@ def test_the_growth_operator_knows_named_axes_and_trees_only(module: str) -> Non
         ("fedsim.tree", set()),
         ("fedsim.seeding", set()),
         ("fedsim.submodel", {"tree", "seeding"}),
-        ("fedsim.algorithm", {"tree", "seeding", "task", "models", "data", "training"}),
-        ("fedsim.task", {"data", "models", "tree", "submodel", "seeding", "fields"}),
+        ("fedsim.algorithm", {"tree", "seeding", "task", "models", "data", "training", "pretrained"}),
+        ("fedsim.task", {"data", "models", "tree", "submodel", "seeding", "fields", "entities", "masking"}),
         ("fedsim.training", {"algorithm", "task", "data", "models", "tree"}),
     ],
 )

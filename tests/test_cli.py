@@ -11,22 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
 
 from baselines.fedavg import FedAvg
 from benchmarks import suites
-from fedgrow_algo.dual_ligo import operator_between
-from fedsim.checkpoint import Versions
 from fedsim.cli import main
 from fedsim.experiment import Experiment
 from fedsim.participant import Participant, Reply
-from fedsim.progress import Silent
 from fedsim.results import load
-from fedsim.runtime.inline import InlineRuntime
-from fedsim.simulation import run
-from fedsim.task import load_task
 from fedsim.training import StepCost
-from fedsim.tree import under
 
 
 TINY = "benchmarks.suites:tiny"
@@ -205,90 +197,3 @@ def test_python_m_fedsim_is_the_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --set roundz: no such field; did you mean rounds?\n"
-
-
-# export ---------------------------------------------------------------------------------------------------------------
-
-
-def test_export_writes_what_plain_transformers_loads(
-    tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture
-) -> None:
-    clients = load(tiny_run).clients.query("round == 2").set_index("client")
-    folder = tiny_run / "checkpoints" / tiny_experiment.run_id
-    server = Versions(folder, "server").load(before=3)
-    task = load_task(tiny_experiment.task, None)
-    assert server is not None and task.dataset is not None
-    test = task.batch(task.dataset.test, torch.arange(len(task.dataset.test)))
-    operator = operator_between("paper", task, tiny_experiment.intermediate, tiny_experiment.target)
-    answers = []
-    for participant in range(3):
-        to = tmp_path / str(participant)
-        assert main(["export", str(tiny_run), "--participant", str(participant), "--to", str(to)]) == 0
-        assert str(to) in capsys.readouterr().out
-        model = AutoModelForImageClassification.from_pretrained(to)
-        private = Versions(folder / "private", str(participant)).load(before=3)
-        assert private is not None
-        grown = operator(server[1], under(private[1], "middle."))
-        with torch.no_grad():
-            logits = model.eval()(pixel_values=test["pixel_values"]).logits
-            deployed = task.forward(tiny_experiment.target, grown, test)
-        torch.testing.assert_close(logits, deployed, rtol=0, atol=1e-6)
-        right = (logits.argmax(-1) == test["labels"]).float().mean().item()
-        assert right == pytest.approx(clients.accuracy[participant], abs=1e-6)
-        assert torch.nn.functional.cross_entropy(logits, test["labels"]).item() == pytest.approx(
-            clients.loss[participant], rel=1e-5
-        )
-        answers.append(logits)
-        readme = (to / "README.md").read_text()
-        assert tiny_experiment.run_id in readme and f"participant {participant}" in readme
-    assert not torch.allclose(answers[0], answers[1]), "every participant has a model of its own"
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (["--participant", "3"], ["--participant=3", "from 0 to 2"]),
-        (["--participant", "-1"], ["--participant=-1", "from 0 to 2"]),
-        (["--participant", "0", "--run", "nothing"], ["--run='nothing'"]),
-    ],
-)
-def test_export_of_what_is_not_there(
-    words: list[str], expected: list[str], tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert main(["export", str(tiny_run), "--to", str(tmp_path / "model"), *words]) == 2
-    message = capsys.readouterr().err
-    for word in expected:
-        assert word in message
-    assert not (tmp_path / "model").exists()
-
-
-def test_export_from_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["export", str(tmp_path), "--participant", "0", "--to", str(tmp_path / "model")]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
-    assert not (tmp_path / "model").exists()
-
-
-def test_export_to_a_place_that_cannot_be_written(
-    tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    to = tmp_path / "file" / "model"
-    assert main(["export", str(tiny_run), "--participant", "0", "--to", str(to)]) == 2
-    assert f"--to={str(to)!r}" in capsys.readouterr().err
-
-
-def test_export_wants_to_know_which_run_of_several(
-    tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(tiny_run, out)
-    other = dataclasses.replace(tiny_experiment, seed=1, rounds=1)
-    runtime = InlineRuntime()
-    run(other, runtime=runtime, out=out, progress=Silent())
-    runtime.close()
-    assert main(["export", str(out), "--participant", "0", "--to", str(tmp_path / "model")]) == 2
-    message = capsys.readouterr().err
-    assert tiny_experiment.run_id in message and other.run_id in message
-    named = ["--run", other.run_id, "--participant", "0", "--to", str(tmp_path / "model")]
-    assert main(["export", str(out), *named]) == 0
-    assert "after round 1 of 1, seed 1" in (tmp_path / "model" / "README.md").read_text()

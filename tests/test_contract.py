@@ -57,7 +57,7 @@ ROUNDS: dict[str, Any] = {
     "local_lr": 1e-2,
     "batch_size": 8,
 }
-GROWTH = ROUNDS | {"local_epochs": 2}
+GROWTH: dict[str, Any] = ROUNDS | {"local_epochs": 2}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,8 @@ def ladder(width, depth, heads=8):
     return Form(width, depth, heads=heads)
 
 
+LLAMA_3 = texts("lm", 1, 128_256, 2048, tie_word_embeddings=True)
+
 SMALLS = [ladder(256, depth) for depth in (2, 3, 4)]
 MIDDLE, TARGET = ladder(320, 4), ladder(384, 6)
 
@@ -111,12 +113,7 @@ def test_hugging_face_vits_have_the_published_number_of_parameters(form, classes
         ("gpt2", Form(1024, 24, heads=16, mlp=4096), texts("lm", 1, 50_257, 1024), 354_823_168),
         ("llama", Form(4096, 32, heads=32, mlp=11_008), texts("lm", 1, 32_000, 4096), 6_738_415_616),
         ("llama", Form(2048, 22, heads=32, kv_heads=4, mlp=5632), texts("lm", 1, 32_000, 2048), 1_100_048_384),
-        (
-            "llama",
-            Form(2048, 16, heads=32, kv_heads=8, mlp=8192),
-            texts("lm", 1, 128_256, 2048, tie_word_embeddings=True),
-            1_235_814_400,
-        ),
+        ("llama", Form(2048, 16, heads=32, kv_heads=8, mlp=8192), LLAMA_3, 1_235_814_400),
     ],
     ids=[
         "BERT-base",
@@ -377,9 +374,10 @@ def test_size_of_the_official_ligo_operator(data):
 # closed forms, and nothing left out -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("small", "large"), [(SMALLS[0], MIDDLE), (MIDDLE, TARGET), (ratio_4(128, 6), ratio_4(192, 4))]
-)
+STEPS = (SMALLS[0], MIDDLE), (MIDDLE, TARGET), (ratio_4(128, 6), ratio_4(192, 4))
+
+
+@pytest.mark.parametrize(("small", "large"), STEPS)
 def test_counts_are_the_closed_forms(small, large):
     D1, D2, F1, F2, L1, L2 = small.width, large.width, small.inner, large.inner, small.depth, large.depth
     tables = 8 * L1 * L2

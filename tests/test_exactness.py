@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from fedgrow_algo.presets import PRESETS
-from fedsim.models import Form, get_family
+from fedsim.models import get_family
 from tests.growing import (
     EPS,
     GROWTH,
     MAIN,
+    MIX_HEADS,
     MODELS,
     SMALL,
     accepted,
@@ -293,7 +294,8 @@ def distances(operator, tree):
     """By group: how far two copies of one unit are apart, at most, in the parameters that write the group."""
     apart = {}
     for name, spec in operator.large.items():
-        for position, dim in enumerate(spec.parsed if spec.fused is None else ()):
+        assert spec.fused is None
+        for position, dim in enumerate(spec.parsed):
             if dim.mode == "write" and dim.axes and dim.group != "embed":
                 units = tree[name].unflatten(position, [operator.large_axes[axis] for axis in dim.axes])
                 units = units.movedim(position, 0)
@@ -339,87 +341,10 @@ def test_tiled_residual_coordinates_stay_copies_and_added_ones_part(model):
                 assert_close(columns[:, :D], columns[:, D:], rtol=0, atol=1e-12)
 
 
-# refusals -------------------------------------------------------------------------------------------------------------
-
-
-WORKS_WITH_ROTARY = "preserving, net2net, aki, stacking, interlacing, zero-block, hypercloning"
-
-
-@pytest.mark.parametrize("preset", ["paper", "paper-chunked", "ligo"])
-def test_rotary_heads_refuse_presets_that_mix_coordinates_and_name_those_that_do_not(preset):
-    with pytest.raises(
-        ValueError, match=f"^preset '{preset}' mixes the coordinates of heads.*: choose one of {WORKS_WITH_ROTARY}$"
-    ):
-        operator_between(preset, "llama-lm", small("llama-lm"), large("llama-lm", "all x2", preset))
-    for works in WORKS_WITH_ROTARY.split(", "):
-        operator_between(works, "llama-lm", small("llama-lm"), large("llama-lm", "all x2", works))
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_rotary_heads_cannot_grow_under_any_preset(preset):
-    new = dataclasses.replace(small("llama-lm"), head_dim=6)
-    with pytest.raises(
-        ValueError, match=r"^form\.head_dim: rotary .* from 4 to 6 coordinates; give both forms one head_dim"
-    ):
-        operator_between(preset, "llama-lm", small("llama-lm"), new)
-
-
-COPYING = [preset for preset in PRESETS if preset not in ("paper", "paper-chunked", "ligo")]
-
-
-@pytest.mark.parametrize("preset", COPYING)
-@pytest.mark.parametrize(
-    ("old", "new", "text"),
-    [
-        (Form(8, 2, heads=4), Form(16, 2, heads=2), "axis 'head' cannot go from 4 to 2"),
-        (Form(8, 2, heads=2), Form(16, 2, heads=8), "axis 'head_dim' cannot go from 4 to 2"),
-        (Form(8, 3, heads=2), Form(16, 2, heads=4), "cannot drop blocks: depth would go from 3 to 2"),
-        (Form(12, 2, heads=2), Form(8, 2, heads=2, mlp=12), "cannot shrink: axis 'embed' would go from 12 to 8"),
-        (Form(8, 2, heads=2, mlp=9), Form(8, 2, heads=2, mlp=7), "cannot shrink: axis 'mlp' would go from 9 to 7"),
-    ],
-    ids=["heads", "head size", "depth", "width", "mlp"],
-)
-def test_copies_refuse_to_shrink_naming_preset_axis_and_sizes(preset, old, new, text):
-    with pytest.raises(ValueError, match=text) as refusal:
-        operator_between(preset, "vit", old, new)
-    assert repr(preset) in str(refusal.value) or "cannot shrink" in text
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"width": 12}, "axis 'embed' goes from 8 to 12, not a multiple"),
-        ({"heads": 3}, "axis 'head' goes from 2 to 3, not a multiple"),
-        ({"mlp": 20}, "axis 'mlp' goes from 16 to 20, not a multiple"),
-        ({"head_dim": 8}, "axis 'head_dim' goes from 4 to 8, not the same"),
-    ],
-    ids=str,
-)
-def test_tiling_refuses_ratios_that_are_not_whole(changes, text):
-    with pytest.raises(ValueError, match=f"^preset 'hypercloning' tiles: {text}$"):
-        operator_between("hypercloning", "vit", SMALL["vit"], dataclasses.replace(SMALL["vit"], **changes))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "text"),
-    [
-        (Form(8, 2, heads=2, mlp=12), Form(16, 2, heads=2, mlp=24), "they are 12/8 and 24/16"),
-        (Form(8, 2, heads=2, mlp=16), Form(16, 2, heads=2, mlp=16), "they are 16/8 and 16/16"),
-    ],
-    ids=["not whole", "not kept"],
-)
-def test_chunks_refuse_ratios_that_are_not_whole_or_not_kept(old, new, text):
-    with pytest.raises(
-        ValueError, match=rf"^form\.mlp: preset 'paper-chunked' needs one whole ratio to form\.width.*{text}$"
-    ):
-        operator_between("paper-chunked", "vit", old, new)
-    assert operator_between("paper", "vit", old, new)
-
-
 # rotary coordinates ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", WORKS_WITH_ROTARY.split(", "))
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in MIX_HEADS])
 @pytest.mark.parametrize("role", ["q_proj", "k_proj"])
 def test_rotary_coordinates_are_never_mixed_whatever_the_operators_tensors_are(preset, role):
     model = "llama-tied"

@@ -20,6 +20,7 @@ from fedsim.data.config import DataConfig, pydoc
 from fedsim.data.partition import Partition
 from fedsim.experiment import Experiment, Tier, load_experiments, parsed, revived, with_settings
 from fedsim.models import Form
+from fedsim.pretrained import Checkpoint
 from fedsim.progress import Silent
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
@@ -52,7 +53,10 @@ def text_experiment() -> Experiment:
     return Experiment(
         FedAvg(clip=None, lr=1.0),
         TaskConfig(DataConfig("notes.csv", text=("title", 2), label="kind", max_length=8), family="gpt2"),
-        tiers=(Tier("a", Form(8, 1, 2), 0.3), Tier("b", Form(8, 1, 2, mlp=9), num_gpus=0.5, memory_mb=100)),
+        tiers=(
+            Tier("a", Form(8, 1, 2), 0.3, Checkpoint("models/a")),
+            Tier("b", Form(8, 1, 2, mlp=9), num_gpus=0.5, memory_mb=100),
+        ),
         intermediate=Form(8, 1, 2, mlp=12),
         target=Form(8, 1, 2, mlp=12),
         partition=Partition("by_size", alpha=2.0),
@@ -103,7 +107,7 @@ def test_the_algorithms_class_is_part_of_the_run_id() -> None:
 def test_an_experiment_comes_back_from_its_canonical_json(name: str) -> None:
     experiment = EXPERIMENTS[name]
     returned = revived(json.loads(experiment.canonical_json()))
-    unplaced = tuple(Tier(tier.name, tier.form, tier.share) for tier in experiment.tiers)
+    unplaced = tuple(Tier(tier.name, tier.form, tier.share, tier.checkpoint) for tier in experiment.tiers)
     assert returned == dataclasses.replace(experiment, tiers=unplaced)
     assert returned.run_id == experiment.run_id
 

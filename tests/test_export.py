@@ -147,7 +147,7 @@ def test_language_models_generate_from_their_cache(name: str, tmp_path: Path, sa
 def test_classes_have_the_names_the_data_gave_them(tmp_path: Path) -> None:
     names = ("O", "B-PER", "I-PER")
     written(task_of(dataclasses.replace(TAGS, class_names=names)), tmp_path / "named")
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "named")
+    config: Any = transformers.AutoConfig.from_pretrained(tmp_path / "named")
     assert config.id2label == {0: "O", 1: "B-PER", 2: "I-PER"} and config.label2id["I-PER"] == 2
     assert config.problem_type is None
     written(task_of(TEXTS), tmp_path / "plain")
@@ -245,32 +245,18 @@ def test_special_tokens_have_the_ids_of_training(byte_tokenizers: dict[str, Any]
 
 
 def word_pieces(folder: Path) -> str:
-    """A tokenizer as BERT's: pieces of words, framed, with types of tokens among what it gives."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    frame = [("[CLS]", WORDS.index("[CLS]")), ("[SEP]", WORDS.index("[SEP]"))]
-    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single="[CLS] $A [SEP]", special_tokens=frame
-    )
-    special = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    named = {f"{name}_token": token for name, token in special.items()}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    """BERT's tokenizer with few words: texts are framed, and tokens have types."""
+    tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    tokenizer.save_pretrained(folder)
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(folder)("good")
     return str(folder)
 
 
 def byte_pairs(folder: Path) -> str:
-    """A tokenizer as GPT-2's: a word is another one after a space; no padding token, the end stands in for it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
+    """GPT-2's tokenizer with one word, another one after a space; the end stands in for padding."""
     vocabulary = {character: number for number, character in enumerate(byte_characters())}
     vocabulary |= {"\u0120a": 256, "<|endoftext|>": 257}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[("\u0120", "a")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    fast.save_pretrained(folder)
+    transformers.GPT2Tokenizer(vocab=vocabulary, merges=[("\u0120", "a")]).save_pretrained(folder)
     return str(folder)
 
 
@@ -295,6 +281,7 @@ def test_a_tokenizer_for_tags_reads_lists_of_words(made: Any, tmp_path: Path) ->
     words = [["a", "badly", "a"], ["good"]]
     batch = tokenizer(words, is_split_into_words=True, truncation=True, padding="max_length", return_tensors="pt")
     expected, _ = text.word_tokens(words, data.tokenizer, 6, hub=False)
+    assert made is word_pieces or expected["input_ids"][0, 0] == 256, "the first word is marked like the others"
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
@@ -444,7 +431,7 @@ def test_the_card_tells_how_the_model_was_grown(tiny_experiment: Experiment) -> 
     for expected in (
         "vit 20x3, fedgrow, participant 1",
         "Method: `fedgrow`, preset `paper`.",
-        "small model: 8x1 (width x depth; 4 heads of 2, feed-forward width 8); trained on the participant's own data",
+        "Small model: 8x1 (width x depth; 4 heads of 2, feed-forward width 8); trained on the participant's own data",
         "Intermediate form: 16x2",
         "This model: 20x3 (width x depth; 4 heads of 5, feed-forward width 20), after round 2 of 2, seed 0.",
         "Rounds: 0 local, 1 to 2 federated.",
@@ -475,8 +462,14 @@ def test_the_card_tells_where_a_small_model_came_from(tiny_experiment: Experimen
     info = ClientInfo(1, "phone", tiny_experiment.tiers[0].form, 5, checkpoint)
     readme = card.card(told(tiny_experiment, info=info, clients=[], received={}))
     assert "from the checkpoint `someone/small` at revision `v2`" in readme
-    assert "sent nothing" in readme and "sends after the last round, nothing;" in readme
+    assert "sent nothing" in readme and "the server sends, after the last round, nothing." in readme
     assert "never scored" in readme
+
+
+def test_the_card_of_a_model_that_was_not_grown_says_so(tiny_experiment: Experiment) -> None:
+    readme = card.card(told(dataclasses.replace(tiny_experiment, algorithm=FedAvg())))
+    assert "no small model was grown" in readme
+    assert "Intermediate form" not in readme and "preset" not in readme.partition("```json")[0]
 
 
 # the command ----------------------------------------------------------------------------------------------------------

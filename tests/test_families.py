@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Set
 
 import pytest
 import torch
@@ -83,13 +84,21 @@ def test_named_axes_are_the_sizes_of_the_module(row: Row):
         assert all(f".{spec.layer}.{spec.role}" in name for name, spec in specs.items() if spec.layer is not None)
 
 
-def _reordered(task: Task, form: Form, tree: Tree, axis: str, modes: set[str]) -> Tree:
-    """The tree with the units of an axis in reverse order, in every dimension that follows it in one of the modes."""
+EVERY_MODE = frozenset({"write", "read", "gain", "shift"})
+
+
+def _reordered(
+    task: Task, form: Form, tree: Tree, axis: str, modes: Set[str] = EVERY_MODE, group: str | None = None
+) -> Tree:
+    """The tree with the units of an axis in reverse order, in every dimension that follows it in one of the modes.
+
+    `group`: only in dimensions of this group.
+    """
     specs, axes = task.specs(form), form.axes
     parts = split_fused(tree, specs, axes)
     for name, spec in split_specs(specs).items():
         for position, dim in enumerate(spec.parsed):
-            if axis in dim.axes and dim.mode in modes:
+            if axis in dim.axes and dim.mode in modes and group in (None, dim.group):
                 grid = torch.arange(parts[name].shape[position]).reshape([axes[factor] for factor in dim.axes])
                 parts[name] = parts[name].index_select(position, grid.flip(dim.axes.index(axis)).flatten())
     return join_fused(parts, specs)
@@ -103,7 +112,7 @@ def test_units_of_an_axis_may_be_reordered_where_all_follow(row: Row):
     assert before.std() > 0.1  # a model that says nothing would prove nothing
     present = {axis for spec in split_specs(task.specs(form)).values() for dim in spec.parsed for axis in dim.axes}
     for axis in sorted(axis for axis in present if form.axes[axis] > 1):
-        everywhere = _reordered(task, form, tree, axis, {"write", "read", "gain", "shift"})
+        everywhere = _reordered(task, form, tree, axis)
         after = real(task.forward(form, everywhere, batch), batch)
         if axis == "rotary":  # each coordinate is turned at a speed of its own
             assert (after - before).abs().max() > 1e-3
@@ -112,6 +121,27 @@ def test_units_of_an_axis_may_be_reordered_where_all_follow(row: Row):
         for modes in ({"write"}, {"read"}):
             partly = _reordered(task, form, tree, axis, modes)
             assert (real(task.forward(form, partly, batch), batch) - before).abs().max() > 1e-2, (axis, modes)
+
+
+def test_groups_of_one_axis_may_be_reordered_alone_unless_a_tied_matrix_links_them(row: Row):
+    """A pooler's output is as wide as the residual stream, and another axis all the same."""
+    task, form = row.task, row.small
+    tree, batch = random_tree(task, form), batch_of(task)
+    dims = [dim for spec in split_specs(task.specs(form)).values() for dim in spec.parsed]
+    before = real(task.forward(form, tree, batch), batch)
+    groups = {dim.group for dim in dims if dim.axes == ("embed",)}
+    assert groups == {"embed"} | {"bert-text": {"pooled"}, "bert-mlm": {"transform"}}.get(_name(row), set())
+    linked = len(groups) > 1 and any(dim.tied for dim in dims)
+    for group in groups:
+        after = real(task.forward(form, _reordered(task, form, tree, "embed", group=group), batch), batch)
+        if linked:
+            assert (after - before).abs().max() > 1e-2
+        else:
+            torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def _name(row: Row) -> str:
+    return f"{row.config.family}-{row.task.inputs.kind}"
 
 
 BLOCK_MODULES = {
@@ -148,6 +178,11 @@ def test_a_silent_block_is_an_identity_unless_it_normalises_its_output(plain_row
     assert gap > 1e-3 if _family(plain_row).post_norm else gap < 1e-9
 
 
+LAST_NORMS = {  # before a tied head
+    "bert-mlm": {"cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"},
+    "gpt2-lm": {"transformer.ln_f.weight", "transformer.ln_f.bias"},
+    "llama-lm-tied": {"model.norm.weight"},
+}
 TIED = {  # name: (the token embedding, the head that is the same tensor)
     "bert-mlm": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
     "gpt2-lm": ("transformer.wte.weight", "lm_head.weight"),
@@ -163,7 +198,8 @@ def test_a_tied_head_is_the_token_embedding_and_counted_once(name: str):
     module = task.module(form, tree)
     assert head not in tree and head not in task.specs(form)
     assert module.get_parameter(head) is module.get_parameter(embedding)
-    assert any(dim.tied for spec in split_specs(task.specs(form)).values() for dim in spec.parsed)
+    parts = split_specs(task.specs(form)).items()
+    assert {name for name, spec in parts if any(dim.tied for dim in spec.parsed)} == LAST_NORMS[name]
 
     leaf = tree[embedding].clone().requires_grad_()
     task.loss(task.forward(form, tree | {embedding: leaf}, batch), batch).backward()

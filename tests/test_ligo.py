@@ -11,7 +11,7 @@ from fedgrow_algo.ligo import Operator, mix, widen
 from fedgrow_algo.presets import PRESETS, by_name
 from fedsim.checkpoint import Versions
 from fedsim.models import Form, Inputs, get_family
-from fedsim.submodel import join_fused, split_fused
+from fedsim.submodel import split_fused
 from tests import growing
 
 
@@ -160,44 +160,6 @@ def test_leading_block_of_ligo_is_the_small_tensor_its_blocks_mixed(model):
         assert_close(leading, expected, msg=lambda m, name=name: f"{name}: {m}")
         assert torch.equal(leading, expected) or spec.layer is not None
         assert grown[name].shape != expected.shape or not any(dim.axes for dim in spec.parsed), name
-
-
-PERMUTABLE = [
-    (preset, model)
-    for preset in PRESETS
-    for model in ("vit", "gpt2-lm", "llama-tied", "bert-text")
-    if preset != "ligo" and growing.accepted(model, "all x2", preset)
-]
-
-
-@pytest.mark.parametrize(("preset", "model"), PERMUTABLE)
-def test_order_of_small_units_does_not_matter_once_the_maps_follow(preset, model):
-    """Every group of coordinates permuted at once: units, heads and coordinates of heads, the residual axis."""
-    small, large = growing.small(model), growing.large(model, "all x2", preset)
-    operator = growing.operator_between(preset, model, small, large)
-    tensors, tree = growing.anywhere(operator), growing.random_tree(model, small)
-    orders = {
-        group: torch.randperm(operator.mapped(dim)[0], generator=generator(i))
-        for i, (group, dim) in enumerate(operator.groups.items())
-    }
-    follow = {
-        name: t[..., orders[name.split(".")[1]]] if name.startswith("width.") else t for name, t in tensors.items()
-    }
-    parts = dict(split_fused(tree, operator.small, operator.small_axes))
-    for name, spec in operator.small_parts.items():
-        for position, dim in enumerate(spec.parsed):
-            if dim.axes:
-                index = torch.arange(dim.size(operator.small_axes)).view(-1, *[f.old for f in operator.factors(dim)])
-                spanned = [1 + i for i, f in enumerate(operator.factors(dim)) if f.kind == "map"]
-                together = list(range(1, 1 + len(spanned)))
-                moved = index.movedim(spanned, together)
-                permuted = moved.flatten(1, len(spanned))[:, orders[dim.group]].view(moved.shape)
-                parts[name] = parts[name].index_select(position, permuted.movedim(together, spanned).flatten())
-    permuted_tree = join_fused(parts, operator.small)
-    assert trees_differ(permuted_tree, tree)
-    grown, of_permuted = operator(tensors, tree), operator(follow, permuted_tree)
-    assert_trees_close(of_permuted, grown)
-    assert trees_differ(operator(tensors, permuted_tree), grown)
 
 
 # depth ----------------------------------------------------------------------------------------------------------------

@@ -229,6 +229,97 @@ def test_loss_that_is_not_finite_is_named(ctx: ClientContext, lr: float) -> None
     assert "nan" in str(error.value) or "inf" in str(error.value)
 
 
+def test_a_prefix_may_have_a_learning_rate_of_its_own(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    head, forward = "classifier.", forward_in(ctx)
+
+    def moved(**settings: Any) -> set[str]:
+        trained = local_train(ctx, forward, start, **SETTINGS | settings)
+        return {"head" if name.startswith(head) else "body" for name in start if not trained[name].equal(start[name])}
+
+    assert moved() == {"head", "body"}
+    assert moved(lr=0.0, lr_under={head: 1e-2}) == {"head"}
+    assert moved(lr_under={head: 0.0}) == {"body"}
+    same = local_train(ctx, forward, start, **SETTINGS, lr_under={head: SETTINGS["lr"]})
+    assert sha256(same) == sha256(local_train(ctx, forward, start, **SETTINGS))
+    other = local_train(ctx, forward, start, **SETTINGS, lr_under={head: 1e-3})
+    assert sha256(other) != sha256(same)
+
+
+def test_every_rate_is_named_when_the_loss_is_not_finite(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    start["classifier.bias"][0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"lr=0\.01, classifier\.\*: 0\.25"):
+        local_train(ctx, forward_in(ctx), start, **SETTINGS, lr_under={"classifier.": 0.25})
+
+
+# precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bf16(ctx: ClientContext) -> ClientContext:
+    return dataclasses.replace(ctx, precision="bf16", meter=Meter("", ctx.meter.counted))
+
+
+def test_bf16_training_is_close_to_fp32_and_repeatable(ctx: ClientContext, bf16: ClientContext) -> None:
+    start, settings = ctx.task.fresh(FORM, 0), dict(SETTINGS, lr=1e-3, epochs=4)
+    full = local_train(ctx, forward_in(ctx), start, **settings)
+    half = local_train(bf16, forward_in(bf16), start, **settings)
+    assert sha256(half) == sha256(local_train(bf16, forward_in(bf16), start, **settings))
+    assert sha256(half) != sha256(full)
+    assert ctx.meter.loss is not None and bf16.meter.loss is not None
+    assert ctx.meter.loss != bf16.meter.loss == pytest.approx(ctx.meter.loss, rel=5e-3)
+    decided = [name for name in start if not name.endswith("k_proj.bias")]  # others have no gradient but rounding
+    distance = sum(float((half[n] - full[n]).square().sum()) for n in decided) ** 0.5
+    moved = sum(float((full[n] - start[n]).square().sum()) for n in decided) ** 0.5
+    assert 0 < distance < 0.5 * moved
+
+
+def test_bf16_is_where_products_are_and_nowhere_else(bf16: ClientContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: dict[str, set[torch.dtype]] = {"logits": set(), "loss": set(), "weights": set(), "gradients": set()}
+    real = Task.loss
+
+    def loss(task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        dtypes["loss"] |= {logits.dtype, real(task, logits, batch).dtype}
+        return real(task, logits, batch)
+
+    def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        logits = bf16.task.forward(FORM, tree, batch)
+        dtypes["logits"].add(logits.dtype)
+        return logits
+
+    def note(optimizer: torch.optim.Optimizer, *arguments: Any, **fields: Any) -> None:
+        for leaf in optimizer.param_groups[0]["params"]:
+            dtypes["weights"].add(leaf.dtype)
+            dtypes["gradients"].add(leaf.grad.dtype)
+            dtypes["weights"] |= {t.dtype for t in optimizer.state[leaf].values() if t.ndim}  # the moments
+
+    start = bf16.task.fresh(FORM, 0)
+    local_train(bf16, forward_in(bf16), start, **SETTINGS)  # counts, so that only training is seen below
+    monkeypatch.setattr(Task, "loss", loss)
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        trained = local_train(bf16, forward, start, **SETTINGS)
+    finally:
+        hook.remove()
+    assert dtypes["logits"] == {torch.bfloat16}
+    assert dtypes["loss"] == dtypes["weights"] == dtypes["gradients"] == {torch.float32}
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+    batch = bf16.task.batch(bf16.train, torch.arange(4))
+    assert bf16.task.module(FORM, trained)(pixel_values=batch["pixel_values"]).logits.dtype == torch.float32
+
+
+def test_steps_in_bf16_are_counted_apart(ctx: ClientContext, bf16: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    full = ctx.meter.cost(ctx, forward_in(ctx), clone(start), "target")
+    half = bf16.meter.cost(bf16, forward_in(bf16), clone(start), "target")
+    assert half.flops(8) == full.flops(8)
+    assert 0.4 * full.activation_bytes(8) < half.activation_bytes(8) < 0.95 * full.activation_bytes(8)
+    again = Meter("", ctx.meter.counted).cost(ctx, forward_in(ctx), clone(start), "target")
+    assert again is full is not half
+
+
 # the accounts ---------------------------------------------------------------------------------------------------------
 
 

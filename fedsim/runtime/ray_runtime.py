@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import time
 import uuid
 import warnings
 from collections import deque
@@ -170,7 +171,26 @@ class _Piece:
                         f"host {self.host} died {ATTEMPTS} times while its participants {ids} were at "
                         f"{self.method!r} of round {self.round}: {error}"
                     ) from error
+                wait_until_back(self.call.hosts[self.host].ready, f"host {self.host}")
                 self.submit()
+
+
+def wait_until_back(question: Any, who: str) -> None:
+    """Wait until a lost actor answers again: while it restarts, Ray refuses every call at once.
+
+    - `question`: one of the actor's methods.
+
+    **Raises:** `RuntimeError` if it has not come back after `START_SECONDS`.
+    """
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            ray.get(question.remote(), timeout=max(1.0, end - time.monotonic()))
+            return
+        except (RayActorError, GetTimeoutError) as error:
+            if time.monotonic() > end:
+                raise RuntimeError(f"{who} died and did not come back within {START_SECONDS} s: {error}") from error
+            time.sleep(0.2)
 
 
 class RayRuntime(Runtime):
@@ -233,6 +253,7 @@ class RayRuntime(Runtime):
             except RayActorError as error:
                 if attempt == ATTEMPTS:
                     raise RuntimeError(f"the aggregator died {ATTEMPTS} times at {method!r}: {error}") from error
+                wait_until_back(self.server.progress, "the aggregator")
         raise AssertionError("unreachable")
 
     def close(self) -> None:
