@@ -44,7 +44,8 @@ from fedsim.tree import Tree, to  # noqa: E402
 
 
 Step = Callable[[], float]
-PLAIN = ("plain", "")
+Variant = tuple[str, str]  # a path and a preset
+PLAIN: Variant = ("plain", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def example(task: Task, size: int, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def start_of(ladder: Ladder, variant: tuple[str, str], device: torch.device) -> tuple[Task, Operator, Tree, Tree]:
+def start_of(ladder: Ladder, variant: Variant, device: torch.device) -> tuple[Task, Operator, Tree, Tree]:
     """The operator of a variant, its tensors and the small weights it grows."""
     task = Task(ladder.config)
     operator = operator_between(variant[1], task, ladder.small, ladder.large)
@@ -112,7 +113,7 @@ def start_of(ladder: Ladder, variant: tuple[str, str], device: torch.device) -> 
     return task, operator, to(operator.init(generator(0, "global")), device), stacked
 
 
-def step_of(ladder: Ladder, variant: tuple[str, str], device: torch.device, bf16: bool, compiled: bool) -> Step:
+def step_of(ladder: Ladder, variant: Variant, device: torch.device, bf16: bool, compiled: bool) -> Step:
     """A function that takes one training step and returns its seconds. `variant`: a path and a preset, or `PLAIN`."""
     if variant == PLAIN:
         task = Task(ladder.config)
@@ -142,7 +143,7 @@ def step_of(ladder: Ladder, variant: tuple[str, str], device: torch.device, bf16
     return step
 
 
-def growth_of(ladder: Ladder, variant: tuple[str, str], device: torch.device, bf16: bool, compiled: bool) -> Step:
+def growth_of(ladder: Ladder, variant: Variant, device: torch.device, bf16: bool, compiled: bool) -> Step:
     """A function that grows once, forward and backward, and returns its seconds."""
     _, operator, tensors, stacked = start_of(ladder, variant, device)
     grow = (lambda leaves, tree: pairwise(operator, leaves, tree)) if variant[0] == "pairwise" else operator.grow
@@ -170,9 +171,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds(taken: Mapping[tuple[str, str], Step], steps: int) -> dict[tuple[str, str], float]:
+def seconds(taken: Mapping[Variant, Step], steps: int) -> dict[Variant, float]:
     """Median seconds of a step of each variant: in turns, so that whatever else happens meets all of them."""
-    noted: dict[tuple[str, str], list[float]] = {variant: [] for variant in taken}
+    noted: dict[Variant, list[float]] = {variant: [] for variant in taken}
     for number in range(steps + 1):
         for variant, step in taken.items():
             elapsed = step()
@@ -181,13 +182,13 @@ def seconds(taken: Mapping[tuple[str, str], Step], steps: int) -> dict[tuple[str
     return {variant: statistics.median(times) for variant, times in noted.items()}
 
 
-def peak_bytes(ladder_name: str, variant: tuple[str, str], options: dict, threads: int) -> int:
+def peak_bytes(ladder_name: str, variant: Variant, options: dict, threads: int) -> int:
     """Memory of one variant's step, measured in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_bytes_here, (ladder_name, variant, options, threads))
 
 
-def _peak_bytes_here(ladder_name: str, variant: tuple[str, str], options: dict, threads: int) -> int:
+def _peak_bytes_here(ladder_name: str, variant: Variant, options: dict, threads: int) -> int:
     torch.set_num_threads(threads)
     ladder, device = LADDERS[ladder_name], options["device"]
     Task(ladder.config).skeleton(Form(8, 1, 2))  # imports the model's classes
@@ -212,7 +213,7 @@ def resident_bytes() -> int:
 def measured(name: str, presets: Sequence[str], steps: int, options: dict) -> list[dict[str, Any]]:
     """One row a variant of a ladder, ratios against the plain step."""
     ladder, task = LADDERS[name], Task(LADDERS[name].config)
-    variants = [PLAIN]
+    variants: list[Variant] = [PLAIN]
     for preset in presets:
         try:
             operator_between(preset, task, ladder.small, ladder.large)

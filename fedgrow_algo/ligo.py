@@ -10,8 +10,8 @@ each module m of the block. Which matrices there are and what they start as is t
 name of a model or of a parameter.
 
 A map need not span its whole dimension (`Factor`): coordinates that RoPE turns keep their place in every head, heads
-that share a key's and value's head are copied, and one map may serve several chunks of an MLP. Letters: D1, D2 small and
-large size of an axis; L1, L2 small and large depth; k a large block, l a small one.
+that share a key's and value's head are copied, and one map may serve several chunks of an MLP. Letters: D1, D2 small
+and large size of an axis; L1, L2 small and large depth; k a large block, l a small one.
 """
 
 import dataclasses

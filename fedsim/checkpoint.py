@@ -55,7 +55,8 @@ class Versions:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tree.items()}
         try:
-            save_file(contiguous, temporary, metadata=dict(metadata or {}))
+            # Neither tensors nor metadata: given as an empty dict, they make a file that nobody can read.
+            save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -159,9 +159,10 @@ def text_tokenizer(data: DataConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer that made the data, set to cut and pad as they were."""
     if data.tokenizer == "bytes":
         return byte_tokenizer(data.kind, data.max_length)
-    settings = {"add_prefix_space": True} if data.kind == "tokens" else {}  # as for lists of words
+    # Types of tokens, which some tokenizers add, were never given to the model.
+    settings: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"]}
+    if data.kind == "tokens":
+        settings["add_prefix_space"] = True  # as for the lists of words that were learned from
     tokenizer = text._pretrained(data.tokenizer, data.hub, **settings)
     tokenizer.model_max_length = data.max_length
-    # Types of tokens, which some tokenizers add, were never given to the model.
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer

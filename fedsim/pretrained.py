@@ -105,7 +105,7 @@ def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
     with _readable(checkpoint, "its config.json could not be read"):
         if Path(checkpoint.path).is_dir() and not Path(checkpoint.path, "config.json").is_file():
             raise ValueError(f"{_named(checkpoint)}: holds no config.json, so it is no folder of a saved model")
-        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, **_source(checkpoint))
+        return AutoConfig.from_pretrained(checkpoint.path, **_source(checkpoint))
 
 
 def _form(family: Family, name: str, config: "PretrainedConfig", checkpoint: Checkpoint) -> Form:
@@ -189,10 +189,11 @@ def _check_tokenizer(tokenizer: str, hub: bool, inputs: Inputs, checkpoint: Chec
 
     if inputs.vocab_size is None or tokenizer == checkpoint.path:
         return
-    source = _source(checkpoint)
     with _readable(checkpoint, "its tokenizer could not be read"):
-        absent = {"_raise_exceptions_for_missing_entries": False}
-        if not any(cached_file(checkpoint.path, name, **source, **absent) for name in TOKENIZER_FILES):
+        source = _source(checkpoint)
+        where = {name: source[name] for name in ("local_files_only", "revision")}
+        where["_raise_exceptions_for_missing_entries"] = False
+        if not any(cached_file(checkpoint.path, name, **where) for name in TOKENIZER_FILES):
             return
         held: Any = AutoTokenizer.from_pretrained(checkpoint.path, **source)
     accepted = f"the tokenizer that {_named(checkpoint)} was trained with and comes with"
@@ -293,13 +294,16 @@ def _other_classes(held: tuple[int, ...], wanted: tuple[int, ...], inputs: Input
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where `transformers` may look. **Raises:** `ValueError` for a name that is no folder and may not be fetched."""
+    """Where `transformers` may look, and that it runs no code it finds there.
+
+    **Raises:** `ValueError` for a name that is no folder and may not be fetched.
+    """
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
     local = Path(checkpoint.path).is_dir()
     if not local and not checkpoint.hub:
         accepted = "a folder that transformers saved, or a hub name together with checkpoint.hub=true"
         refuse("checkpoint.path", checkpoint.path, accepted)
-    return {"local_files_only": local, "revision": checkpoint.revision or "main"}
+    return {"local_files_only": local, "revision": checkpoint.revision or "main", "trust_remote_code": False}
 
 
 def _contents(checkpoint: Checkpoint) -> tuple[tuple[str, int, int], ...]:
@@ -334,4 +338,5 @@ def _named(checkpoint: Checkpoint) -> str:
 
 def _some(names: list[str]) -> str:
     """At most three names, and how many there are."""
-    return f"{len(names)} parameters, {', '.join(names[:3])}{', ...' if len(names) > 3 else ''},"
+    count = "a parameter" if len(names) == 1 else f"{len(names)} parameters"
+    return f"{count} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

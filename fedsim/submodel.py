@@ -10,11 +10,14 @@ How a dimension is written (`ParamSpec.dims`):
 | `"embed"` | this dimension *writes* the axis: it makes its coordinates |
 | `"<embed"` | it *reads* the axis: the next layer's view of coordinates that another parameter wrote |
 | `"*embed"`, `"+embed"` | gain and shift of a normalisation over the axis |
-| `"*<embed"`, `"+<embed"` | the same, where what is normalised is read by a tied matrix (a language model's head that is its token embedding): only the normalisation can do what other readers do for themselves |
+| `"*<embed"`, `"+<embed"` | the same, where a tied matrix reads what is normalised (below) |
 | `"query:head head_dim"` | a product of axes, flattened head-major; `query` names the group that shares one map |
-| `"<value:kv_head group head_dim"` | a reader may have more axes than the writer: each `kv_head` is read by `group` heads |
+| `"<value:kv_head group head_dim"` | a reader may have axes the writer lacks: `group` heads read each `kv_head` |
 | `""` | never resized: vocabulary, positions, classes, pixels |
 | `"query:head head_dim + key:head head_dim"` | *fused*: the dimensions of several projections, one after another |
+
+A tied matrix, a language model's head that is its token embedding, writes coordinates and reads them back: what other
+readers do for themselves, only the normalisation before it can do.
 
 A parameter with a fused dimension is several parameters to every method: `split_specs` and `split_fused` take them
 apart, `join_fused` puts them together again, and what lies in between sees no fused dimension.

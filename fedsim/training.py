@@ -93,8 +93,9 @@ def local_train(
 ) -> Tree:
     """Train a tree on the client's shard with AdamW (a fresh optimiser, constant learning rate).
 
-    Under `ctx.precision="bf16"` the forward pass and the loss are computed under autocast, the loss from logits in fp32;
-    weights, their gradients and the optimiser's moments stay fp32, and bf16 has the range of fp32, so no loss is scaled.
+    Under `ctx.precision="bf16"` the forward pass and the loss are computed under autocast, the loss from logits in
+    fp32. Weights, their gradients and the optimiser's moments stay fp32; bf16 has the range of fp32, so no loss is
+    scaled.
 
     **Arguments:**
 

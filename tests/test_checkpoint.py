@@ -182,3 +182,9 @@ def test_json_that_is_missing_or_cut(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not readable") as error:
         read_json(path)
     assert str(path) in str(error.value)
+
+
+def test_a_state_without_tensors_is_a_version_too(tmp_path: Path) -> None:
+    versions = Versions(tmp_path, "nothing")
+    versions.save(0, {})
+    assert versions.load(before=1) == (0, {}, {})

@@ -256,7 +256,8 @@ def byte_pairs(folder: Path) -> str:
     """GPT-2's tokenizer with one word, another one after a space; the end stands in for padding."""
     vocabulary = {character: number for number, character in enumerate(byte_characters())}
     vocabulary |= {"\u0120a": 256, "<|endoftext|>": 257}
-    transformers.GPT2Tokenizer(vocab=vocabulary, merges=[("\u0120", "a")]).save_pretrained(folder)
+    merges: Any = [("\u0120", "a")]  # pairs, as the library reads them; its annotation says texts
+    transformers.GPT2Tokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
     return str(folder)
 
 

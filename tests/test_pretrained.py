@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedTokenizerFast
 
 import fedsim
+from baselines.fedavg import FedAvg
 from fedgrow_algo.pretrain import trained_on_own_shard
 from fedsim import pretrained, simulation
 from fedsim.algorithm import ClientContext, ClientInfo
 from fedsim.cli import main
-from fedsim.cohort import federation_sha256, members, tiers_of
+from fedsim.cohort import check_checkpoints, federation_sha256, members, tiers_of
+from fedsim.cost import cost_of
 from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import pydoc
 from fedsim.experiment import Experiment, from_pretrained, revived, with_settings
@@ -222,7 +225,7 @@ def test_a_head_of_which_a_part_is_missing_is_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["classifier.bias"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"checkpoint\.path=.*lacks 1 parameters?, classifier\.bias"):
+    with pytest.raises(ValueError, match=r"checkpoint\.path=.*lacks a parameter \(classifier\.bias\)"):
         read(row, checkpoint)
 
 
@@ -281,7 +284,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         pickled(lambda folder: torch.save([1, 2], folder / "pytorch_model.bin")),
         ["could not be read"],
     ),
-    "parameter missing": (changed(lambda weights: weights.pop(QUERY)), ["lacks 1 parameter", QUERY]),
+    "parameter missing": (changed(lambda weights: weights.pop(QUERY)), ["lacks a parameter", QUERY]),
     "wrong shape": (
         changed(lambda weights: weights.update({QUERY: torch.zeros(16, 8)})),
         [QUERY, "(16, 8)", "(16, 48)"],
@@ -292,23 +295,33 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "another block": (
         changed(lambda weights: weights.update({QUERY.replace("1", "2"): torch.zeros(16, 48)})),
-        ["holds 1 parameter", QUERY.replace("1", "2")],
+        ["holds a parameter", QUERY.replace("1", "2")],
     ),
 }
 
 
+@pytest.fixture
+def tables() -> Iterator[list[str]]:
+    """What the library logs, above all its reports of weights that were not as expected."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    yield logged
+    logging.getLogger("transformers").removeHandler(handler)
+
+
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_folder_is_refused(how: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_broken_folder_is_refused(how: str, tmp_path: Path, tables: list[str]) -> None:
     row, (break_, words) = ROWS["gpt2-text"], BROKEN[how]
     checkpoint = saved(built(row), tmp_path)
     break_(tmp_path)
-    capfd.readouterr()
     with pytest.raises(ValueError, match=r"^checkpoint\.path=") as error:
         pretrained.check(row.task, row.small, checkpoint, SEED)
     assert "\n" not in str(error.value)
     for word in [*words, repr(str(tmp_path))]:
         assert word in str(error.value)
-    assert capfd.readouterr() == ("", ""), "the library's own tables say nothing more"
+    assert not tables, "the library's own report says nothing more"
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
@@ -324,7 +337,7 @@ def test_a_saved_body_with_another_block_is_refused(tmp_path: Path) -> None:
     row = ROWS["vit"]
     checkpoint = saved(built(row, dataclasses.replace(row.small, depth=3)).base_model, tmp_path)
     edited(tmp_path, num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"holds 16 parameters, layers\.2\."):
+    with pytest.raises(ValueError, match=r"holds 16 parameters \(layers\.2\."):
         read(row, checkpoint)
 
 
@@ -678,6 +691,31 @@ def test_tiers_start_from_checkpoints_of_their_own(
         expected = task.score(task.module(tier.form, tree), task.dataset.test)
         assert first.loss[client] == pytest.approx(expected.loss, rel=1e-3), "growth kept what the small model computes"
     assert first.loss.nunique() == 3
+
+
+@pytest.mark.usefixtures("uncounted")
+def test_a_checkpoint_as_it_is_costs_no_training(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    as_it_is = with_settings(tiny_experiment, ["algorithm.small_epochs=0"])
+    experiment = with_checkpoints(as_it_is, {1: checkpoint_of(as_it_is, 1, tmp_path)})
+    costs = cost_of(experiment, {}).participants
+    assert ["pretrain" in cost.flops_per_step for cost in costs] == [True, False, True]
+
+
+def test_vocabularies_that_differ_between_participants_are_refused(tmp_path: Path) -> None:
+    row = ROWS["gpt2-lm"]
+    padded = built(with_task(row, settings=(("vocab_size", 300),)))
+    tiers = (
+        from_pretrained("a", "gpt2", saved(built(row), tmp_path / "a").path),
+        from_pretrained("b", "gpt2", saved(padded, tmp_path / "b").path),
+    )
+    experiment = Experiment(FedAvg(), row.config, tiers, row.wider, row.wider, participants=30)
+    owners = [str(number) for number, tier in enumerate(tiers_of(experiment)) if tier.name == "b"]
+    named = rf"tier 'b' \(participants {', '.join(owners[:8])}, \.\.\.: 15 in all\)"
+    with pytest.raises(ValueError, match=rf"^{named}: checkpoint\.path=.*vocab_size is 300, here it is 258"):
+        check_checkpoints(experiment)
+    of_b = dataclasses.replace(experiment, task=dataclasses.replace(row.config, settings=(("vocab_size", 300),)))
+    with pytest.raises(ValueError, match=r"^tier 'a' .*vocab_size is 258, here it is 300"):
+        check_checkpoints(of_b)
 
 
 @pytest.mark.parametrize("command", ["run", "inspect"])
