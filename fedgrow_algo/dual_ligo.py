@@ -10,6 +10,7 @@ forward pass, and the operator is applied once a step, not once an example.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -19,6 +20,9 @@ from fedsim.models import Form, get_family
 from fedsim.task import Batch, Task
 from fedsim.training import Forward
 from fedsim.tree import Tree
+
+
+USUAL_BATCH = 64  # texts
 
 
 def operator_between(preset: str, task: Task, small: Form, large: Form) -> Operator:
@@ -44,14 +48,45 @@ def grown_forward(
     - `checkpoint`: keep nothing of what lies between small and grown weights; grow again in the backward pass.
     """
 
+    table = looked_up(task, operator, stacked)
+
+    def grow(tensors: Mapping[str, Tensor], batch: Batch) -> Tree:
+        if table is None:
+            return operator.grow(tensors, stacked)
+        ids, rows = batch["input_ids"].flatten(), stacked[table]
+        used = rows[ids] * first_of_each(ids, len(rows))[:, None]
+        tree = operator.grow(tensors, {**stacked, table: used})
+        grown_rows = tree[table].new_zeros(len(rows), tree[table].shape[-1])
+        return tree | {table: grown_rows.index_add(0, ids, tree[table])}
+
     def forward(tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         if checkpoint:
-            tree = recomputed(operator.grow, tensors, stacked, use_reentrant=False, preserve_rng_state=False)
+            tree = recomputed(grow, tensors, batch, use_reentrant=False, preserve_rng_state=False)
         else:
-            tree = operator.grow(tensors, stacked)
+            tree = grow(tensors, batch)
         return task.forward(large, tree, batch)
 
     return forward
+
+
+def looked_up(task: Task, operator: Operator, stacked: Mapping[str, Tensor]) -> str | None:
+    """The table of tokens of which a step needs only the rows of the tokens in its batch: one that no head reads.
+
+    None where a usual batch could use every row: growing all of them is then as cheap.
+    """
+    tables = [name for name, spec in operator.small.items() if spec.dims == ("=token", "embed")]
+    if not tables or any(dim.tied for dim in operator.dims):
+        return None
+    (table,) = tables
+    assert task.inputs.max_length
+    return table if len(stacked[table]) > USUAL_BATCH * task.inputs.max_length else None
+
+
+def first_of_each(ids: Tensor, size: int) -> Tensor:
+    """Whether each entry is the first of its value: `(n,)` numbers below `size` to `(n,)` of bools."""
+    places = torch.arange(len(ids), device=ids.device)
+    first = places.new_full((size,), len(ids)).scatter_reduce(0, ids, places, "amin")
+    return first[ids] == places
 
 
 def grown(operator: Operator, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:

@@ -116,10 +116,11 @@ class FedGrowJoint(Algorithm):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> Tree:
-        small = trained_on_own_shard(ctx, lr=self.small_lr, epochs=self.small_epochs, **self._settings)
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        tensors = to(local.init(ctx.generator("local")), ctx.device)
-        return prefixed(as_stored(local.stack(small)), SMALL) | prefixed(tensors, LOCAL)
+        tensors = prefixed(to(local.init(ctx.generator("local")), ctx.device), LOCAL)
+        if self._as_brought(ctx):
+            return tensors
+        return tensors | prefixed(as_stored(local.stack(self._trained(ctx))), SMALL)
 
     def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
         if self.stage(ctx.round) == FINETUNE:
@@ -145,7 +146,7 @@ class FedGrowJoint(Algorithm):
         """`(both operators' tensors, batch) -> logits` of T_i = Global(Local_i(S_i))."""
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        small = under(state, SMALL)
+        small = self._small(state, ctx)
 
         def forward(tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
             middle = shared.stack(local.grow(under(tensors, LOCAL), small))
@@ -156,12 +157,24 @@ class FedGrowJoint(Algorithm):
 
     def _target(self, payload: Payload, state: Tree, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(Local_i(S_i))."""
-        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
         target = own_target(state)
         if target is not None:
             return target
-        return grown(shared, payload, shared.stack(local.grow(under(state, LOCAL), under(state, SMALL))))
+        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
+        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
+        return grown(shared, payload, shared.stack(local.grow(under(state, LOCAL), self._small(state, ctx))))
+
+    def _small(self, state: Tree, ctx: ClientContext) -> Tree:
+        """S_i, stacked as Local_i takes it."""
+        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
+        return local.stack(self._trained(ctx)) if self._as_brought(ctx) else under(state, SMALL)
+
+    def _as_brought(self, ctx: ClientContext) -> bool:
+        """Whether S_i is a checkpoint's as it is: all who start from it share what a host has read once."""
+        return ctx.info.checkpoint is not None and not self.small_epochs
+
+    def _trained(self, ctx: ClientContext) -> Tree:
+        return trained_on_own_shard(ctx, lr=self.small_lr, epochs=self.small_epochs, **self._settings)
 
     @property
     def _settings(self) -> dict[str, Any]:

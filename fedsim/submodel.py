@@ -13,7 +13,8 @@ How a dimension is written (`ParamSpec.dims`):
 | `"*<embed"`, `"+<embed"` | the same, where a tied matrix reads what is normalised (below) |
 | `"query:head head_dim"` | a product of axes, flattened head-major; `query` names the group that shares one map |
 | `"<value:kv_head group head_dim"` | a reader may have axes the writer lacks: `group` heads read each `kv_head` |
-| `""` | never resized: vocabulary, positions, classes, pixels |
+| `""` | never resized: positions, pixels |
+| `"=token"`, `"=class"` | never resized either: a row for each token of the vocabulary, or each class |
 | `"query:head head_dim + key:head head_dim"` | *fused*: the dimensions of several projections, one after another |
 
 A tied matrix, a language model's head that is its token embedding, writes coordinates and reads them back: what other
@@ -42,14 +43,14 @@ class Dim:
 
     mode: str  # "write", "read", "gain", "shift", or "fixed"
     group: str  # dimensions of one group (in one block) share a map
-    axes: tuple[str, ...]  # sizes multiply, first axis slowest
+    axes: tuple[str, ...]  # sizes multiply, first axis slowest; none: never resized
     tied: bool = False  # a gain or shift whose result is read by a tied matrix
 
     @staticmethod
     def parse(text: str) -> "Dim":
         assert FUSED not in text, f"split {text!r} first"
-        if not text:
-            return Dim("fixed", "", ())
+        if not text or text.startswith("="):
+            return Dim("fixed", text[1:], ())
         mode = {"<": "read", "*": "gain", "+": "shift"}.get(text[0], "write")
         body = text[mode != "write" :]
         tied = mode in ("gain", "shift") and body.startswith("<")

@@ -8,9 +8,9 @@ from fedsim.submodel import ParamSpec
 
 
 OUTSIDE = {
-    "model.embed_tokens.weight": ("", "embed"),
+    "model.embed_tokens.weight": ("=token", "embed"),
     "model.norm.weight": ("*embed",),
-    "lm_head.weight": ("", "<embed"),
+    "lm_head.weight": ("=token", "<embed"),
 }
 
 BLOCK = {

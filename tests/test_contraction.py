@@ -1,5 +1,6 @@
 """How the operator computes: against dense matrices, in which order, at what cost in multiplications and memory."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,13 +10,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedgrow_algo.dual_ligo import grown_forward
+from fedgrow_algo import dual_ligo
+from fedgrow_algo.dual_ligo import first_of_each, grown_forward, looked_up
 from fedgrow_algo.dual_ligo import operator_between as operator_of_task
 from fedgrow_algo.ligo import MIX
 from fedgrow_algo.presets import PRESETS
 from fedsim.models import Form
 from fedsim.submodel import Dim, join_fused, split_fused
 from fedsim.task import Task, TaskConfig
+from tests.family_rows import ROWS, batch_of
 from tests.growing import MIX_HEADS, accepted, anywhere, family, large, operator_between, random, random_tree, small
 
 
@@ -341,3 +344,44 @@ def test_growing_again_in_the_backward_pass_gives_the_same_bits_and_holds_less(p
     assert all(torch.equal(plain[1][name], again[1][name]) for name in tensors)
     tree_bytes = 4 * sum(math.prod(t.shape) for t in operator(tensors, task.fresh(old, 0)).values())
     assert again[2] < plain[2] - 0.3 * tree_bytes
+
+
+# only the tokens of a batch -------------------------------------------------------------------------------------------
+
+
+def test_first_of_each():
+    assert first_of_each(torch.tensor([7, 2, 7, 7, 0, 2]), 9).tolist() == [True, True, False, False, True, False]
+
+
+def text_task(name, **settings):
+    """Texts of 12 tokens and a vocabulary that 64 of them cannot use up."""
+    return Task(dataclasses.replace(ROWS[name].config, settings=(("vocab_size", 800), *settings.items())))
+
+
+@pytest.mark.parametrize("name", ["bert-text", "gpt2-text", "llama-lm", "bert-mlm", "gpt2-lm", "llama-lm-tied"])
+def test_rows_of_tokens_that_a_batch_lacks_are_not_grown(name, monkeypatch):
+    """Same logits and gradients; not where a head reads the table, for it reads every row."""
+    row = ROWS[name]
+    task = text_task(name, **({"tie_word_embeddings": True} if name == "llama-lm-tied" else {}))
+    operator = operator_of_task("preserving", task, row.small, row.larger)
+    tensors, stacked = operator.init(torch.Generator().manual_seed(0)), operator.stack(task.fresh(row.small, 0))
+    tied = name in ("bert-mlm", "gpt2-lm", "llama-lm-tied")
+    assert (looked_up(task, operator, stacked) is None) == tied
+    batch = {part: tensor for part, tensor in batch_of(task).items() if part != "labels"}
+
+    def run():
+        leaves = {part: tensor.clone().requires_grad_() for part, tensor in tensors.items()}
+        logits = grown_forward(task, operator, stacked, row.larger)(leaves, batch)
+        gradients = torch.autograd.grad(logits.square().sum(), list(leaves.values()))
+        return logits, dict(zip(leaves, gradients, strict=True))
+
+    with FlopCounterMode(display=False) as counter:
+        logits, gradients = run()
+    monkeypatch.setattr(dual_ligo, "USUAL_BATCH", 10**6)
+    with FlopCounterMode(display=False) as all_rows:
+        expected, expected_gradients = run()
+    assert (counter.get_total_flops() < all_rows.get_total_flops()) != tied
+    assert_close(logits, expected, rtol=0, atol=1e-5)
+    for part in tensors:
+        scale = expected_gradients[part].abs().max().clamp(min=1)
+        assert_close(gradients[part] / scale, expected_gradients[part] / scale, rtol=0, atol=1e-5)

@@ -23,6 +23,7 @@ from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate,
 from fedsim.data.config import Split, digits
 from fedsim.experiment import Experiment, with_settings
 from fedsim.models import Form
+from fedsim.pretrained import Checkpoint
 from fedsim.progress import Silent
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
@@ -288,6 +289,30 @@ def test_joint_grows_the_target_from_the_small_model_through_both_operators() ->
     tensors = prefixed(under(state, "local."), "local.") | prefixed(federation.server, "global.")
     logits = joint()._forward(state, federation.at_client(1, 0))(tensors, batch)
     torch.testing.assert_close(logits, task.forward(TARGET, expected, batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("epochs, held", [(0, set()), (1, {"small"})])
+def test_joint_holds_a_checkpoint_that_it_does_not_train_once_for_all(
+    epochs: int, held: set[str], tmp_path: Path
+) -> None:
+    """As it is, it is no part of a private state; what is computed is the same as if it were."""
+    federation = Federation(joint(small_epochs=epochs))
+    task = federation.task
+    small = task.fresh(SMALL, seed=3)
+    task.module(SMALL, small).save_pretrained(tmp_path)
+    brought = [dataclasses.replace(info, checkpoint=Checkpoint(str(tmp_path))) for info in federation.clients]
+    federation.clients = brought
+    assert {name.partition(".")[0] for name in federation.state(0)} == {"local"} | held
+    federation.update(1, 0)
+    model = federation.model(1, 0)
+    state = federation.state(0)
+    local = operator_between("paper", task, SMALL, MIDDLE)
+    expected = grown(
+        shared_operator(task),
+        federation.server,
+        shared_operator(task).stack(grown(local, under(state, "local."), local.stack(small))),
+    )
+    assert (sha256(model) == sha256(expected)) == (epochs == 0)
 
 
 def test_joint_clips_the_gradient_of_both_operators_together() -> None:

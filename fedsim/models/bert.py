@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PREFIX = "bert.encoder.layer."
 
 EMBEDDINGS = {
-    "bert.embeddings.word_embeddings.weight": ("", "embed"),
+    "bert.embeddings.word_embeddings.weight": ("=token", "embed"),
     "bert.embeddings.position_embeddings.weight": ("", "embed"),
     "bert.embeddings.token_type_embeddings.weight": ("", "embed"),
     "bert.embeddings.LayerNorm.weight": ("*embed",),
@@ -59,19 +59,19 @@ BLOCK = {
 TEXT_HEAD = {
     "bert.pooler.dense.weight": ("pooled:embed", "<embed"),
     "bert.pooler.dense.bias": ("pooled:embed",),
-    "classifier.weight": ("", "<pooled:embed"),
-    "classifier.bias": ("",),
+    "classifier.weight": ("=class", "<pooled:embed"),
+    "classifier.bias": ("=class",),
 }
 
 TOKENS_HEAD = {
-    "classifier.weight": ("", "<embed"),
-    "classifier.bias": ("",),
+    "classifier.weight": ("=class", "<embed"),
+    "classifier.bias": ("=class",),
 }
 
 TRANSFORM = {
     "cls.predictions.transform.dense.weight": ("transform:embed", "<embed"),
     "cls.predictions.transform.dense.bias": ("transform:embed",),
-    "cls.predictions.bias": ("",),
+    "cls.predictions.bias": ("=token",),
 }
 
 TIED_DECODER = TRANSFORM | {
@@ -82,8 +82,8 @@ TIED_DECODER = TRANSFORM | {
 OWN_DECODER = TRANSFORM | {
     "cls.predictions.transform.LayerNorm.weight": ("*transform:embed",),
     "cls.predictions.transform.LayerNorm.bias": ("+transform:embed",),
-    "cls.predictions.decoder.weight": ("", "<transform:embed"),
-    "cls.predictions.decoder.bias": ("",),
+    "cls.predictions.decoder.weight": ("=token", "<transform:embed"),
+    "cls.predictions.decoder.bias": ("=token",),
 }
 
 HEADS = {"text": TEXT_HEAD, "tokens": TOKENS_HEAD, "mlm": TIED_DECODER}

@@ -30,7 +30,7 @@ PREFIX = "transformer.h."
 QUERY_KEY_VALUE = "query:head head_dim + key:head head_dim + value:head head_dim"
 
 EMBEDDINGS = {
-    "transformer.wte.weight": ("", "embed"),
+    "transformer.wte.weight": ("=token", "embed"),
     "transformer.wpe.weight": ("", "embed"),
 }
 
@@ -45,8 +45,8 @@ LAST_NORM_BEFORE_TIED_HEAD = {
 }
 
 HEADS = {
-    "lm": {"lm_head.weight": ("", "<embed")},  # where it is not the token embedding
-    "text": {"score.weight": ("", "<embed")},
+    "lm": {"lm_head.weight": ("=token", "<embed")},  # where it is not the token embedding
+    "text": {"score.weight": ("=class", "<embed")},
 }
 
 BLOCK = {

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 PREFIX = "model.layers."
 
-EMBEDDING = {"model.embed_tokens.weight": ("", "embed")}
+EMBEDDING = {"model.embed_tokens.weight": ("=token", "embed")}
 
 LAST_NORM = {"model.norm.weight": ("*embed",)}
 
 LAST_NORM_BEFORE_TIED_HEAD = {"model.norm.weight": ("*<embed",)}
 
 HEADS = {
-    "lm": {"lm_head.weight": ("", "<embed")},  # where it is not the token embedding
-    "text": {"score.weight": ("", "<embed")},
+    "lm": {"lm_head.weight": ("=token", "<embed")},  # where it is not the token embedding
+    "text": {"score.weight": ("=class", "<embed")},
 }
 
 BLOCK = {

@@ -30,8 +30,8 @@ OUTSIDE = {
     "vit.embeddings.patch_embeddings.projection.bias": ("embed",),
     "vit.layernorm.weight": ("*embed",),
     "vit.layernorm.bias": ("+embed",),
-    "classifier.weight": ("", "<embed"),
-    "classifier.bias": ("",),
+    "classifier.weight": ("=class", "<embed"),
+    "classifier.bias": ("=class",),
 }
 
 BLOCK = {
