@@ -1,14 +1,21 @@
-"""FedAvg: averaging of locally trained copies of the target (McMahan et al., AISTATS 2017, Algorithm 1).
+"""FedAvg: averaging of locally trained copies of one model (McMahan et al., AISTATS 2017, Algorithm 1).
 
     round r, participant k   theta_k <- E epochs of local training from theta
     round r, server          theta <- sum_k n_k theta_k / sum_k n_k, over the sampled participants
 
+The model is the target; the controls that a growth method has to beat at equal bytes average smaller ones:
+`fedavg_small` the smallest small form there is, `fedavg_mid` the intermediate form. `fedprox` adds the proximal term of
+FedProx (Li et al., MLSys 2020) to the local objective. The server may do more with the mean than take it
+(`fedsim.server_opt`).
+
 Differs from the paper: local training uses AdamW with gradient clipping, like every method here, instead of SGD; the
-sum of n_k runs over the sampled participants (the paper's algorithm box prints it over all of them).
+sum of n_k runs over the sampled participants (the paper's algorithm box prints it over all of them). FedProx: nobody
+is slow here, so no partial work is averaged.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -23,17 +30,25 @@ from fedsim.algorithm import (
     weighted_mean,
     weighted_sum,
 )
-from fedsim.fields import check_range, check_types
-from fedsim.training import local_train
+from fedsim.fields import check_range, refuse
+from fedsim.models import Form
+from fedsim.rates import smallest
+from fedsim.server_opt import ServerOptimizer, model_of
+from fedsim.training import COSTS, check_settings, minimise, proximal, settings, task_loss
 from fedsim.tree import Tree
+
+
+NAMES = {"target": "fedavg", "intermediate": "fedavg_mid", "smallest": "fedavg_small"}
 
 
 @dataclasses.dataclass(frozen=True)
 class FedAvg(Algorithm):
-    """FedAvg of the target form, from scratch.
+    """FedAvg of one form, from scratch.
 
-    - `lr`, `weight_decay` (decoupled), `clip` (global gradient norm): AdamW, made anew in every round.
-    - `epochs`: local epochs a round. - `batch_size`: examples a step.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `of`: whose form: the target's, the intermediate, or the smallest of the participants' own.
+    - `mu`: weight of FedProx's proximal term, for the target alone; None: no such term, and no such name.
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -41,49 +56,70 @@ class FedAvg(Algorithm):
     batch_size: int = 64
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    of: Literal["target", "intermediate", "smallest"] = "target"
+    mu: float | None = dataclasses.field(default=None, metadata=COSTS)
+    server: ServerOptimizer = ServerOptimizer()
 
     def __post_init__(self) -> None:
-        check_types(self, "algorithm")
-        check_range(self, "algorithm", "lr", "weight_decay", least=0)
-        check_range(self, "algorithm", "epochs", "batch_size", least=1)
-        check_range(self, "algorithm", "clip", above=0)
+        check_settings(self)
+        check_range(self, "algorithm", "mu", least=0)
+        if self.mu is not None and self.of != "target":
+            refuse("algorithm.mu", self.mu, f"None where algorithm.of={self.of!r}")
 
     @property
     def name(self) -> str:
-        return "fedavg"
+        return NAMES[self.of] if self.mu is None else "fedprox"
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return ctx.task.fresh(ctx.target, ctx.derive("target"))
+        form = self._form(ctx, [client.form for client in ctx.clients])
+        return self.server.start(ctx.task.fresh(form, ctx.derive("target")))
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        return {client.id: state for client in cohort}
+        model = model_of(state)
+        return {client.id: model for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return weighted_mean(updates, like=state)
+        model = model_of(state)
+        mean = weighted_mean(updates, like=model)
+        return state if mean is model else self.server.step(state, mean)  # nobody arrived: momentum does not go on
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, state)
+        return ctx.task.module(self._form(ctx, [client.form for client in ctx.clients]), model_of(state))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
-        trained = local_train(
-            ctx,
-            lambda tree, batch: ctx.task.forward(ctx.target, tree, batch),
-            payload,
-            purpose="target",
-            lr=self.lr,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-        )
+        form = self._form(ctx, ctx.forms or [ctx.info.form])
+        objective = task_loss(ctx, lambda tree, batch: ctx.task.forward(form, tree, batch))
+        if self.mu is not None:
+            objective = proximal(objective, payload, self.mu)
+        trained = minimise(ctx, [objective], payload, purpose="target", **settings(self))
         return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
-        return ctx.task.module(ctx.target, payload)
+        return ctx.task.module(self._form(ctx, ctx.forms or [ctx.info.form]), payload)
+
+    def _form(self, ctx: ServerContext | ClientContext, forms: Sequence[Form]) -> Form:
+        if self.of == "smallest":
+            return smallest(ctx.task, forms)
+        return ctx.target if self.of == "target" else ctx.intermediate
+
+
+def fedavg_small(**fields) -> FedAvg:
+    """FedAvg of the smallest form among the participants' own."""
+    return FedAvg(**fields, of="smallest")
+
+
+def fedavg_mid(**fields) -> FedAvg:
+    """FedAvg of the intermediate form."""
+    return FedAvg(**fields, of="intermediate")
+
+
+def fedprox(mu: float = 0.01, **fields) -> FedAvg:
+    """FedAvg of the target whose clients stay near what they received."""
+    return FedAvg(**fields, mu=mu)

@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run as a script: the packages lie beside this f
 from benchmarks.figures import accuracy_figure, data_uri, labels_figure
 from benchmarks.tables import (
     COMPACT,
+    COSTS,
     by_setting,
     cells,
     finished_runs,
@@ -70,6 +71,12 @@ rounds), and where it had sent no more than Fed-Grow did in its whole run (equal
 fifty times as much should not be compared round by round alone. <i>Trainable</i> counts the parameters that a
 participant trains, <i>saved</i> compares one upload with FedAvg's, which sends the whole target. 1 MB is 10<sup>6</sup>
 bytes; megabytes in total are what all participants sent and received.</p>
+<p><b>What it takes.</b> <i>Global</i> is the server's own model, where the method has one. FLOPs are forward and
+backward passes of all participants in all rounds. <i>Held</i> is what the participant with most has to keep (its
+private state and what it receives); <i>peak</i> is its memory in a training step: that state, trained tensors with
+gradients and AdamW's moments, and what waits for the backward pass. All are counts. <i>Covered</i> is the share of the
+target's parameters that anybody has trained, <i>least covered</i> the same of the matrix with the smallest share; empty
+where every round trains all.</p>
 """
 
 STYLE = """
@@ -96,7 +103,7 @@ def html_report(results: Results, title: str) -> str:
     if not settings:
         parts.append("<p class='failed'>No run has finished.</p>")
     for setting, rows in settings.items():
-        parts += [f"<h3>{html.escape(setting)}</h3>", _table(rows, SUMMARY)]
+        parts += [f"<h3>{html.escape(setting)}</h3>", _table(rows, SUMMARY), _table(rows, COSTS)]
     parts.append(f"<ul>{said}</ul>")
     for setting in settings:
         of_setting = [run for run in runs if run["setting"] == setting]

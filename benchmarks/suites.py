@@ -6,9 +6,26 @@ meets the same federation.
 """
 
 from dataclasses import replace
+from typing import Any
 
-from baselines.fedavg import FedAvg
+from baselines.depthfl import DepthFL
+from baselines.ensemble_small import EnsembleSmall
+from baselines.exclusive import Exclusive
+from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
+from baselines.fedbrb_like import FedBRBLike
+from baselines.federated_dropout import FederatedDropout
+from baselines.fedrolex import FedRolex
+from baselines.fjord import FjORD
+from baselines.flora import FLoRA
+from baselines.grow_then_fedavg import GrowThenFedAvg
+from baselines.heterofl import HeteroFL, heterofl_clean
+from baselines.local_only import LocalOnly
+from baselines.lora import fedit, ffa_lora, hetlora
+from baselines.progfed import ProgFed
 from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, digits
 from fedsim.experiment import Experiment, Tier
@@ -54,6 +71,114 @@ def quick() -> list[Experiment]:
         FedAvg(lr=2e-3, epochs=2, batch_size=32),
     )
     return [replace(base, algorithm=algorithm) for algorithm in algorithms]
+
+
+def baselines() -> list[Experiment]:
+    """Every method on digits, with labels dealt unevenly (alpha 0.5) and evenly (alpha 100)."""
+    base = replace(quick()[0], chunk=6)
+    partitions = [Partition("dirichlet", alpha=alpha, min_size=40) for alpha in (0.5, 100.0)]
+    return [
+        replace(base, algorithm=algorithm, partition=partition)
+        for partition in partitions
+        for algorithm in _methods(_RATES)
+    ]
+
+
+def baselines_grid() -> list[Experiment]:
+    """The learning rates tried for `baselines`: four for every method; `benchmarks/tune.py` reads what they gave.
+
+    Run it on other seeds than `baselines`. Fed-Grow's private stages have the rates of `quick`.
+    """
+    base = replace(quick()[0], chunk=6)
+    grids = [_methods(dict.fromkeys(_RATES, lr)) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
+    return [replace(base, algorithm=algorithm) for algorithms in grids for algorithm in algorithms]
+
+
+# Learning rate of every method in `baselines`, by the name and preset it is reported under.
+_RATES = {
+    "fedgrow paper": 1e-2,
+    "fedgrow preserving": 1e-3,
+    "fedgrow_joint preserving": 1e-3,
+    "fedgrow_no_federation preserving": 1e-3,
+    "fedgrow_released_code paper": 1e-2,
+    "fedavg": 3e-3,
+    "fedavg_small": 3e-3,
+    "fedavg_mid": 3e-3,
+    "fedprox": 3e-3,
+    "heterofl": 3e-3,
+    "heterofl_clean": 3e-3,
+    "fedrolex": 3e-3,
+    "fjord": 3e-3,
+    "federated_dropout": 3e-3,
+    "fedbrb_like": 3e-3,
+    "depthfl": 3e-3,
+    "progfed": 3e-3,
+    "grow_then_fedavg preserving": 3e-3,
+    "exclusive": 3e-3,
+    "ensemble_small": 3e-3,
+    "local_only": 3e-3,
+    "fedit": 3e-3,
+    "ffa_lora": 3e-3,
+    "flora": 3e-3,
+    "hetlora": 3e-3,
+}
+
+
+def _methods(rates: dict[str, float]) -> list[Algorithm]:
+    """Every method, for the sizes and rounds of `quick`, with these learning rates."""
+    local: dict[str, Any] = {"epochs": 2, "batch_size": 32}
+    small: dict[str, Any] = {"small_lr": 3e-3, "small_epochs": 15}
+    staged: dict[str, Any] = local | small | {"local_lr": 3e-3, "local_epochs": 15}
+    adapters: dict[str, Any] = local | {"rank": 4, "alpha": 8.0}
+    methods: list[Algorithm] = [
+        FedGrow(preset="paper", **staged),
+        FedGrow(preset="preserving", **staged),
+        FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
+        FedGrow(preset="preserving", federate=False, **staged),
+        FedGrowReleasedCode(preset="paper", **staged),
+        FedAvg(**local),
+        fedavg_small(**local),
+        fedavg_mid(**local),
+        fedprox(**local),
+        HeteroFL(**local),
+        heterofl_clean(**local),
+        FedRolex(**local),
+        FjORD(**local),
+        FederatedDropout(**local),
+        FedBRBLike(**local),
+        DepthFL(**local),
+        ProgFed(**local),
+        GrowThenFedAvg(preset="preserving", **local),
+        Exclusive(share=0.3, **local, **small),
+        EnsembleSmall(**local),
+        LocalOnly(**local),
+        fedit(**adapters),
+        ffa_lora(**adapters),
+        FLoRA(**adapters),
+        hetlora(**adapters),
+    ]
+    names = [f"{method.name} {method.preset_name}".strip() for method in methods]
+    return [replace(method, lr=rates[name]) for name, method in zip(names, methods, strict=True)]  # type: ignore[call-arg]
+
+
+def cifar_subset() -> list[Experiment]:
+    """The methods that matter most, on 6,000 images of CIFAR-10 (from FEDSIM_DATA_DIR)."""
+    data = DataConfig("cifar10", image_size=32, channels=3, num_classes=10, limit=6000)
+    base = replace(
+        quick()[0],
+        task=TaskConfig(data, patch_size=4),
+        tiers=(Tier("phone", Form(32, 2)), Tier("tablet", Form(48, 2)), Tier("laptop", Form(48, 3))),
+        intermediate=Form(64, 4),
+        target=Form(96, 6, mlp=192),
+        partition=Partition("dirichlet", alpha=0.5, min_size=100),
+        participants=6,
+        rounds=10,
+        chunk=6,
+    )
+    eight = ("fedgrow paper", "fedgrow preserving", "fedavg", "fedavg_small", "fedavg_mid")
+    eight += ("heterofl_clean", "fedbrb_like", "fedit")
+    chosen = [m for m in _methods(_RATES) if f"{m.name} {m.preset_name}".strip() in eight]
+    return [replace(base, algorithm=algorithm) for algorithm in chosen]
 
 
 def tiny() -> Experiment:

@@ -37,6 +37,10 @@ EQUAL_ROUNDS = {
     "accuracy_std": "accuracy_std",
     "accuracy_min": "accuracy_min",
     "accuracy_local": "accuracy_local_mean",
+    "accuracy_local_min": "accuracy_local_min",
+    "accuracy_global": "accuracy_global",
+    "coverage": "coverage",
+    "coverage_min": "coverage_min",
     "loss": "loss_mean",
 }
 EQUAL_BYTES = {
@@ -56,6 +60,11 @@ AVERAGED = [
     "trainable_params",
     "upload_mb",
     "total_mb",
+    "up_mb",
+    "down_mb",
+    "flops",
+    "held_mb",
+    "peak_mb",
     "saved",
     "seconds",
 ]
@@ -123,6 +132,9 @@ def readings(results: Results) -> list[dict[str, Any]]:
             | {ours: _value(within, theirs) for ours, theirs in EQUAL_BYTES.items()}
             | {"budget_mb": budget / MEGABYTE, "budget_method": budget_method}
             | {"trainable_params": run["trainable_params"], "upload_mb": run["bytes_per_upload"] / MEGABYTE}
+            | {f"{way}_mb": sum(row[f"bytes_{way}"] for row in history) / MEGABYTE for way in ("up", "down")}
+            | {"flops": sum(row["flops"] for row in history)}
+            | {f"{name}_mb": run[f"{name}_bytes"] / MEGABYTE for name in ("held", "peak")}
             | {"total_mb": totals[run["run_id"]] / MEGABYTE, "saved": _saved(run, runs), "seconds": run["wall_seconds"]}
             | {"state_sha256": history[-1]["state_sha256"] if history else ""}
         )
@@ -278,7 +290,7 @@ def _spread(mean: float, deviation: float) -> str:
 
 def _count(number: float) -> str:
     """1234567 -> 1.23 M"""
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+    for unit, size in (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{significant(number / size)} {unit}"
     return significant(number) if number % 1 else f"{number:.0f}"
@@ -304,6 +316,24 @@ COMPACT: dict[str, Callable[[Row], str]] = {
 }
 
 
+# What it takes, for everyone and for one participant: by count, so that it does not depend on the machine.
+COSTS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: row["method"],
+    "global, %": lambda row: percent(row["accuracy_global"]),
+    "deployed, %": lambda row: percent(row["accuracy"]),
+    "own labels, %": lambda row: percent(row["accuracy_local"]),
+    "worst, %": lambda row: percent(row["accuracy_min"]),
+    "sd over seeds": lambda row: percent(row["accuracy_seed_std"]),
+    "MB up": lambda row: significant(row["up_mb"]),
+    "MB down": lambda row: significant(row["down_mb"]),
+    "FLOPs": lambda row: _count(row["flops"]),
+    "held, MB": lambda row: significant(row["held_mb"]),
+    "peak, MB": lambda row: significant(row["peak_mb"]),
+    "covered, %": lambda row: percent(row["coverage"]),
+    "least covered, %": lambda row: percent(row["coverage_min"]),
+}
+
+
 def cells(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]] = COMPACT) -> list[list[str]]:
     return [[cell(row) for cell in columns.values()] for row in rows]
 
@@ -315,11 +345,11 @@ def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def markdown(results: Results) -> str:
+def markdown(results: Results, columns: Mapping[str, Callable[[Row], str]] = COMPACT) -> str:
     """The summary as GitHub Markdown, one table a setting, the notes below."""
     blocks = []
     for setting, rows in by_setting(records(summary(results))).items():
-        lines = [list(COMPACT), ["---"] + ["---:"] * (len(COMPACT) - 1), *cells(rows)]
+        lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1), *cells(rows, columns)]
         escaped = [[text.replace("|", "\\|") for text in line] for line in lines]
         blocks.append("\n".join([f"**{setting}**\n", *(f"| {' | '.join(line)} |" for line in escaped)]))
     blocks.append("\n".join(f"* {note}" for note in notes(results)))

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedsim import tree as trees
 from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, ServerContext
 from fedsim.checkpoint import Versions
@@ -102,6 +104,7 @@ class Aggregator:
             "bytes_moved": self.call.moved(),
             "retries": self.call.retries(),
             "state_sha256": self._sha256(),
+            **coverage(self.experiment.algorithm.server_covered(self.state)),
             **scores,
         }
 
@@ -163,6 +166,16 @@ class Aggregator:
         """Over the server's state and, in order of id, the hash of each participant's private state."""
         private = ";".join(f"{id_}:{self.private[id_]}" for id_ in sorted(self.private))
         return trees.sha256_of_text(f"{trees.sha256(self.state)}|{private}")
+
+
+def coverage(covered: Tree | None) -> dict[str, float | None]:
+    """Share of all coordinates that were trained so far, and the smallest share of any matrix."""
+    if not covered:
+        return {"coverage": None, "coverage_min": None}
+    share = {name: float(mask.float().mean(dtype=torch.float64)) for name, mask in covered.items()}
+    total = sum(mask.numel() for mask in covered.values())
+    of_all = sum(share[name] * mask.numel() for name, mask in covered.items()) / total
+    return {"coverage": of_all, "coverage_min": min(share[n] for n, mask in covered.items() if mask.ndim > 1)}
 
 
 def combined_work(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class ClientContext:
     - `train`: the training part of the client's own shard; empty when the run is only being counted.
     - `meter`: where `local_train` notes what it did; algorithms hand it on and never look.
     - `precision`: "fp32", or "bf16": forward passes of `local_train` run under autocast; weights stay fp32.
+    - `forms`: the small forms there are among the clients, each once; empty stands for the client's own.
     """
 
     seed: int
@@ -100,6 +101,7 @@ class ClientContext:
     device: torch.device
     meter: "Meter"
     precision: str = "fp32"
+    forms: tuple["Form", ...] = ()
 
     def generator(self, purpose: str) -> torch.Generator:
         """This client's random stream for one purpose in this round."""
@@ -168,6 +170,10 @@ class Algorithm(abc.ABC):
 
     def server_model(self, state: Tree, ctx: ServerContext) -> "nn.Module | None":
         """The server's own model; None where there is no global model."""
+        return None
+
+    def server_covered(self, state: Tree) -> Tree | None:
+        """Which coordinates of the target were trained so far, of bools; None where all are, in every round."""
         return None
 
     # at a participant -----------------------------------------------------------------------------------------------

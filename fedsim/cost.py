@@ -1,6 +1,7 @@
 """What an experiment costs, counted from the tensors it would really train and send, before any data are loaded.
 
-Every tier's participant is run for real, on an empty shard: it builds its trees, trains nothing and makes its update.
+Every tier's participant is run for real, on an empty shard: it builds its trees, trains nothing, makes its update, as
+in the last federated round: where models grow on the way, that is the largest.
 """
 
 import dataclasses
@@ -108,12 +109,14 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
 def _participant(
     experiment: Experiment, task: Task, tier: Tier, count: int, counted: dict[tuple, StepCost]
 ) -> ParticipantCost:
-    algorithm, info = experiment.algorithm, ClientInfo(0, tier.name, tier.form, 0, tier.checkpoint)
-    meter = Meter.of(algorithm, counted)
-    server = ServerContext(experiment.seed, 0, task, experiment.intermediate, experiment.target, [info])
+    algorithm, meter = experiment.algorithm, Meter.of(experiment.algorithm, counted)
+    infos = [ClientInfo(id_, each.name, each.form, 0, each.checkpoint) for id_, each in enumerate(experiment.tiers)]
+    info = infos[experiment.tiers.index(tier)]
+    last = max((r for r in range(experiment.rounds + 1) if algorithm.stage(r) == "federated"), default=0)
+    server = ServerContext(experiment.seed, last, task, experiment.intermediate, experiment.target, infos)
     client = ClientContext(
         seed=experiment.seed,
-        round=0,
+        round=last,
         task=task,
         intermediate=experiment.intermediate,
         target=experiment.target,
@@ -122,9 +125,11 @@ def _participant(
         device=torch.device("cpu"),
         meter=meter,
         precision=experiment.precision,
+        forms=experiment.forms,
     )
-    payload = algorithm.server_broadcast(algorithm.server_init(server), [info], server)[0]
-    state = algorithm.client_init(client)
+    first = algorithm.server_init(dataclasses.replace(server, round=0))
+    payload = algorithm.server_broadcast(first, [info], server)[info.id]
+    state = algorithm.client_init(dataclasses.replace(client, round=0))
     update, _ = algorithm.client_update(payload, state, client)
     return ParticipantCost(
         tier=tier.name,

@@ -131,15 +131,23 @@ class Experiment:
         self._check_method(task)
 
     def _check_method(self, task: Task) -> None:
-        """Ask the algorithm about all forms; where one tier's alone is what it cannot work with, name the tier."""
+        """Ask the algorithm about all forms; where it cannot work with one tier's, but with others', name the tier."""
         try:
             self.algorithm.check(task, self.forms, self.intermediate, self.target)
         except ValueError:
             self.algorithm.check(task, (), self.intermediate, self.target)
-            for tier in self.tiers:
-                with of_tier(tier.name):
-                    self.algorithm.check(task, (tier.form,), self.intermediate, self.target)
+            refused = [tier for tier in self.tiers if not self._works_with(tier, task)]
+            if refused and (len(refused) < len(self.tiers) or len(self.tiers) == 1):
+                with of_tier(refused[0].name):
+                    self.algorithm.check(task, (refused[0].form,), self.intermediate, self.target)
             raise
+
+    def _works_with(self, tier: Tier, task: Task) -> bool:
+        try:
+            self.algorithm.check(task, (tier.form,), self.intermediate, self.target)
+        except ValueError:
+            return False
+        return True
 
     @property
     def forms(self) -> tuple[Form, ...]:

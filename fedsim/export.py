@@ -87,9 +87,11 @@ def deployed(
     at_server = ServerContext(seed, last, task, middle, target, population)
     nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
     meter, precision = Meter("", {}), experiment.precision
-    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision)
+    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision, experiment.forms)
     payload = algorithm.server_broadcast(server[1], [info], at_server)[participant]
     model: Any = algorithm.client_model(payload, private[1], at_client)
+    if not hasattr(model, "config"):
+        raise ValueError(f"run {experiment.run_id}: {algorithm.name} deploys several models, which no folder can hold")
     told = card.Deployed(
         experiment=experiment,
         form=get_family(experiment.task.family).form(model.config),

@@ -125,6 +125,7 @@ class Participant:
             device=self.device,
             meter=meter,
             precision=self.experiment.precision,
+            forms=self.experiment.forms,
         )
 
     def _scores(self, model: torch.nn.Module) -> dict[str, Any]:

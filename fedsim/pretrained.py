@@ -86,6 +86,17 @@ def load_small(task: "Task", form: Form, checkpoint: Checkpoint, seed: int) -> T
     return dict(_loaded(family, form, task.inputs, checkpoint, seed, _contents(checkpoint)))
 
 
+def start_of(task: "Task", form: Form, checkpoint: Checkpoint | None, seed: int) -> Tree:
+    """A model that all clients begin with: the checkpoint's, or the one that the seed gives.
+
+    **Raises:** `ValueError` as `check` does.
+    """
+    if checkpoint is not None:
+        check(task, form, checkpoint, seed)
+        return load_small(task, form, checkpoint, seed)
+    return trees.clone(task.fresh(form, derive(seed, "target", 0)))
+
+
 def check(task: "Task", form: Form, checkpoint: Checkpoint, seed: int) -> None:
     """Everything that can be wrong with a checkpoint, before anything starts from it.
 

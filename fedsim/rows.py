@@ -105,6 +105,8 @@ def round_row(
         "accuracy_val_std": validation[1],
         "accuracy_val_min": validation[2],
         "failed": sum("error" in note for note in noted.values()),
+        "coverage": report["coverage"],
+        "coverage_min": report["coverage_min"],
         "precision_mean": precision[0],
         "recall_mean": recall[0],
         "f1_mean": f1[0],
@@ -150,6 +152,8 @@ def run_row(
         "bytes_per_upload": round(whole(cost.mean("upload_bytes"))),
         "model": str(experiment.target),
         "federation_sha256": federation,
+        "held_bytes": max(each.private_bytes + each.download_bytes for each in cost.participants),
+        "peak_bytes": max(each.peak_bytes for each in cost.participants),
         "error": error,
         "labels": None if labels is None else json.dumps(labels),
     }

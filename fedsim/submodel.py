@@ -22,6 +22,9 @@ readers do for themselves, only the normalisation before it can do.
 
 A parameter with a fused dimension is several parameters to every method: `split_specs` and `split_fused` take them
 apart, `join_fused` puts them together again, and what lies in between sees no fused dimension.
+
+A sub-model keeps some coordinates of each axis (`Cut`): it is taken out with `Cut.extract`, and what several of them
+have learned goes back with `ScatterMean`.
 """
 
 import dataclasses
@@ -35,6 +38,10 @@ from fedsim.tree import Tree
 
 
 FUSED = " + "  # a shift's "+" is never followed by a space
+
+# Which coordinates of an axis a sub-model keeps, in its own order: by axis, "embed", or for one block alone, "mlp.3",
+# or for one group alone, "pooled:embed".
+Lists = Mapping[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,11 @@ class ParamSpec:
     @cached_property
     def parsed(self) -> tuple[Dim, ...]:
         return tuple(Dim.parse(text) for text in self.dims)
+
+    @cached_property
+    def parsed_parts(self) -> tuple[Dim, ...]:
+        """Dimensions of all its parts."""
+        return tuple(dim for part in self.parts(self.role).values() for dim in part.parsed)
 
     @property
     def module(self) -> str:
@@ -148,3 +160,108 @@ def join_fused(tree: Mapping[str, Tensor], specs: Mapping[str, ParamSpec]) -> Tr
 def _part(name: str, group: str) -> str:
     module, _, tensor = name.rpartition(".")
     return f"{module}/{group}.{tensor}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Where a sub-model lies in a larger model of the same depth.
+
+    - `specs`, `axes`: of the larger model. - `lists`: what is kept of each axis; all of an axis that is not there.
+    """
+
+    specs: Mapping[str, ParamSpec]
+    axes: Mapping[str, int]
+    lists: Lists
+
+    @cached_property
+    def small_axes(self) -> dict[str, int]:
+        """Sizes of the sub-model's axes; an axis has one size in all blocks."""
+        sizes = dict(self.axes)
+        for key, kept in self.lists.items():
+            sizes[key.rpartition(":")[2].partition(".")[0]] = len(kept)
+        return sizes
+
+    @cached_property
+    def places(self) -> dict[str, tuple[Tensor | None, ...]]:
+        """For each parameter (fused ones apart), the coordinates kept of each dimension; None: all there are."""
+        return {
+            name: tuple(self._kept(dim, spec.layer) for dim in spec.parsed)
+            for name, spec in split_specs(self.specs).items()
+        }
+
+    def _kept(self, dim: Dim, layer: int | None) -> Tensor | None:
+        if not dim.axes:
+            return None
+        index = torch.zeros(1, dtype=torch.long)
+        for axis in dim.axes:  # head-major: the coordinates of a head stay together
+            keys = (f"{axis}.{layer}", f"{dim.group}:{axis}", axis)
+            kept = next((self.lists[key] for key in keys if key in self.lists), torch.arange(self.axes[axis]))
+            index = (index[:, None] * self.axes[axis] + kept).flatten()
+        return index
+
+    def extract(self, tree: Mapping[str, Tensor]) -> Tree:
+        """The sub-model's parameters; gradients reach `tree`."""
+        parts = split_fused(tree, self.specs, self.axes)
+        for name, places in self.places.items():
+            for position, kept in enumerate(places):
+                if kept is not None:
+                    parts[name] = parts[name].index_select(position, kept.to(parts[name].device))
+        return join_fused(parts, self.specs)
+
+
+class ScatterMean:
+    """Each coordinate's weighted mean over the sub-models that have it; where none has, it stays as it was.
+
+        theta_c <- sum_k w_k theta_kc / sum_k w_k    over the k that cover c
+
+    The server update of partial training (HeteroFL, Diao et al., ICLR 2021, equation 3, is the case w = 1). Two sums,
+    in the order of `add`, in float64.
+    """
+
+    def __init__(self, whole: Mapping[str, Tensor], specs: Mapping[str, ParamSpec], axes: Mapping[str, int]) -> None:
+        self.whole, self.specs, self.axes = whole, specs, axes
+        parts = split_fused(whole, specs, axes)
+        self.sums: Tree = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parts.items()}
+        self.weights: Tree = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parts.items()}
+
+    def add(
+        self, cut: Cut, tree: Mapping[str, Tensor], weight: float, rows: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """One sub-model.
+
+        **Arguments:**
+
+        - `rows`: which classes ("class") and tokens ("token") it vouches for, of bools; the others' rows do not count.
+        """
+        parsed = {name: spec.parsed for name, spec in split_specs(cut.specs).items()}
+        for name, tensor in split_fused(tree, cut.specs, cut.small_axes).items():
+            weights = torch.full_like(tensor, weight, dtype=torch.float64)
+            for position, dim in enumerate(parsed[name]):
+                if rows and not dim.axes and dim.group in rows:
+                    vouched = rows[dim.group].to(weights)
+                    weights *= vouched.reshape(-1, *[1] * (tensor.ndim - position - 1))
+            at = _grid(cut.places[name], tensor)
+            self.sums[name][at] += weights * tensor.double()
+            self.weights[name][at] += weights
+
+    def mean(self) -> Tree:
+        """The next model, in the dtypes of the last."""
+        before = split_fused(self.whole, self.specs, self.axes)
+        parts = {
+            name: torch.where(weight > 0, self.sums[name] / weight, before[name].double()).to(before[name].dtype)
+            for name, weight in self.weights.items()
+        }
+        return join_fused(parts, self.specs)
+
+    def covered(self) -> Tree:
+        """Which coordinates somebody had, of bools, under the names and in the shapes of the whole model."""
+        return join_fused({name: weight > 0 for name, weight in self.weights.items()}, self.specs)
+
+
+def _grid(places: tuple[Tensor | None, ...], tensor: Tensor) -> tuple[Tensor, ...]:
+    """Index of the block where a sub-model's tensor lies: one index a dimension, shaped to broadcast."""
+    grid = []
+    for position, kept in enumerate(places):
+        index = torch.arange(tensor.shape[position]) if kept is None else kept
+        grid.append(index.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - position - 1)))
+    return tuple(grid)

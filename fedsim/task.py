@@ -215,6 +215,13 @@ class Task:
         """Mean cross-entropy over examples (over labelled tokens, where tokens are labelled)."""
         return F.cross_entropy(*self.aligned(logits, batch), ignore_index=IGNORED)
 
+    def distillation(self, logits: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy against another's softmax, over what `loss` is a mean over."""
+        student, labels = self.aligned(logits, batch)
+        soft = self.aligned(teacher, batch)[0].softmax(-1)
+        kept = (labels != IGNORED).to(student.dtype)
+        return (F.cross_entropy(student, soft, reduction="none") * kept).sum() / kept.sum()
+
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split, batch_size: int = 256) -> Score:
         """Loss and counts of right answers on a split; independent of `batch_size` to rounding.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.algorithm import Algorithm, ClientContext
+from fedsim.fields import check_range, check_types
 from fedsim.task import Batch
 from fedsim.tree import Tree, clone
 
 
-Forward = Callable[[Mapping[str, Tensor], Batch], Tensor]
+Forward = Callable[[Mapping[str, Tensor], Batch], Tensor]  # (parameters, batch) -> logits
+Objective = Callable[[Mapping[str, Tensor], Batch], Tensor]  # (parameters, batch) -> loss
 PRETRAIN = "pretrain"  # the purpose of training that a participant is assumed to have done before it joins
 COSTS = {"costs": True}  # marks fields of an algorithm that change what a training step costs
 
@@ -68,19 +70,84 @@ class Meter:
         """Loss of the last training that saw data."""
         return next((w.loss for w in reversed(self.work) if w.steps), None)
 
-    def cost(self, ctx: ClientContext, forward: Forward, parameters: Tree, purpose: str) -> "StepCost":
+    def cost(self, ctx: ClientContext, objective: Objective, parameters: Tree, purpose: str) -> "StepCost":
         """What one step costs, measured once a shape and precision."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in parameters.items())
         task = (ctx.task.config.family, ctx.task.inputs)
         key = (self.key, purpose, *task, ctx.intermediate, ctx.target, ctx.precision, shapes)
         if key not in self.counted:
-            self.counted[key] = StepCost.measured(ctx, forward, parameters)
+            self.counted[key] = StepCost.measured(ctx, objective, parameters)
         return self.counted[key]
 
 
 def local_train(
     ctx: ClientContext,
     forward: Forward,
+    parameters: Mapping[str, Tensor],
+    *,
+    purpose: str,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    lr_under: Mapping[str, float] | None = None,
+) -> Tree:
+    """`minimise` the task's loss.
+
+    **Arguments:**
+
+    - `forward`: `(parameters, batch) -> logits`. Others: as of `minimise`.
+    """
+    return minimise(
+        ctx,
+        [task_loss(ctx, forward)],
+        parameters,
+        purpose=purpose,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        clip=clip,
+        lr_under=lr_under,
+    )
+
+
+def check_settings(algorithm: Algorithm) -> None:
+    """**Raises:** `ValueError` for a bad field among those that `settings` reads, or one of the wrong type."""
+    check_types(algorithm, "algorithm")
+    check_range(algorithm, "algorithm", "lr", "weight_decay", least=0)
+    check_range(algorithm, "algorithm", "epochs", "batch_size", least=1)
+    check_range(algorithm, "algorithm", "clip", above=0)
+
+
+def settings(algorithm: Any) -> dict[str, Any]:
+    """An algorithm's fields of these names, as `minimise` and `local_train` take them.
+
+    - `lr`, `weight_decay` (decoupled), `clip` (global gradient norm): AdamW, made anew in every round.
+    - `epochs`: local epochs a round. - `batch_size`: examples a step.
+    """
+    return {name: getattr(algorithm, name) for name in ("lr", "epochs", "batch_size", "weight_decay", "clip")}
+
+
+def proximal(objective: Objective, anchor: Mapping[str, Tensor], mu: float) -> Objective:
+    """`objective + mu / 2 |theta - anchor|^2` (FedProx, Li et al., MLSys 2020, equation 2)."""
+
+    def near(parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        distance = torch.stack([(parameters[name] - anchor[name]).square().sum() for name in anchor]).sum()
+        return objective(parameters, batch) + mu / 2 * distance
+
+    return near
+
+
+def task_loss(ctx: ClientContext, forward: Forward) -> Objective:
+    """The task's loss as a function of parameters; from logits in fp32, for bf16 has three digits."""
+    return lambda parameters, batch: ctx.task.loss(forward(parameters, batch).float(), batch)
+
+
+def minimise(
+    ctx: ClientContext,
+    objectives: Sequence[Objective],
     parameters: Mapping[str, Tensor],
     *,
     purpose: str,
@@ -99,7 +166,7 @@ def local_train(
 
     **Arguments:**
 
-    - `forward`: `(parameters, batch) -> logits`; the loss is the task's.
+    - `objectives`: `(parameters, batch) -> loss`. Of several, each step draws one, all alike.
     - `parameters`: where training starts; not written to.
     - `purpose`: names this stage of work in the random stream and in the accounts.
     - `clip`: largest global norm of the gradient; None: no clipping.
@@ -109,17 +176,19 @@ def local_train(
     """
     leaves = {name: tensor.requires_grad_() for name, tensor in clone(parameters).items()}
     optimizer = torch.optim.AdamW(_groups(leaves, lr, lr_under or {}), weight_decay=weight_decay, fused=True)
-    cost = ctx.meter.cost(ctx, forward, leaves, purpose)
+    names = [purpose, *(f"{purpose}/{number}" for number in range(1, len(objectives)))]
+    costs = [ctx.meter.cost(ctx, each, leaves, name) for each, name in zip(objectives, names, strict=True)]
     generator, examples = ctx.generator(f"{purpose}/order"), len(ctx.train.labels)
-    masking = ctx.generator(f"{purpose}/mask")
+    masking, choosing = ctx.generator(f"{purpose}/mask"), ctx.generator(f"{purpose}/objective")
     flops, steps, loss = 0, 0, float("nan")
 
     for _ in range(epochs if examples else 0):
         total = 0.0
         for index in torch.randperm(examples, generator=generator).split(batch_size):
             batch = ctx.task.batch(ctx.train, index, ctx.device, masking)
+            drawn = int(torch.randint(len(objectives), (), generator=choosing)) if len(objectives) > 1 else 0
             with autocast(ctx):
-                value = ctx.task.loss(forward(leaves, batch).float(), batch)  # bf16 has three digits: too few here
+                value = objectives[drawn](leaves, batch)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             if clip is not None:
@@ -127,7 +196,7 @@ def local_train(
             optimizer.step()
             total += float(value.detach()) * len(index)
             steps += 1
-            flops += cost.flops(len(index))
+            flops += costs[drawn].flops(len(index))
         loss = total / examples
         if not math.isfinite(loss):
             rates = "".join(f", {prefix}*: {rate}" for prefix, rate in (lr_under or {}).items())
@@ -136,7 +205,8 @@ def local_train(
             )
 
     trainable = sum(tensor.numel() for tensor in leaves.values())
-    per_step, activations = cost.flops(batch_size), cost.activation_bytes(batch_size)
+    per_step = round(sum(cost.flops(batch_size) for cost in costs) / len(costs))
+    activations = max(cost.activation_bytes(batch_size) for cost in costs)
     ctx.meter.work.append(Work(purpose, trainable, examples * epochs, steps, flops, per_step, activations, loss))
     return {name: tensor.detach() for name, tensor in leaves.items()}
 
@@ -171,16 +241,16 @@ class StepCost:
         return self.fixed[1] + size * self.per_example[1]
 
     @staticmethod
-    def measured(ctx: ClientContext, forward: Forward, parameters: Tree) -> "StepCost":
+    def measured(ctx: ClientContext, objective: Objective, parameters: Tree) -> "StepCost":
         """Both parts are straight lines in the batch size, so two sizes tell them."""
         with torch.no_grad():  # what is built once (a skeleton) must not be built inside the counting below
-            forward(parameters, {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(1).items()})
-        two, three = (step_cost(ctx, forward, parameters, size) for size in (2, 3))
+            objective(parameters, {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(1).items()})
+        two, three = (step_cost(ctx, objective, parameters, size) for size in (2, 3))
         per_example = (three[0] - two[0], three[1] - two[1])
         return StepCost((two[0] - 2 * per_example[0], two[1] - 2 * per_example[1]), per_example)
 
 
-def step_cost(ctx: ClientContext, forward: Forward, parameters: Tree, size: int) -> tuple[int, int]:
+def step_cost(ctx: ClientContext, objective: Objective, parameters: Tree, size: int) -> tuple[int, int]:
     """FLOPs of a forward and backward pass, and bytes autograd saves in between, on `size` examples.
 
     Counted on tensors without storage and on the unfused attention path, so FLOPs depend neither on the device nor on
@@ -201,6 +271,6 @@ def step_cost(ctx: ClientContext, forward: Forward, parameters: Tree, size: int)
         leaves: Tree = {name: fake.from_tensor(t.detach()).requires_grad_() for name, t in parameters.items()}
         batch: Batch = {name: fake.from_tensor(t).to(ctx.device) for name, t in ctx.task.example(size).items()}
         with autocast(ctx):
-            loss = ctx.task.loss(forward(leaves, batch).float(), batch)
+            loss = objective(leaves, batch)
         loss.backward()
     return counter.get_total_flops(), sum(saved.values())

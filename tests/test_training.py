@@ -22,7 +22,20 @@ from fedsim.runtime.inline import InlineRuntime
 from fedsim.seeding import derive, generator
 from fedsim.simulation import run
 from fedsim.task import Batch, Task, TaskConfig, load_task, subset
-from fedsim.training import PRETRAIN, Meter, StepCost, Work, local_train, step_cost
+from fedsim.training import (
+    PRETRAIN,
+    Meter,
+    Objective,
+    StepCost,
+    Work,
+    check_settings,
+    local_train,
+    minimise,
+    proximal,
+    settings,
+    step_cost,
+    task_loss,
+)
 from fedsim.tree import clone, sha256
 
 
@@ -60,6 +73,10 @@ def ctx(counted: dict[tuple, StepCost]) -> ClientContext:
 
 def forward_in(ctx: ClientContext) -> Callable[[Mapping[str, Tensor], Batch], Tensor]:
     return lambda tree, batch: ctx.task.forward(FORM, tree, batch)
+
+
+def loss_in(ctx: ClientContext) -> Objective:
+    return task_loss(ctx, forward_in(ctx))
 
 
 # the same as plain PyTorch --------------------------------------------------------------------------------------------
@@ -253,6 +270,156 @@ def test_every_rate_is_named_when_the_loss_is_not_finite(ctx: ClientContext) -> 
         local_train(ctx, forward_in(ctx), start, **SETTINGS, lr_under={"classifier.": 0.25})
 
 
+# objectives -----------------------------------------------------------------------------------------------------------
+
+
+def noted(objectives: list[Objective], seen: list[tuple[int, Tensor]]) -> list[Objective]:
+    """The same objectives; which one was asked for which batch is noted, counting left out."""
+
+    def note(number: int, objective: Objective) -> Objective:
+        def asked(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            if type(batch["pixel_values"]) is Tensor and batch["pixel_values"].any():
+                seen.append((number, batch["pixel_values"]))
+            return objective(tree, batch)
+
+        return asked
+
+    return [note(number, objective) for number, objective in enumerate(objectives)]
+
+
+def square(name: str) -> Objective:
+    """Smallest where a tensor is 0."""
+    return lambda tree, batch: tree[name].square().sum()
+
+
+def test_one_objective_that_is_the_tasks_loss_is_local_training(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    objective = task_loss(ctx, forward_in(ctx))
+    assert sha256(minimise(ctx, [objective], start, **SETTINGS)) == sha256(
+        local_train(ctx, forward_in(ctx), start, **SETTINGS)
+    )
+
+
+def test_each_step_draws_one_objective_all_alike(ctx: ClientContext) -> None:
+    tree, steps = {name: torch.ones(2) for name in "abc"}, dict(SETTINGS, batch_size=1, epochs=5)
+    draws: list[list[int]] = []
+    for context in (ctx, ctx, dataclasses.replace(ctx, round=2)):
+        seen: list[tuple[int, Tensor]] = []
+        minimise(context, noted([square(name) for name in "abc"], seen), tree, **steps)
+        draws.append([number for number, _ in seen])
+    assert [len(each) for each in draws] == [300] * 3
+    for number in range(3):
+        assert 75 <= draws[0].count(number) <= 125, "three standard deviations around 100"
+    assert draws[0] == draws[1] != draws[2], "from the stream of purpose, round and client"
+
+
+def test_what_the_drawn_objective_does_not_read_stays(ctx: ClientContext) -> None:
+    """Not even weights decay: a tensor without a gradient is no part of the step."""
+    start = {"a": torch.ones(3), "b": torch.ones(3)}
+    for objectives in ([square("a")], [square("a"), square("a")]):
+        trained = minimise(ctx, objectives, start, **SETTINGS, weight_decay=0.1, clip=1.0)
+        assert torch.equal(trained["b"], start["b"]) and float(trained["a"].max()) < 0.95
+    both = minimise(ctx, [square("a"), square("b")], start, **SETTINGS)
+    assert float(both["a"].max()) < 1 > float(both["b"].max())
+
+
+def test_how_many_objectives_there_are_changes_no_order_of_examples(ctx: ClientContext) -> None:
+    seen: list[list[tuple[int, Tensor]]] = [[], []]
+    for objectives, batches in zip(([square("a")], [square("a")] * 4), seen, strict=True):
+        minimise(ctx, noted(objectives, batches), {"a": torch.ones(1)}, **dict(SETTINGS, epochs=2))
+    assert len(seen[0]) == len(seen[1]) == 16
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(*seen, strict=True))
+
+
+def test_work_of_several_objectives_by_hand(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    once = task_loss(ctx, forward_in(ctx))
+    objectives: list[Objective] = [once, lambda tree, batch: once(tree, batch) + once(tree, batch)]
+    seen: list[tuple[int, Tensor]] = []
+    minimise(ctx, noted(objectives, seen), start, **dict(SETTINGS, purpose="several", epochs=2))
+    (work,) = ctx.meter.work
+    cost, double = (StepCost.measured(ctx, objective, start) for objective in objectives)
+    assert double.flops(8) == 2 * cost.flops(8)
+    drawn = [number for number, _ in seen]
+    assert {*drawn} == {0, 1} and work.steps == 16
+    sizes = 2 * ([8] * 7 + [4])
+    assert work.flops == sum((cost, double)[number].flops(size) for number, size in zip(drawn, sizes, strict=True))
+    assert work.flops_per_step == 1.5 * cost.flops(8), "what a step costs on average"
+    assert work.activation_bytes == double.activation_bytes(8), "what it needs at most"
+    assert work.trainable == sum(tensor.numel() for tensor in start.values()), "tensors are counted once"
+
+
+def test_the_loss_in_the_accounts_is_the_objectives(ctx: ClientContext) -> None:
+    minimise(ctx, [square("a")], {"a": torch.full((2,), 3.0)}, **dict(SETTINGS, lr=0.0))
+    assert ctx.meter.loss == 18.0
+
+
+def test_an_objective_that_is_not_finite_is_named(ctx: ClientContext) -> None:
+    with pytest.raises(FloatingPointError, match="target: the training loss became"):
+        minimise(ctx, [square("a"), lambda tree, batch: tree["a"].sum() / 0], {"a": torch.ones(1)}, **SETTINGS)
+
+
+# Arguments of objectives that read no batch.
+NOTHING: Batch = {}
+
+
+def test_a_proximal_term_on_paper() -> None:
+    """mu / 2 |(3, 4) - (0, 2)|^2 = 13 for mu = 2, and its gradient is mu ((3, 4) - (0, 2)) = (6, 4)."""
+    theta = {"x": torch.tensor([3.0]).requires_grad_(), "y": torch.tensor([4.0]).requires_grad_()}
+    anchor = {"x": torch.tensor([0.0]), "y": torch.tensor([2.0])}
+    value = proximal(lambda tree, batch: 10 * tree["x"].sum(), anchor, mu=2.0)(theta, NOTHING)
+    assert float(value.detach()) == 30 + 13
+    value.backward()
+    assert theta["x"].grad is not None and theta["y"].grad is not None
+    assert (float(theta["x"].grad), float(theta["y"].grad)) == (10 + 6, 4)
+
+
+def test_a_proximal_term_is_nothing_where_training_starts() -> None:
+    anchor = {"x": torch.tensor([1.0, -2.0])}
+    theta = {"x": anchor["x"].clone().requires_grad_()}
+    value = proximal(square("x"), anchor, mu=100.0)(theta, NOTHING)
+    value.backward()
+    assert float(value.detach()) == 5.0
+    assert theta["x"].grad is not None and theta["x"].grad.tolist() == [2.0, -4.0]
+
+
+def test_a_proximal_term_knows_what_is_anchored_alone() -> None:
+    theta = {"x": torch.tensor([5.0]), "frozen": torch.tensor([7.0])}
+    assert float(proximal(square("x"), {"x": torch.tensor([4.0])}, mu=2.0)(theta, NOTHING)) == 25 + 1
+
+
+def test_training_with_a_proximal_term_ends_between_optimum_and_anchor(ctx: ClientContext) -> None:
+    """x^2 + mu / 2 (x - 6)^2 is smallest at 6 mu / (2 + mu): at 3 for mu = 2, at 5 for mu = 10."""
+    anchor, long = {"x": torch.tensor([6.0])}, dict(SETTINGS, lr=0.05, epochs=60)
+    for mu, expected in ((2.0, 3.0), (10.0, 5.0)):
+        trained = minimise(ctx, [proximal(square("x"), anchor, mu)], anchor, **long)
+        assert float(trained["x"]) == pytest.approx(expected, abs=0.05)
+
+
+def test_settings_are_an_algorithms_fields() -> None:
+    algorithm = FedAvg(lr=0.25, epochs=3, batch_size=5, weight_decay=0.5, clip=None)
+    assert settings(algorithm) == {"lr": 0.25, "epochs": 3, "batch_size": 5, "weight_decay": 0.5, "clip": None}
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lr", -0.1),
+        ("weight_decay", -1.0),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("clip", 0.0),
+        ("lr", "fast"),
+        ("epochs", 1.5),
+    ],
+)
+def test_bad_settings_are_named(field: str, value: object) -> None:
+    algorithm = FedAvg()
+    object.__setattr__(algorithm, field, value)
+    with pytest.raises(ValueError, match=f"algorithm.{field}={value!r}"):
+        check_settings(algorithm)
+
+
 # precision ------------------------------------------------------------------------------------------------------------
 
 
@@ -312,11 +479,11 @@ def test_bf16_is_where_products_are_and_nowhere_else(bf16: ClientContext, monkey
 
 def test_steps_in_bf16_are_counted_apart(ctx: ClientContext, bf16: ClientContext) -> None:
     start = ctx.task.fresh(FORM, 0)
-    full = ctx.meter.cost(ctx, forward_in(ctx), clone(start), "target")
-    half = bf16.meter.cost(bf16, forward_in(bf16), clone(start), "target")
+    full = ctx.meter.cost(ctx, loss_in(ctx), clone(start), "target")
+    half = bf16.meter.cost(bf16, loss_in(bf16), clone(start), "target")
     assert half.flops(8) == full.flops(8)
     assert 0.4 * full.activation_bytes(8) < half.activation_bytes(8) < 0.95 * full.activation_bytes(8)
-    again = Meter("", ctx.meter.counted).cost(ctx, forward_in(ctx), clone(start), "target")
+    again = Meter("", ctx.meter.counted).cost(ctx, loss_in(ctx), clone(start), "target")
     assert again is full is not half
 
 
@@ -327,7 +494,7 @@ def test_work_of_a_training_by_hand(ctx: ClientContext) -> None:
     start = ctx.task.fresh(FORM, 0)
     local_train(ctx, forward_in(ctx), start, **dict(SETTINGS, epochs=3))
     (work,) = ctx.meter.work
-    cost = ctx.meter.cost(ctx, forward_in(ctx), clone(start), "target")
+    cost = ctx.meter.cost(ctx, loss_in(ctx), clone(start), "target")
     assert (work.purpose, work.examples, work.steps) == ("target", 180, 24)
     assert work.trainable == sum(tensor.numel() for tensor in start.values())
     assert work.flops == 3 * (7 * cost.flops(8) + cost.flops(4))
@@ -366,17 +533,17 @@ def test_step_cost_is_measured_once_a_shape(ctx: ClientContext, monkeypatch: pyt
     meter = Meter("", {})
     start = ctx.task.fresh(FORM, 0)
     for _ in range(2):
-        meter.cost(ctx, forward_in(ctx), start, "target")
+        meter.cost(ctx, loss_in(ctx), start, "target")
     assert len(measured) == 1
-    meter.cost(ctx, forward_in(ctx), {name: start[name] for name in list(start)[:-1]} | {"x": torch.zeros(1)}, "target")
+    meter.cost(ctx, loss_in(ctx), {name: start[name] for name in list(start)[:-1]} | {"x": torch.zeros(1)}, "target")
     assert len(measured) == 2
 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_step_cost_of_two_sizes_tells_every_size(ctx: ClientContext, size: int) -> None:
     start = ctx.task.fresh(FORM, 0)
-    cost = StepCost.measured(ctx, forward_in(ctx), start)
-    flops, activations = step_cost(ctx, forward_in(ctx), start, size)
+    cost = StepCost.measured(ctx, loss_in(ctx), start)
+    flops, activations = step_cost(ctx, loss_in(ctx), start, size)
     assert (cost.flops(size), cost.activation_bytes(size)) == (flops, activations)
     assert cost.fixed[0] == 0, "a plain model costs nothing a step but its examples"
     assert flops > 0 < activations
@@ -397,7 +564,8 @@ class Linear:
 def test_flops_of_linear_layers_by_hand(ctx: ClientContext) -> None:
     linear = dataclasses.replace(ctx, task=Linear())  # type: ignore[arg-type]
     tree = {"a": torch.ones(5, 6), "b": torch.ones(3, 5)}
-    cost = StepCost.measured(linear, lambda tree, batch: batch["x"] @ tree["a"].T @ tree["b"].T, tree)
+    forward = lambda tree, batch: batch["x"] @ tree["a"].T @ tree["b"].T  # noqa: E731
+    cost = StepCost.measured(linear, task_loss(linear, forward), tree)
     # Forward 2 * (6*5 + 5*3) = 90; backward the weights' gradients, 90, and the hidden units', 2 * 5*3 = 30.
     assert cost.flops(1) == 210
     assert cost.flops(64) == 64 * 210
@@ -410,7 +578,7 @@ def test_flops_of_growing_are_paid_once_a_step(ctx: ClientContext) -> None:
     def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return batch["x"] @ (frozen @ tree["a"]).T
 
-    cost = StepCost.measured(linear, forward, {"a": torch.ones(4, 6)})
+    cost = StepCost.measured(linear, task_loss(linear, forward), {"a": torch.ones(4, 6)})
     # Growing: forward 2 * 3*4*6 = 144, backward the same. An example: forward 2 * 3*6 = 36, backward the same.
     assert cost.fixed[0] == 288
     assert cost.per_example[0] == 72
@@ -424,7 +592,7 @@ def test_flops_of_a_transformer_are_those_of_torchs_counter_on_the_eager_path(ct
         logits = model(pixel_values=batch["pixel_values"]).logits
         nn.functional.cross_entropy(logits, batch["labels"]).backward()
     start = ctx.task.fresh(FORM, 0)
-    assert step_cost(ctx, forward_in(ctx), start, 7)[0] == counter.get_total_flops()
+    assert step_cost(ctx, loss_in(ctx), start, 7)[0] == counter.get_total_flops()
 
 
 def test_counting_reads_no_data_and_changes_no_tensor(ctx: ClientContext) -> None:

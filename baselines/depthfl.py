@@ -1,0 +1,139 @@
+"""DepthFL: everyone trains the first blocks its device can hold, with a head after each part (Kim et al., ICLR 2023).
+
+    participant k        depth D_k: the most blocks whose model has no more parameters than its own small model
+    round r, k           loss at every exit up to D_k:
+                         sum_i CE(exit_i) + c_r sum_i mean_{j != i} KL(exit_j, held fixed || exit_i)
+    round r, server      each tensor: the mean over those who have it, weighted by examples
+
+Differs from the paper: exits of the model's own kind (last normalisation and head) instead of a bottleneck of their
+own; AdamW without FedDyn's correction (the paper's tables have both); a participant deploys its deepest exit alone, not
+the ensemble of its exits, which is no single model.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.exits import ends_at, exit_logits, shallower, tail, up_to
+from fedsim.fields import check_range
+from fedsim.models import Form
+from fedsim.rates import parameter_count
+from fedsim.task import Batch, Task
+from fedsim.training import COSTS, Objective, check_settings, minimise, settings
+from fedsim.tree import Tree, clone, prefixed, under
+
+
+EXIT = "exit."  # tails in the server's state: "exit.<depth>.<name>"
+COVERED = "covered."  # beside each tensor: whether anyone has trained it so far, one bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthFL(Algorithm):
+    """DepthFL of the target.
+
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `exits`: parts that the target's blocks are divided into, each with a head after it.
+    - `distillation`: c; 0: exits do not teach each other. - `ramp`: rounds over which it comes in, as exp(-5 (1-t)^2).
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    exits: int = dataclasses.field(default=4, metadata=COSTS)
+    distillation: float = dataclasses.field(default=1.0, metadata=COSTS)
+    ramp: int = 5
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range(self, "algorithm", "exits", "ramp", least=1)
+        check_range(self, "algorithm", "distillation", least=0)
+
+    @property
+    def name(self) -> str:
+        return "depthfl"
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        model, end = ctx.task.fresh(ctx.target, ctx.derive("target")), tail(ctx.task, ctx.target)
+        body = {name: tensor for name, tensor in model.items() if name not in end}
+        for depth in ends_at(ctx.target.depth, self.exits):
+            last = depth == ctx.target.depth
+            fresh = model if last else ctx.task.fresh(ctx.target, ctx.derive(f"exit {depth}"))
+            body |= prefixed({name: fresh[name] for name in end}, f"{EXIT}{depth}.")
+        return body | {COVERED + name: torch.tensor(False) for name in body}
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        depths = {client.id: self._depths(ctx.task, client.form, ctx.target) for client in cohort}
+        parts = {held: self._part(state, ctx, held) for held in {*depths.values()}}
+        return {id_: parts[held] for id_, held in depths.items()}
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        sums: Tree = {}
+        weights: dict[str, float] = {}
+        for update in updates:
+            assert isinstance(update, ClientUpdate)
+            for name, tensor in update.tree.items():
+                scaled = tensor.double() * update.weight
+                sums[name] = sums[name] + scaled if name in sums else scaled
+                weights[name] = weights.get(name, 0.0) + update.weight
+        mean = {name: (total / weights[name]).to(state[name].dtype) for name, total in sums.items()}
+        return clone(state) | mean | {COVERED + name: torch.tensor(True) for name in mean}
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return self._model(state, ctx.task, ctx.target, ctx.target.depth)
+
+    def server_covered(self, state: Tree) -> Tree | None:
+        return {name: was.expand(state[name].shape) for name, was in under(state, COVERED).items()}
+
+    def _part(self, state: Tree, ctx: ServerContext, depths: tuple[int, ...]) -> Tree:
+        kept, heads = up_to(ctx.task, ctx.target, depths[-1]), tuple(f"{EXIT}{depth}." for depth in depths)
+        return {name: tensor for name, tensor in state.items() if name in kept or name.startswith(heads)}
+
+    def _depths(self, task: Task, form: Form, target: Form) -> tuple[int, ...]:
+        """The exits that a participant has: those of the deepest model its device can hold, at least the first."""
+        ends, own = ends_at(target.depth, self.exits), parameter_count(task, form)
+        held = [depth for depth in ends if parameter_count(task, shallower(target, depth)) <= own]
+        return tuple(held) or ends[:1]
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        trained = minimise(ctx, [self._objective(ctx)], payload, purpose="target", **settings(self))
+        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        deepest = self._depths(ctx.task, ctx.info.form, ctx.target)[-1]
+        return self._model(dict(payload), ctx.task, ctx.target, deepest)
+
+    def _model(self, tree: Tree, task: Task, target: Form, depth: int) -> nn.Module:
+        kept = up_to(task, target, depth)
+        body = {name: tensor for name, tensor in tree.items() if name in kept}
+        return task.module(shallower(target, depth), body | under(tree, f"{EXIT}{depth}."))
+
+    def _objective(self, ctx: ClientContext) -> Objective:
+        depths, task = self._depths(ctx.task, ctx.info.form, ctx.target), ctx.task
+        ramped = self.distillation * math.exp(-5 * (1 - min(1.0, ctx.round / self.ramp)) ** 2)
+
+        def objective(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            body = {name: tensor for name, tensor in tree.items() if not name.startswith(EXIT)}
+            tails = [under(dict(tree), f"{EXIT}{depth}.") for depth in depths]
+            logits = [each.float() for each in exit_logits(task, ctx.target, body, tails, depths, batch)]
+            loss = torch.stack([task.loss(each, batch) for each in logits]).sum()
+            if not self.distillation or len(logits) == 1:
+                return loss
+            return loss + ramped * sum(self._taught(task, logits, own, batch) for own in range(len(logits)))
+
+        return objective
+
+    def _taught(self, task: Task, logits: list[Tensor], own: int, batch: Batch) -> Tensor:
+        """Mean KL divergence of one exit from each of the others, which are held fixed."""
+        student, others = logits[own], [each.detach() for number, each in enumerate(logits) if number != own]
+        cross = [task.distillation(student, other, batch) - task.distillation(other, other, batch) for other in others]
+        return torch.stack(cross).mean()

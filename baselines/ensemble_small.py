@@ -1,0 +1,108 @@
+"""An ensemble of small models: several FedAvg runs of the smallest form at once, whose predictions are averaged.
+
+    round r, participant k   theta_mk <- E epochs of local training from theta_m, for each member m
+    round r, server          theta_m <- sum_k n_k theta_mk / sum_k n_k
+    prediction               the mean of the members' probabilities
+
+As many members as the target's parameters would pay for, so a round costs the bytes of FedAvg of the target. Such
+ensembles have beaten partial training (Cheng et al. 2022, "Does Federated Dropout actually work?").
+
+Differs from the paper: the smallest form among the participants instead of independently cut sub-models; all members
+are trained by everyone in every round.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.ensemble import Ensemble
+from fedsim.fields import check_range
+from fedsim.models import Form
+from fedsim.rates import parameter_count, smallest
+from fedsim.task import Task
+from fedsim.training import check_settings, local_train, settings
+from fedsim.tree import Tree, prefixed, under
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleSmall(Algorithm):
+    """FedAvg of several models of the smallest form.
+
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `members`: how many; None: as many as fit into the target's parameters.
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    members: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range(self, "algorithm", "members", least=1)
+
+    @property
+    def name(self) -> str:
+        return "ensemble_small"
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        form, state = _form(ctx), {}
+        for member in range(self._members(ctx.task, form, ctx.target)):
+            state |= prefixed(ctx.task.fresh(form, ctx.derive(f"member {member}")), f"{member}.")
+        return state
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        return {client.id: state for client in cohort}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        return weighted_sum(updates)
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        return weighted_mean(updates, like=state)
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return self._ensemble(state, ctx)
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        form, trained = _form(ctx), {}
+        forward = lambda tree, batch: ctx.task.forward(form, tree, batch)  # noqa: E731
+        for member in range(self._members(ctx.task, form, ctx.target)):
+            start = under(dict(payload), f"{member}.")
+            model = local_train(ctx, forward, start, purpose=f"member {member}", **settings(self))
+            trained |= prefixed(model, f"{member}.")
+        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return self._ensemble(payload, ctx)
+
+    def _members(self, task: Task, form: Form, target: Form) -> int:
+        return self.members or max(1, parameter_count(task, target) // parameter_count(task, form))
+
+    def _ensemble(self, payload: Payload, ctx: ServerContext | ClientContext) -> nn.Module:
+        form, tree = _form(ctx), dict(payload)
+        members = range(self._members(ctx.task, form, ctx.target))
+        return Ensemble([ctx.task.module(form, under(tree, f"{member}.")) for member in members]).eval()
+
+
+def _form(ctx: ServerContext | ClientContext) -> Form:
+    if isinstance(ctx, ServerContext):
+        return smallest(ctx.task, [client.form for client in ctx.clients])
+    return smallest(ctx.task, ctx.forms or [ctx.info.form])

@@ -1,0 +1,118 @@
+"""Exclusive training: FedAvg of the target among those alone whose device can train it.
+
+    round r, participant k   if able: theta_k <- E epochs of local training from theta; others take no part
+    round r, server          theta <- sum_k n_k theta_k / sum_k n_k, over the able ones of the cohort
+
+The control for every method that lets weak devices help: in DepthFL's tables (Kim et al., ICLR 2023) HeteroFL is below
+it. Who is able is a matter of what the federation is like: whose small model has at least `share` of the target's
+parameters. The others deploy what they have, their own small model, trained alone.
+
+Differs from the paper: a control, of no paper of its own.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from fedgrow_algo.pretrain import trained_on_own_shard
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.fields import check_range, refuse
+from fedsim.models import Form
+from fedsim.rates import parameter_count
+from fedsim.server_opt import ServerOptimizer, model_of
+from fedsim.task import Task
+from fedsim.training import check_settings, local_train, settings
+from fedsim.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Exclusive(Algorithm):
+    """FedAvg of the target without weak devices.
+
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `share`: a participant is able if its small model has at least this share of the target's parameters.
+    - `small_lr`, `small_epochs`: of the other participants' own models, once.
+    - `server`: what the server makes of the mean.
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    share: float = 1.0
+    small_lr: float = 5e-4
+    small_epochs: int = 10
+    server: ServerOptimizer = ServerOptimizer()
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range(self, "algorithm", "share", above=0, most=1)
+        check_range(self, "algorithm", "small_lr", "small_epochs", least=0)
+
+    @property
+    def name(self) -> str:
+        return "exclusive"
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+        if forms and not any(self._able(task, form, target) for form in forms):
+            largest = max(parameter_count(task, form) for form in forms) / parameter_count(task, target)
+            held = math.floor(largest * 1e4) / 1e4  # rounded up, it would be refused again
+            accepted = f"at most {held}, the share of the target that the largest small form has, or nobody is able"
+            refuse("algorithm.share", self.share, accepted)
+
+    def _able(self, task: Task, form: Form, target: Form) -> bool:
+        return parameter_count(task, form) >= self.share * parameter_count(task, target)
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        model, nothing = model_of(state), {}
+        return {c.id: model if self._able(ctx.task, c.form, ctx.target) else nothing for c in cohort}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        able = [update for update in updates if update.tree]
+        return weighted_sum(able) if able else None
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        model = model_of(state)
+        mean = weighted_mean((update for update in updates if update.tree), like=model)
+        return state if mean is model else self.server.step(state, mean)
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(ctx.target, model_of(state))
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_init(self, ctx: ClientContext) -> Tree:
+        if self._able(ctx.task, ctx.info.form, ctx.target):
+            return {}
+        alone = settings(self) | {"lr": self.small_lr, "epochs": self.small_epochs}
+        return trained_on_own_shard(ctx, **alone)
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        if not payload:
+            return ClientUpdate(ctx.info.id, {}, 0), state
+        forward = lambda tree, batch: ctx.task.forward(ctx.target, tree, batch)  # noqa: E731
+        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
+        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        if payload:
+            return ctx.task.module(ctx.target, payload)
+        return ctx.task.module(ctx.info.form, state)

@@ -1,0 +1,133 @@
+"""Federated Dropout: a random sub-model for each participant in each round (Caldas et al. 2018, arXiv 1812.07210).
+
+    round r, server          draws, for each participant, which coordinates of each axis it keeps: one list for the
+                             residual stream, one for each block's heads and MLP; sends theta[I_k]
+    round r, participant k   trains it, what it reads divided by the share kept, as inverted dropout does
+    round r, server          each coordinate: the mean over those who have it, weighted by examples; nobody: as it was
+
+Lists are aligned: the residual stream has one list in the whole network, queries and keys have one in each head. A head
+that is the token embedding reads through the norm before it, which is divided in its stead.
+
+Differs from the paper: transformers; lists on the residual stream too, without which no bytes would be saved there; the
+share kept is the participant's rate unless `keep` says one for all; AdamW. A participant deploys the round's sub-model,
+what it reads divided alike; the whole model's score is `accuracy_global`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+)
+from fedsim.coverage import averaged, covered_of, model_of, start
+from fedsim.fields import refuse
+from fedsim.models import Form
+from fedsim.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form
+from fedsim.seeding import generator
+from fedsim.submodel import Cut
+from fedsim.task import Task
+from fedsim.training import check_settings, local_train, settings
+from fedsim.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class FederatedDropout(Algorithm):
+    """Federated Dropout of the target.
+
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
+    - `keep`: the share of each axis that everyone keeps, whatever its device; None: the participant's rate.
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    rates: tuple[float, ...] = RATES
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_rates(self.rates)
+        if self.keep is not None and not 0 < self.keep <= 1:
+            refuse("algorithm.keep", self.keep, "above 0 and at most 1, or None")
+
+    @property
+    def name(self) -> str:
+        return "federated_dropout"
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+        check_forms(task, target, forms, self._rates)
+
+    @property
+    def _rates(self) -> tuple[float, ...]:
+        return self.rates if self.keep is None else (self.keep,)
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        model = model_of(state)
+        return {client.id: self._cut(ctx, client).extract(model) for client in cohort}
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        return averaged(state, updates, ctx.task, ctx.target, lambda client: self._cut(ctx, ctx.clients[client]))[0]
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(ctx.target, model_of(state))
+
+    def server_covered(self, state: Tree) -> Tree | None:
+        return covered_of(state)
+
+    def _cut(self, ctx: ServerContext, client: ClientInfo) -> Cut:
+        """This round's lists for a client, in ascending order; the residual stream's first."""
+        form = sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, client.form, self._rates))
+        draw = generator(ctx.seed, "kept", ctx.round, client.id)
+        specs, lists = ctx.task.specs(ctx.target), {}
+        for axis in cut_axes(specs):
+            keys = ["embed"] if axis == "embed" else [f"{axis}.{block}" for block in range(ctx.target.depth)]
+            for key in keys:
+                kept = torch.randperm(ctx.target.axes[axis], generator=draw)[: form.axes[axis]]
+                lists[key] = kept.sort().values
+        return Cut(specs, ctx.target.axes, lists)
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        form, shares = self._form(ctx), self._shares(ctx)
+        forward = lambda tree, batch: ctx.task.forward(form, divided(tree, shares), batch)  # noqa: E731
+        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
+        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(self._form(ctx), divided(payload, self._shares(ctx)))
+
+    def _form(self, ctx: ClientContext) -> Form:
+        return sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, ctx.info.form, self._rates))
+
+    def _shares(self, ctx: ClientContext) -> dict[str, float]:
+        """For each parameter, the share kept of what it reads; a tied head reads through the norm before it."""
+        small, large, shares = self._form(ctx).axes, ctx.target.axes, {}
+        for name, spec in ctx.task.specs(ctx.target).items():
+            first, *_ = spec.parts(name).values()  # parts of a fused parameter read alike
+            read = [axis for dim in first.parsed if dim.mode == "read" or dim.tied for axis in dim.axes]
+            shares[name] = math.prod(small[axis] / large[axis] for axis in read)
+        return shares
+
+
+def divided(tree: Mapping[str, Tensor], shares: Mapping[str, float]) -> Tree:
+    """Each parameter divided by its share."""
+    return {name: tensor / shares[name] for name, tensor in tree.items()}

@@ -1,0 +1,111 @@
+"""FedRolex: a window over each axis that rolls on with every round (Alam et al., NeurIPS 2022).
+
+    round t, participant k   keeps coordinates j, j+1, ..., j + ceil(r_k D) - 1 (mod D) of each axis, j = step (t - 1)
+    round t, server          each coordinate: the plain mean over those who have it; nobody: as it was
+
+All axes roll together and all participants begin at the same j; the window rolls inside every head, so a local head
+is a part of one global head. In and out axes in lock step never train a weight whose coordinates lie further apart than
+the window is wide: (2k - 1) / D of a D x D matrix for a window of k (`coverage` in the results).
+
+Differs from the paper: ceil instead of floor, as in the authors' code; that code rolls the other way (`step=-1`), and
+rolls the flattened axis of all heads, which mixes them; its transformer server drops the mean (since November 2022).
+AdamW. A participant deploys its window; the whole model's score is `accuracy_global`. Rotary families roll over heads
+of keys and values (`fedsim.rates`).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+)
+from fedsim.coverage import averaged, covered_of, model_of, start
+from fedsim.fields import refuse
+from fedsim.models import Form
+from fedsim.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form
+from fedsim.submodel import Cut
+from fedsim.task import Task
+from fedsim.training import check_settings, local_train, settings
+from fedsim.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class FedRolex(Algorithm):
+    """FedRolex of the target.
+
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
+    - `step`: coordinates that windows move on by in a round; negative rolls the other way.
+    - `by_examples`: weight the mean by examples.
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    rates: tuple[float, ...] = RATES
+    step: int = 1
+    by_examples: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_rates(self.rates)
+        if not self.step:
+            refuse("algorithm.step", self.step, "a whole number other than 0 (HeteroFL's windows stay)")
+
+    @property
+    def name(self) -> str:
+        return "fedrolex"
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+        check_forms(task, target, forms, self.rates)
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
+        model = model_of(state)
+        parts = {rate: self._cut(ctx, rate).extract(model) for rate in {*rates.values()}}
+        return {id_: parts[rate] for id_, rate in rates.items()}
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
+        cuts = {rate: self._cut(ctx, rate) for rate in {*rates}}
+        return averaged(state, updates, ctx.task, ctx.target, lambda client: cuts[rates[client]])[0]
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(ctx.target, model_of(state))
+
+    def server_covered(self, state: Tree) -> Tree | None:
+        return covered_of(state)
+
+    def _cut(self, ctx: ServerContext, rate: float) -> Cut:
+        moved = self.step * max(ctx.round - 1, 0)  # round 0 only shows where round 1 will begin
+        first = {axis: moved % ctx.target.axes[axis] for axis in cut_axes(ctx.task.specs(ctx.target))}
+        return cut_at(ctx.task, ctx.target, rate, first)
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        form = self._form(ctx)
+        forward = lambda tree, batch: ctx.task.forward(form, tree, batch)  # noqa: E731
+        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
+        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples if self.by_examples else 1), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(self._form(ctx), payload)
+
+    def _form(self, ctx: ClientContext) -> Form:
+        return sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, ctx.info.form, self.rates))

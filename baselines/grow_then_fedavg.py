@@ -1,0 +1,117 @@
+"""Grow once, then FedAvg: a small model is averaged for some rounds, grown on the server, and averaged on as target.
+
+    rounds 1 to g            FedAvg of the smallest form there is
+    before round g + 1       the server grows it into the target with an untrained growth operator
+    rounds after             FedAvg of the target
+
+The control for trained growth: any preset of `fedgrow_algo` (Net2Net, stacking, bert2BERT's AKI, HyperCloning, LiGO's
+start, ...) used as its authors use it, once, in the middle of training. What `progfed` does with random new blocks.
+
+Differs from the paper: a control, of no paper of its own; width and depth grow in one step.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from fedgrow_algo.dual_ligo import grown, operator_between
+from fedgrow_algo.presets import by_name
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.fields import check_range
+from fedsim.models import Form
+from fedsim.rates import smallest
+from fedsim.task import Task
+from fedsim.training import check_settings, local_train, settings
+from fedsim.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowThenFedAvg(Algorithm):
+    """FedAvg of the smallest form, then of the target grown from it.
+
+    - `preset`: the growth operator; see `fedgrow_algo.presets`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `small_rounds`: how many rounds the small model is averaged for.
+    """
+
+    preset: str = "preserving"
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    small_rounds: int = 5
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        by_name(self.preset)
+        check_range(self, "algorithm", "small_rounds", least=1)
+
+    @property
+    def name(self) -> str:
+        return "grow_then_fedavg"
+
+    @property
+    def preset_name(self) -> str:
+        return self.preset
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+        if forms:
+            operator_between(self.preset, task, smallest(task, forms), target)
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return ctx.task.fresh(_smallest(ctx), ctx.derive("target"))
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        model = self._model(state, ctx)
+        return {client.id: model for client in cohort}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        return weighted_sum(updates)
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        return weighted_mean(updates, like=self._model(state, ctx))
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(self._form(ctx), state)
+
+    def _model(self, state: Tree, ctx: ServerContext) -> Tree:
+        """What the round starts from: the state, grown when the first round of the target begins."""
+        sizes = {name: parameter.shape for name, parameter in ctx.task.skeleton(self._form(ctx)).named_parameters()}
+        if {name: tensor.shape for name, tensor in state.items()} == sizes:
+            return state
+        operator = operator_between(self.preset, ctx.task, _smallest(ctx), ctx.target)
+        return grown(operator, operator.init(ctx.generator("operator")), operator.stack(state))
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        form = self._form(ctx)
+        forward = lambda tree, batch: ctx.task.forward(form, tree, batch)  # noqa: E731
+        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
+        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(self._form(ctx), payload)
+
+    def _form(self, ctx: ServerContext | ClientContext) -> Form:
+        return ctx.target if ctx.round > self.small_rounds else _smallest(ctx)
+
+
+def _smallest(ctx: ServerContext | ClientContext) -> Form:
+    if isinstance(ctx, ServerContext):
+        return smallest(ctx.task, [client.form for client in ctx.clients])
+    return smallest(ctx.task, ctx.forms or [ctx.info.form])

@@ -1,0 +1,149 @@
+"""HeteroFL: everyone trains the first units of each layer that its device can hold (Diao, Ding, Tarokh, ICLR 2021).
+
+    participant k        rate r_k; its sub-model is the first ceil(r_k D) coordinates of each axis, all heads kept
+    round r, server      send theta[I_k]
+    round r, k           train it, every width layer divided by r_k, logits of absent classes set to 0
+    round r, server      each coordinate: the plain mean over those who have it; rows of classes and tokens only over
+                         those whose data have them; nobody: as it was
+
+`heterofl` is as published. `heterofl_clean` leaves out what hurts transformers: no scaler, no masks, and a mean that is
+weighted by examples. Only it is FedAvg when all rates are 1.
+
+Differs from the paper: rates follow the participants' devices and stay; AdamW; pre-norm transformers too, and heads
+that are the token embedding, which the scaler divides as an embedding alone: the norm before the head multiplies back;
+rows of padding, end and mask tokens are everyone's (in the authors' code the mask's row is never trained); sub-models
+are deployed (there, the full model alone is scored: `accuracy_global`); scores are never given a mask. Rotary families
+lose heads of keys and values instead of parts of heads (`fedsim.rates`).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+)
+from fedsim.coverage import ROWS, averaged, covered_of, model_of, start
+from fedsim.models import Form
+from fedsim.rates import RATES, check_forms, check_rates, cut_at, rate_of, sub_form
+from fedsim.submodel import ParamSpec
+from fedsim.task import Batch, Task
+from fedsim.training import COSTS, check_settings, local_train, settings
+from fedsim.tree import Tree, prefixed
+
+
+@dataclasses.dataclass(frozen=True)
+class HeteroFL(Algorithm):
+    """HeteroFL of the target.
+
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
+    - `scaler`: divide what width layers compute by the rate, in training. - `masks`: absent classes do not count.
+    - `by_examples`: weight the mean by examples.
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    rates: tuple[float, ...] = RATES
+    scaler: bool = dataclasses.field(default=True, metadata=COSTS)
+    masks: bool = dataclasses.field(default=True, metadata=COSTS)
+    by_examples: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_rates(self.rates)
+
+    @property
+    def name(self) -> str:
+        return "heterofl_clean" if self == heterofl_clean(**settings(self), rates=self.rates) else "heterofl"
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+        check_forms(task, target, forms, self.rates)
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
+        model = model_of(state)
+        parts = {rate: cut_at(ctx.task, ctx.target, rate).extract(model) for rate in {*rates.values()}}
+        return {id_: parts[rate] for id_, rate in rates.items()}
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
+        cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates}}
+        return averaged(state, updates, ctx.task, ctx.target, lambda client: cuts[rates[client]])[0]
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(ctx.target, model_of(state))
+
+    def server_covered(self, state: Tree) -> Tree | None:
+        return covered_of(state)
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        rate = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
+        form = sub_form(ctx.task, ctx.target, rate)
+        specs = ctx.task.specs(form)
+        divisors = {name: divisor(spec, rate) for name, spec in specs.items()}
+        rows = present(ctx, payload, specs) if self.masks else {}
+        seen = rows.get("token" if ctx.task.inputs.kind in ("lm", "mlm") else "class")
+
+        def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            if self.scaler:
+                tree = {name: tensor / divisors[name] for name, tensor in tree.items()}
+            logits = ctx.task.forward(form, tree, batch)
+            return logits if seen is None else logits.masked_fill(~seen.to(logits.device), 0.0)
+
+        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
+        weight = ctx.info.num_examples if self.by_examples else 1
+        return ClientUpdate(ctx.info.id, trained | prefixed(rows, ROWS), weight), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        rate = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
+        return ctx.task.module(sub_form(ctx.task, ctx.target, rate), payload)
+
+
+def heterofl_clean(**fields) -> HeteroFL:
+    """HeteroFL's nested sub-models, trained and averaged as FedAvg does."""
+    return HeteroFL(**fields, scaler=False, masks=False, by_examples=True)
+
+
+def divisor(spec: ParamSpec, rate: float) -> float:
+    """What the scaler divides a parameter by: those of width layers by the rate, the norm before a tied head back."""
+    if any(dim.tied for dim in spec.parsed_parts):
+        return 1 / rate
+    return rate if any(dim.mode == "write" for dim in spec.parsed_parts) else 1.0
+
+
+def present(ctx: ClientContext, tree: Payload, specs: Mapping[str, ParamSpec]) -> Tree:
+    """Which classes and tokens the client's data have, of bools; tokens that mean no text are everyone's."""
+    inputs, data = ctx.task.inputs, ctx.train.inputs
+    found = {"token": data.get("input_ids", torch.zeros(0)), "class": data.get("labels", ctx.train.labels)}
+    special = [id_ for id_ in (inputs.padding_id, inputs.end_id, inputs.mask_id) if id_ is not None]
+    rows: Tree = {}
+    for name, spec in specs.items():
+        for position, text in enumerate(spec.dims):
+            kind = text.removeprefix("=")
+            if text.startswith("=") and kind in found and kind not in rows:
+                seen = torch.zeros(tree[name].shape[position], dtype=torch.bool)
+                ids = found[kind].flatten().long()
+                seen[ids[ids >= 0]] = True
+                if kind == "token":
+                    seen[special] = True
+                rows[kind] = seen
+    return rows

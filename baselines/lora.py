@@ -1,0 +1,148 @@
+"""Federated LoRA on the target: FedIT, FFA-LoRA and HetLoRA (FLoRA is `baselines.flora`).
+
+Every matrix of a block that reads one axis and writes another gets W = W0 + (alpha / rank) B A, with A of rank x in
+(random at first) and B of out x rank (zero); what comes after the blocks (last normalisation and head) is trained too.
+
+| method | trains | server | ranks |
+|---|---|---|---|
+| `fedit` (Zhang et al. 2023, arXiv 2305.05644) | A, B | means of A and of B, weighted by examples | one |
+| `ffa_lora` (Sun et al., ICLR 2024) | B | mean of B; A comes from the seed and stays | one |
+| `hetlora` (Cho et al., EMNLP 2024) | A, B | means of zero-padded A and B, weighted by the norm of B A | by device |
+
+Everyone must hold W0 and pass through it, forward and backward: saved are bytes, and gradients and moments of matrices.
+
+Differs from the papers: the last normalisation and head are trained, and averaged with the adapters' weights; all
+matrices; AdamW. FedIT: no 8-bit base. HetLoRA: ranks are the device's rate of `rank`, not pruned.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fedsim.adapters import A, adapted, applied, check_rank, fresh, logits_beside, norm, rank_of, resized
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.exits import tail
+from fedsim.fields import check_range
+from fedsim.models import Form
+from fedsim.pretrained import Checkpoint, start_of
+from fedsim.seeding import generator
+from fedsim.task import Batch, Task
+from fedsim.training import check_settings, local_train, settings
+from fedsim.tree import Tree, prefixed, to, under
+
+
+HEAD = "head."  # beside the adapters: what comes after the blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class FederatedLoRA(Algorithm):
+    """Adapters of the target that are averaged factor by factor.
+
+    - `method`: see the module. - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: see `fedsim.training.settings`.
+    - `rank`: of every adapter; the largest, where they differ. - `alpha`: B A counts alpha / rank times, for all ranks.
+    - `base`: W0, a checkpoint of the target's form; None: as the seed gives it.
+    """
+
+    method: Literal["fedit", "ffa_lora", "hetlora"] = "fedit"
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    rank: int = 8
+    alpha: float = 16.0
+    base: Checkpoint | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range(self, "algorithm", "rank", "alpha", above=0)
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+        check_rank(task, target, self.rank, forms if self.method == "hetlora" else ())
+
+    def _rank(self, task: Task, form: Form, target: Form) -> int:
+        return rank_of(task, target, form, self.rank) if self.method == "hetlora" else self.rank
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        held, factors = self._start(ctx)
+        return factors | prefixed({name: held[name] for name in tail(ctx.task, ctx.target)}, HEAD)
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        ranks = {client.id: self._rank(ctx.task, client.form, ctx.target) for client in cohort}
+        parts = {rank: resized(state, rank) for rank in {*ranks.values()}}
+        return {id_: parts[rank] for id_, rank in ranks.items()}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial:
+        return weighted_sum([dataclasses.replace(u, tree=resized(u.tree, self.rank)) for u in updates])
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        return weighted_mean((u if isinstance(u, Partial) else self.combine([u]) for u in updates), like=state)
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return self._model(self._start(ctx)[0], state, ctx)
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_init(self, ctx: ClientContext) -> Tree:
+        return to(self._start(ctx)[0], ctx.device)
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        base, scale = {name: state[name] for name in ctx.task.specs(ctx.target)}, self.alpha / self.rank
+
+        def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            return logits_beside(ctx.task, ctx.target, base | under(tree, HEAD), {**state, **tree}, scale, batch)
+
+        trained = local_train(ctx, forward, payload, purpose="adapters", **settings(self))
+        weight = float(ctx.info.num_examples)
+        if self.method == "hetlora":  # before anything is learned all norms are 0, and all adapters count alike
+            weight = norm(trained, adapted(ctx.task, ctx.target)) or 1e-12
+        return ClientUpdate(ctx.info.id, trained, weight), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return self._model(state, payload, ctx)
+
+    def _start(self, ctx: ServerContext | ClientContext) -> tuple[Tree, Tree]:
+        """What everyone begins with: what is held and never sent (W0, and an A that stays), and the factors sent."""
+        base, writes = start_of(ctx.task, ctx.target, self.base, ctx.seed), adapted(ctx.task, ctx.target)
+        factors = fresh(base, writes, self.rank, generator(ctx.seed, "adapters"))
+        stay = {n: t for n, t in factors.items() if self.method == "ffa_lora" and n.startswith(A)}
+        return base | stay, {name: tensor for name, tensor in factors.items() if name not in stay}
+
+    def _model(self, held: Tree, sent: Payload, ctx: ServerContext | ClientContext) -> nn.Module:
+        """W0 with the adapters and the head."""
+        base, writes = {name: held[name] for name in ctx.task.specs(ctx.target)}, adapted(ctx.task, ctx.target)
+        model = applied(base, {**held, **sent}, writes, self.alpha / self.rank)
+        return ctx.task.module(ctx.target, model | under(sent, HEAD))
+
+
+def fedit(**fields) -> FederatedLoRA:
+    """FedAvg of both factors: the product of means is not the mean of products."""
+    return FederatedLoRA(**fields, method="fedit")
+
+
+def ffa_lora(**fields) -> FederatedLoRA:
+    """A frozen, B averaged: here it is."""
+    return FederatedLoRA(**fields, method="ffa_lora")
+
+
+def hetlora(**fields) -> FederatedLoRA:
+    """Ranks by device."""
+    return FederatedLoRA(**fields, method="hetlora")

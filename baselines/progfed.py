@@ -1,0 +1,130 @@
+"""ProgFed: the target grows by random new blocks while it is trained (Wang et al., ICML 2022).
+
+    stage s                  the first s of S parts of the target's blocks, and a head
+    rounds of stage s        FedAvg of that model; for the first `warmup` rounds only its newest part and head train
+    when s + 1 begins        the next part is added as it was initialised, the head discarded for a fresh one
+
+The control for growth operators: the same schedule with new blocks that know nothing of the old ones.
+
+Differs from the paper: transformers, of the target's width from the start; heads are the model's own kind; AdamW. The
+last stage lasts until the run ends.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from fedsim.algorithm import (
+    Algorithm,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Partial,
+    Payload,
+    ServerContext,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.exits import ends_at, shallower, tail, up_to
+from fedsim.fields import check_range
+from fedsim.models import Form
+from fedsim.seeding import derive
+from fedsim.task import Batch
+from fedsim.training import COSTS, check_settings, local_train, settings
+from fedsim.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgFed(Algorithm):
+    """ProgFed of the target.
+
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `stages`: parts that the target's blocks are divided into. - `stage_rounds`: rounds of each stage but the last.
+    - `warmup`: rounds, at the beginning of each stage but the first, that train only what is new.
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    stages: int = 4
+    stage_rounds: int = 2
+    warmup: int = dataclasses.field(default=0, metadata=COSTS)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range(self, "algorithm", "stages", "stage_rounds", least=1)
+        check_range(self, "algorithm", "warmup", least=0, most=self.stage_rounds)
+
+    @property
+    def name(self) -> str:
+        return "progfed"
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return self._fresh(ctx, 0)
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        model = self._model(state, ctx)
+        return {client.id: model for client in cohort}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        return weighted_sum(updates)
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        model = self._model(state, ctx)
+        return model | weighted_mean(updates, like=model)
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(self._form(ctx), state)
+
+    def _model(self, state: Tree, ctx: ServerContext) -> Tree:
+        """What the round starts from: the state, or, when a stage begins, the state with new blocks on top."""
+        form, end = self._form(ctx), {*tail(ctx.task, ctx.target)}
+        if state.keys() == ctx.task.specs(form).keys():
+            return state
+        new = self._fresh(ctx, self._stage(ctx))
+        return new | {name: tensor for name, tensor in state.items() if name not in end}
+
+    def _fresh(self, ctx: ServerContext, stage: int) -> Tree:
+        """The model of a stage as it is initialised: all blocks of one target, a head for each stage."""
+        whole = ctx.task.fresh(ctx.target, derive(ctx.seed, "target"))
+        head = ctx.task.fresh(ctx.target, derive(ctx.seed, f"head {stage}")) if stage else whole
+        depth = ends_at(ctx.target.depth, self.stages)[stage]
+        body = {name: whole[name] for name in sorted(up_to(ctx.task, ctx.target, depth))}
+        return body | {name: head[name] for name in tail(ctx.task, ctx.target)}
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+        form, new = self._form(ctx), self._trained(ctx)
+        fixed = {name: tensor for name, tensor in payload.items() if name not in new}
+
+        def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            return ctx.task.forward(form, fixed | dict(tree), batch)
+
+        start = {name: payload[name] for name in payload if name in new}
+        trained = local_train(ctx, forward, start, purpose="target", **settings(self))
+        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(self._form(ctx), payload)
+
+    def _trained(self, ctx: ClientContext) -> set[str]:
+        """Names of what this round trains."""
+        form, stage = self._form(ctx), self._stage(ctx)
+        everything = {*ctx.task.specs(form)}
+        first_round = stage * self.stage_rounds + 1
+        if not stage or ctx.round >= first_round + self.warmup:
+            return everything
+        return everything - up_to(ctx.task, ctx.target, ends_at(ctx.target.depth, self.stages)[stage - 1])
+
+    def _stage(self, ctx: ServerContext | ClientContext) -> int:
+        last = len(ends_at(ctx.target.depth, self.stages)) - 1
+        return min(max(ctx.round - 1, 0) // self.stage_rounds, last)
+
+    def _form(self, ctx: ServerContext | ClientContext) -> Form:
+        return shallower(ctx.target, ends_at(ctx.target.depth, self.stages)[self._stage(ctx)])

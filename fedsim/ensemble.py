@@ -1,0 +1,20 @@
+"""Several models as one, for methods that deploy more than one."""
+
+import math
+import types
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Ensemble(nn.Module):
+    """The logarithm of the mean of its members' probabilities: logits of the shape that each of them gives."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, **batch: Tensor) -> types.SimpleNamespace:
+        logits = torch.stack([member(**batch).logits.log_softmax(-1) for member in self.members])
+        return types.SimpleNamespace(logits=logits.logsumexp(0) - math.log(len(logits)))
