@@ -46,6 +46,7 @@ from fedsim.tree import Tree, to  # noqa: E402
 Step = Callable[[], float]
 Variant = tuple[str, str]  # a path and a preset
 PLAIN: Variant = ("plain", "")
+PATHS = ("planned", "recomputed", "pairwise")  # the last two for `paper` alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,9 @@ def resident_bytes() -> int:
     raise OSError("/proc/self/status has no VmRSS")
 
 
-def measured(name: str, presets: Sequence[str], steps: int, options: dict) -> list[dict[str, Any]]:
+def measured(
+    name: str, presets: Sequence[str], paths: Sequence[str], steps: int, options: dict
+) -> list[dict[str, Any]]:
     """One row a variant of a ladder, ratios against the plain step."""
     ladder, task = LADDERS[name], Task(LADDERS[name].config)
     variants: list[Variant] = [PLAIN]
@@ -220,9 +223,7 @@ def measured(name: str, presets: Sequence[str], steps: int, options: dict) -> li
         except ValueError as error:
             print(f"{name}: {preset} left out: {error}", file=sys.stderr)
             continue
-        variants.append(("planned", preset))
-    if "paper" in presets:
-        variants += [("recomputed", "paper"), ("pairwise", "paper")]
+        variants += [(path, preset) for path in paths if path == "planned" or preset == "paper"]
     time_of = seconds({variant: step_of(ladder, variant, **options) for variant in variants}, steps)
     grown = [variant for variant in variants if variant not in (PLAIN, ("recomputed", "paper"))]
     growth_time_of = seconds({variant: growth_of(ladder, variant, **options) for variant in grown}, steps)
@@ -246,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ladder", nargs="+", choices=[*LADDERS], default=[*LADDERS])
     parser.add_argument("--preset", nargs="+", choices=[*PRESETS], default=[*PRESETS])
+    parser.add_argument("--path", nargs="+", choices=PATHS, default=[*PATHS])
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
     parser.add_argument("--threads", type=int, default=0, help="threads on a CPU; 0: as many as torch takes")
     parser.add_argument("--device", default="cpu")
@@ -258,13 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {"device": torch.device(chosen.device), "bf16": chosen.bf16, "compiled": chosen.compile}
     rows = []
     for name in chosen.ladder:
-        rows += measured(name, chosen.preset, chosen.steps, options)
+        rows += measured(name, chosen.preset, chosen.path, chosen.steps, options)
     table = Table("ladder", "path", "preset", "seconds", "time", "growth, s", "MB", "memory")
+    for column in table.columns:
+        column.no_wrap = True
     for row in rows:
         growth = "" if row["growth_seconds"] is None else f"{row['growth_seconds']:.3f}"
         figures = (f"{row['seconds']:.3f}", f"{row['time_ratio']:.2f}x", growth, f"{row['peak_bytes'] / 1e6:.0f}")
         table.add_row(row["ladder"], row["path"], row["preset"], *figures, f"{row['memory_ratio']:.2f}x")
-    Console().print(table)
+    Console(width=100).print(table)
     if chosen.json:
         chosen.json.write_text(json.dumps({"rows": rows}, indent=2))
     return 0

@@ -24,14 +24,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedgrow_algo.equations import Specs, copies, depth, mix, widen
 from fedsim.submodel import Dim, ParamSpec, join_fused, split_fused, split_specs
 from fedsim.tree import Tree
 
 
-Specs = Mapping[str, ParamSpec]
 Axes = Mapping[str, int]
 READ = ".read"  # ending of the name of an axis' second matrix, where a preset reads with one of its own
 NEXT = ".next"  # the same, where a preset writes coordinates of a block from the block above it
+ALIGNED = 16  # columns that are multiplied together are padded to a multiple of this: odd strides are slow
 MIX = -1  # in a plan: the step that mixes blocks; other steps are positions of dimensions
 
 
@@ -247,6 +248,7 @@ class Operator:
     def grow(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
         """The large weights, by name: `stacked` from `stack`, `tensors` as `init` returns them."""
         maps = {dim: self.matrix(tensors, dim) for dim in self.dims}
+        begun = self._begun(maps, stacked)
         grown: Tree = {}
         blocks: dict[str, tuple[Tensor, ...]] = {}
         for name, spec in self.large_parts.items():
@@ -258,8 +260,8 @@ class Operator:
                 grown[name] = tensor[0]
                 continue
             if spec.role not in blocks:
-                tensor = stacked[spec.role]
-                for step in self.plans[spec.role]:
+                tensor = begun.get(spec.role, stacked[spec.role])
+                for step in self.plans[spec.role][spec.role in begun :]:
                     if step == MIX:
                         tensor = mix(tensors[f"depth.{self._table(spec)}"], tensor)
                     else:
@@ -332,6 +334,32 @@ class Operator:
             sizes[step] = dim.size(self.large_axes) or 1
         return total
 
+    def _begun(self, maps: Mapping[Dim, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
+        """What the first steps of the plans make of blocks, where they widen with one matrix a block.
+
+        All uses of a matrix are columns of one product: its gradient is then one product too, not a sum of several of
+        the matrix' size. Small weights have no gradient: laying them side by side costs nothing in the backward pass.
+        """
+        uses: dict[int, list[tuple[str, Dim, int]]] = {}
+        for spec in {spec.role: spec for spec in self.small_parts.values() if spec.layer is not None}.values():
+            first = self.plans[spec.role][0]
+            if first == MIX:
+                continue
+            dim = spec.parsed[first]
+            alone = {factor.kind for factor in self.factors(dim)} == {"map"} and not self.preset.fixed_top
+            if alone and maps[dim].ndim == 3 and not (self.preset.own_next and dim.mode == "write"):
+                uses.setdefault(id(maps[dim]), []).append((spec.role, dim, first + 1))
+        begun: Tree = {}
+        for group in uses.values():
+            moved = [stacked[role].movedim(position, 1) for role, _, position in group]
+            columns = [tensor.flatten(2) if tensor.ndim > 2 else tensor[..., None] for tensor in moved]
+            sizes = [column.shape[2] for column in columns]
+            columns.append(columns[0].new_zeros(*columns[0].shape[:2], -sum(sizes) % ALIGNED))
+            wide = widen(torch.cat(columns, 2), maps[group[0][1]], 1).split([*sizes, columns[-1].shape[2]], 2)
+            for (role, _, position), tensor, part in zip(group, moved, wide[:-1], strict=True):
+                begun[role] = part.reshape(*part.shape[:2], *tensor.shape[2:]).movedim(1, position)
+        return begun
+
     def _widened_block(
         self, tensors: Mapping[str, Tensor], maps: Mapping[Dim, Tensor], blocks: Tensor, dim: Dim, position: int
     ) -> Tensor:
@@ -366,35 +394,3 @@ class Operator:
         """`widen`, or, where the matrix is `[I ; B]`, the blocks themselves on top of it."""
         wide = widen(blocks, B, position)
         return torch.cat([blocks, wide], position) if self.preset.fixed_top else wide
-
-
-def widen(W_L: Tensor, B: Tensor, position: int) -> Tensor:
-    """`W' = B W` along one dimension of each block (LiGO, width operator; `W A^T` is the same along the other).
-
-    **Arguments:**
-
-    - `W_L`: blocks, `(L, ...)` with size D1 at `position`.
-    - `B`: `(D2, D1)` for all blocks, or `(L, D2, D1)`.
-
-    **Returns:** `(L, ...)` with size D2 at `position`.
-    """
-    if position == 1 and W_L.ndim == 3:  # the general way below would leave the result transposed in memory
-        return B @ W_L
-    W = W_L.movedim(position, -1)
-    rows = W.reshape(W.shape[0], -1, W.shape[-1])  # (L, everything else, D1)
-    return (rows @ B.mT).reshape(*W.shape[:-1], -1).movedim(-1, position)
-
-
-def mix(w: Tensor, W_L: Tensor) -> Tensor:
-    """`W'[k] = sum_l w[k, l] W[l]` (LiGO, depth operator): `(L2, L1)` and `(L1, ...)` to `(L2, ...)`."""
-    return (w @ W_L.flatten(1)).reshape(w.shape[0], *W_L.shape[1:])
-
-
-def copies(old: int, new: int) -> Tensor:
-    """Which old unit each unit of the larger axis copies: `(new,)`, old units first and in order."""
-    return torch.arange(new) % old
-
-
-def depth(specs: Specs) -> int:
-    """Number of blocks."""
-    return 1 + max(spec.layer for spec in specs.values() if spec.layer is not None)

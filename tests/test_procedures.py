@@ -298,7 +298,8 @@ def test_joint_holds_a_checkpoint_that_it_does_not_train_once_for_all(
     federation = Federation(joint(small_epochs=epochs))
     task = federation.task
     small = task.fresh(SMALL, seed=3)
-    task.module(SMALL, small).save_pretrained(tmp_path)
+    module: Any = task.module(SMALL, small)
+    module.save_pretrained(tmp_path)
     brought = [dataclasses.replace(info, checkpoint=Checkpoint(str(tmp_path))) for info in federation.clients]
     federation.clients = brought
     assert {name.partition(".")[0] for name in federation.state(0)} == {"local"} | held
