@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.tables import percent, records  # noqa: E402
+from benchmarks.tables import histories, percent, records  # noqa: E402
 from fedsim.results import Results, load  # noqa: E402
 
 
@@ -29,12 +29,13 @@ Grid = dict[str, dict[float, list[float]]]  # method -> learning rate -> validat
 
 def grid_of(results: Results) -> Grid:
     """Validation accuracy after the last round of every finished run."""
-    last = results.rounds.sort_values("round").groupby("run_id").last()["accuracy_val_mean"]
+    rounds = histories(results)
     grid: Grid = defaultdict(lambda: defaultdict(list))
     for run in records(results.runs):
         if run["status"] == "finished":
             rate = json.loads(run["config"])["algorithm"]["lr"]
-            grid[f"{run['algorithm']} {run['preset']}".strip()][rate].append(float(last[run["run_id"]]))
+            score = rounds[run["run_id"]][-1]["accuracy_val_mean"]
+            grid[f"{run['algorithm']} {run['preset']}".strip()][rate].append(score)
     return grid
 
 

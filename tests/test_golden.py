@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import fedsim.simulation
-from benchmarks.suites import _RATES, _methods, tiny
+from benchmarks.suites import _RATES, _methods, quick
 from fedsim.algorithm import Algorithm
 from fedsim.data.config import digits
+from fedsim.data.partition import Partition
 from fedsim.progress import Silent
 from fedsim.results import load
 from fedsim.runtime.inline import InlineRuntime
@@ -30,7 +31,14 @@ COLUMNS = ("train_loss", "loss_mean", "bytes_up", "bytes_down", "coverage")
 
 def curves(algorithm: Algorithm, folder: Path) -> dict[str, list[float | None]]:
     """Two rounds of three participants on 240 digits: losses, bytes and coverage of each round."""
-    base = replace(tiny(), task=TaskConfig(digits(limit=240), patch_size=4), rounds=2, algorithm=algorithm)
+    base = replace(
+        quick()[0],
+        task=TaskConfig(digits(limit=240), patch_size=4),
+        partition=Partition("dirichlet", alpha=0.5, min_size=20),
+        participants=3,
+        rounds=2,
+        algorithm=algorithm,
+    )
     runtime = InlineRuntime()
     try:
         run(base, runtime=runtime, out=folder, progress=Silent())
