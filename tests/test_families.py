@@ -213,7 +213,7 @@ def test_an_untied_head_reads_what_the_last_norm_writes(name: str):
     task, form = (ROWS | VARIANTS)[name].task, ROWS[UNTIED[name]].small
     embedding, head = TIED[UNTIED[name]]
     axis = "<transform:embed" if "bert" in name else "<embed"
-    assert task.specs(form)[embedding].dims == ("", "embed") and task.specs(form)[head].dims == ("", axis)
+    assert task.specs(form)[embedding].dims == ("=token", "embed") and task.specs(form)[head].dims == ("=token", axis)
     assert not any(dim.tied for spec in split_specs(task.specs(form)).values() for dim in spec.parsed)
     module = task.module(form, task.fresh(form, 0))
     assert not torch.equal(module.get_parameter(head), module.get_parameter(embedding))
