@@ -1,8 +1,8 @@
 """Suites: functions that return the experiments of one comparison. Derive another by calling one and `replace`.
 
 A function annotated `-> list[Experiment]` is a suite (`sweep.py --suite NAME`); one that returns a single Experiment is
-for `fedsim run` and `fedsim inspect`. All experiments of a suite share everything but the algorithm, so every method
-meets the same federation.
+for `fedsim run` and `fedsim inspect`. All experiments of a suite share everything but the algorithm (`baselines` has
+two partitions), so every method meets the same federation.
 """
 
 from dataclasses import replace

@@ -59,10 +59,10 @@ RUNS = _schema(
     bytes_per_upload="int?",  # one participant's upload in a federated round
     model="str?",  # the target form, for example "128x4"
     federation_sha256="str?",  # partition, small models and cohorts: equal for all methods of a suite and seed
-    held_bytes="int?",  # the participant with most: its private state and what it receives, by count
-    peak_bytes="int?",  # the same, in a training step: with gradients, moments and what waits for the backward pass
     error="str?",  # null unless failed
     labels="str?",  # JSON: the participants' label histograms, a list of lists
+    held_bytes="int?",  # the participant with most: its private state and what it receives, by count
+    peak_bytes="int?",  # the same, in a training step: with gradients, moments and what waits for the backward pass
 )
 
 ROUNDS = _schema(
@@ -96,11 +96,11 @@ ROUNDS = _schema(
     accuracy_val_std="float?",
     accuracy_val_min="float?",
     failed="int",  # participants dropped from this round
-    coverage="float?",  # share of the target's parameters trained so far; null where every round trains all
-    coverage_min="float?",  # the same, of the matrix of which the least was trained
     precision_mean="float?",  # of entities, like the two below: null unless token classes are the tags of entities
     recall_mean="float?",
     f1_mean="float?",
+    coverage="float?",  # share of the target's parameters trained so far; null where every round trains all
+    coverage_min="float?",  # the same, of the matrix of which the least was trained
 )
 
 CLIENTS = _schema(

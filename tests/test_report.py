@@ -46,7 +46,7 @@ def add_run(
             dict(run_id=run_id, algorithm=algorithm, seed=seed, round=number, stage="federated" if number else "local")
             | dict(accuracy_mean=accuracy, accuracy_std=spread, accuracy_min=worst, accuracy_local_mean=accuracy)
             | dict(accuracy_local_std=spread, accuracy_local_min=worst, accuracy_val_mean=accuracy)
-            | dict(precision_mean=None, recall_mean=None, f1_mean=None)
+            | dict(precision_mean=None, recall_mean=None, f1_mean=None, coverage=None, coverage_min=None)
             | dict(accuracy_global=None, loss_mean=1.0, train_loss=None, wall_seconds=1.0, retries=0, participants=4)
             | dict(bytes_up=1000 * kilobytes * (number > 0), bytes_down=1000 * kilobytes * (number > 0), flops=1)
             | dict(bytes_up_total=1000 * kilobytes * number, bytes_down_total=1000 * kilobytes * number)
@@ -60,7 +60,7 @@ def add_run(
         row |= dict(target_params=1_000_000, trainable_params=1234.5, upload_params=500.0, status=status)
         row |= dict(wall_seconds=10.0 + seed, git_commit="abc", code_sha256="def", versions='{"torch": "2"}')
         row |= dict(hardware='{"cpu": "some <cpu>"}', config=json.dumps(config), model="64x4", error=None, labels=None)
-        row |= dict(bytes_per_upload=1000 * kilobytes // 4 if upload is None else upload)
+        row |= dict(bytes_per_upload=1000 * kilobytes // 4 if upload is None else upload, held_bytes=1, peak_bytes=2)
         row |= dict(federation_sha256=f"federation {seed}")
         write_table(directory, "runs", run_id, [row | run])
     return run_id

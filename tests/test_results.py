@@ -21,7 +21,7 @@ COLUMNS = {
         alpha double, participants int64, cohort int64, rounds int64, seed int64, target_params int64,
         trainable_params double, upload_params double, status string, wall_seconds double, git_commit string,
         code_sha256 string, versions string, hardware string, config string, bytes_per_upload int64, model string,
-        federation_sha256 string, error string, labels string
+        federation_sha256 string, error string, labels string, held_bytes int64, peak_bytes int64
     """,
     "rounds": """
         run_id string, algorithm string, seed int64, round int64, stage string, accuracy_mean double,
@@ -30,7 +30,7 @@ COLUMNS = {
         train_loss double, bytes_up int64, bytes_down int64, bytes_up_total int64, bytes_down_total int64,
         flops int64, wall_seconds double, retries int64, participants int64, state_sha256 string, bytes_moved int64,
         seam_bytes_up int64, seam_bytes_down int64, accuracy_val_std double, accuracy_val_min double, failed int64,
-        precision_mean double, recall_mean double, f1_mean double
+        precision_mean double, recall_mean double, f1_mean double, coverage double, coverage_min double
     """,
     "clients": """
         run_id string, algorithm string, seed int64, round int64, client int64, tier string, num_examples int64,

@@ -91,12 +91,14 @@ def test_seeds_are_whole_numbers(capsys: pytest.CaptureFixture) -> None:
     assert "--seeds" in capsys.readouterr().err
 
 
-def test_all_experiments_of_a_suite_share_everything_but_the_algorithm() -> None:
+def test_all_experiments_of_a_suite_share_everything_but_algorithm_and_partition() -> None:
     for make in sweep.known_suites().values():
         experiments = make()
         assert len({experiment.run_id for experiment in experiments}) == len(experiments)
         assert all(
-            dataclasses.replace(one, algorithm=experiments[0].algorithm) == experiments[0] for one in experiments
+            dataclasses.replace(one, algorithm=experiments[0].algorithm, partition=experiments[0].partition)
+            == experiments[0]
+            for one in experiments
         )
 
 
