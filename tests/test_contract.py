@@ -110,6 +110,7 @@ def partial(algorithm: Algorithm, uploads: str = "model", **more: Any) -> Row:
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "epochs": 2, "batch_size": 8}
 HALVES: dict[str, Any] = LOCAL | {"rates": (1.0, 0.5)}  # a quarter of these targets is too small to learn anything
+ROLLING: dict[str, Any] = HALVES | {"epochs": 4}
 ADAPTERS: dict[str, Any] = LOCAL | {"rank": 2, "alpha": 4.0}
 
 
@@ -133,7 +134,7 @@ METHODS = {
     "fedrolex": partial(FedRolex(**HALVES), by_examples=False),
     "fjord": partial(FjORD(**HALVES)),
     "federated_dropout": partial(FederatedDropout(**HALVES), one_payload=False),
-    "fedbrb_like": partial(FedBRBLike(broadcast=0.0, **HALVES | {"epochs": 4}), rounds=9),
+    "fedbrb_like": partial(FedBRBLike(broadcast=0.0, **ROLLING), rounds=9),
     "depthfl": Row(DepthFL(exits=2, **LOCAL), "more", deploys="half as deep", serves="target", combines=False),
     "progfed": Row(ProgFed(stages=2, **LOCAL), "model", deploys="half as deep", serves="half as deep"),
     "grow_then_fedavg-preserving": Row(
