@@ -94,8 +94,8 @@ def baselines_grid() -> list[Experiment]:
     return [replace(base, algorithm=algorithm) for algorithms in grids for algorithm in algorithms]
 
 
-# Learning rate of every method in `baselines`, by the name and preset it is reported under. Fed-Grow's are those of `quick`;
-# the others' are one guess for all, until `baselines_grid` has been run.
+# Learning rate of every method in `baselines`, by the name and preset it is reported under. Fed-Grow's are those of
+# `quick`; the others' are one guess for all, until `baselines_grid` has been run.
 _RATES = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
