@@ -85,12 +85,12 @@ def baselines() -> list[Experiment]:
 
 
 def baselines_grid() -> list[Experiment]:
-    """The learning rates tried for `baselines`: four for every method; `benchmarks/tune.py` reads what they gave.
+    """The learning rates tried for `baselines`: five for every method; `benchmarks/tune.py` reads what they gave.
 
     Run it on other seeds than `baselines`. Fed-Grow's private stages have the rates of `quick`.
     """
     base = replace(quick()[0], chunk=6)
-    grids = [_methods(dict.fromkeys(_RATES, lr)) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
+    grids = [_methods(dict.fromkeys(_RATES, lr)) for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)]
     return [replace(base, algorithm=algorithm) for algorithms in grids for algorithm in algorithms]
 
 
