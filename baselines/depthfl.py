@@ -22,6 +22,7 @@ from fedsim.exits import ends_at, exit_logits, shallower, tail, up_to
 from fedsim.fields import check_range
 from fedsim.models import Form
 from fedsim.rates import parameter_count
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.task import Batch, Task
 from fedsim.training import COSTS, Objective, check_settings, minimise, settings
 from fedsim.tree import Tree, clone, prefixed, under
@@ -38,6 +39,7 @@ class DepthFL(Algorithm):
     - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
     - `exits`: parts that the target's blocks are divided into, each with a head after it.
     - `distillation`: c; 0: exits do not teach each other. - `ramp`: rounds over which it comes in, as exp(-5 (1-t)^2).
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -48,6 +50,7 @@ class DepthFL(Algorithm):
     exits: int = dataclasses.field(default=4, metadata=COSTS)
     distillation: float = dataclasses.field(default=1.0, metadata=COSTS)
     ramp: int = 5
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -67,7 +70,7 @@ class DepthFL(Algorithm):
             last = depth == ctx.target.depth
             fresh = model if last else ctx.task.fresh(ctx.target, ctx.derive(f"exit {depth}"))
             body |= prefixed({name: fresh[name] for name in end}, f"{EXIT}{depth}.")
-        return body | {COVERED + name: torch.tensor(False) for name in body}
+        return self.server.start(body) | {COVERED + name: torch.tensor(False) for name in body}
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         depths = {client.id: self._depths(ctx.task, client.form, ctx.target) for client in cohort}
@@ -84,7 +87,7 @@ class DepthFL(Algorithm):
                 sums[name] = sums[name] + scaled if name in sums else scaled
                 weights[name] = weights.get(name, 0.0) + update.weight
         mean = {name: (total / weights[name]).to(state[name].dtype) for name, total in sums.items()}
-        return clone(state) | mean | {COVERED + name: torch.tensor(True) for name in mean}
+        return self.server.step(clone(state), mean) | {COVERED + name: torch.tensor(True) for name in mean}
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return self._model(state, ctx.task, ctx.target, ctx.target.depth)

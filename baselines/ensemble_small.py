@@ -24,13 +24,13 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_mean,
     weighted_sum,
 )
 from fedsim.ensemble import Ensemble
 from fedsim.fields import check_range
 from fedsim.models import Form
 from fedsim.rates import parameter_count, smallest
+from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.task import Task
 from fedsim.training import check_settings, local_train, settings
 from fedsim.tree import Tree, prefixed, under
@@ -42,6 +42,7 @@ class EnsembleSmall(Algorithm):
 
     - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
     - `members`: how many; None: as many as fit into the target's parameters.
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -50,6 +51,7 @@ class EnsembleSmall(Algorithm):
     weight_decay: float = 0.0
     clip: float | None = 1.0
     members: int | None = None
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -65,19 +67,20 @@ class EnsembleSmall(Algorithm):
         form, state = _form(ctx), {}
         for member in range(self._members(ctx.task, form, ctx.target)):
             state |= prefixed(ctx.task.fresh(form, ctx.derive(f"member {member}")), f"{member}.")
-        return state
+        return self.server.start(state)
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        return {client.id: state for client in cohort}
+        members = model_of(state)
+        return {client.id: members for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return weighted_mean(updates, like=state)
+        return self.server.after(state, updates)
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
-        return self._ensemble(state, ctx)
+        return self._ensemble(model_of(state), ctx)
 
     # at a participant -----------------------------------------------------------------------------------------------
 

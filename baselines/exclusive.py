@@ -25,13 +25,12 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_mean,
     weighted_sum,
 )
 from fedsim.fields import check_range, refuse
 from fedsim.models import Form
 from fedsim.rates import parameter_count
-from fedsim.server_opt import ServerOptimizer, model_of
+from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.task import Task
 from fedsim.training import check_settings, local_train, settings
 from fedsim.tree import Tree
@@ -55,7 +54,7 @@ class Exclusive(Algorithm):
     share: float = 1.0
     small_lr: float = 5e-4
     small_epochs: int = 10
-    server: ServerOptimizer = ServerOptimizer()
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -90,9 +89,7 @@ class Exclusive(Algorithm):
         return weighted_sum(able) if able else None
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        model = model_of(state)
-        mean = weighted_mean((update for update in updates if update.tree), like=model)
-        return state if mean is model else self.server.step(state, mean)
+        return self.server.after(state, (update for update in updates if update.tree))
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

@@ -27,13 +27,12 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_mean,
     weighted_sum,
 )
 from fedsim.fields import check_range, refuse
 from fedsim.models import Form
 from fedsim.rates import smallest
-from fedsim.server_opt import ServerOptimizer, model_of
+from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.training import COSTS, check_settings, minimise, proximal, settings, task_loss
 from fedsim.tree import Tree
 
@@ -58,7 +57,7 @@ class FedAvg(Algorithm):
     clip: float | None = 1.0
     of: Literal["target", "intermediate", "smallest"] = "target"
     mu: float | None = dataclasses.field(default=None, metadata=COSTS)
-    server: ServerOptimizer = ServerOptimizer()
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -84,9 +83,7 @@ class FedAvg(Algorithm):
         return weighted_sum(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        model = model_of(state)
-        mean = weighted_mean(updates, like=model)
-        return state if mean is model else self.server.step(state, mean)  # nobody arrived: momentum does not go on
+        return self.server.after(state, updates)
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(self._form(ctx, [client.form for client in ctx.clients]), model_of(state))

@@ -24,19 +24,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fedsim.algorithm import (
-    Algorithm,
-    ClientContext,
-    ClientInfo,
-    ClientUpdate,
-    Partial,
-    Payload,
-    ServerContext,
-)
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.coverage import MODEL, averaged, covered_of, everywhere, model_of, start
 from fedsim.fields import check_range, refuse
 from fedsim.models import Form
 from fedsim.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form, window
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.submodel import Cut
 from fedsim.task import Task
 from fedsim.training import check_settings, local_train, settings
@@ -52,6 +45,7 @@ class FedBRBLike(Algorithm):
     - `clock`: all participants of a rate train the same block ("together"), or each begins at another ("spread").
     - `broadcast`: lam; 0: none. - `decay`: rounds after which lam_t is half of it; None: constant.
     - `mode`: what is broadcast: the trained blocks themselves ("parameters"), or how they changed ("changes").
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -64,6 +58,7 @@ class FedBRBLike(Algorithm):
     broadcast: float = 0.05
     decay: float | None = None
     mode: Literal["parameters", "changes"] = "parameters"
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -86,7 +81,7 @@ class FedBRBLike(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
@@ -100,7 +95,7 @@ class FedBRBLike(Algorithm):
             key = self._block(ctx, ctx.clients[client])
             return trained.setdefault(key, _cut(ctx, *key))
 
-        after, now = averaged(state, updates, ctx.task, ctx.target, cut_of)
+        after, now = averaged(state, updates, ctx, self.server, cut_of)
         lam = self.broadcast / (1 + ctx.round / self.decay) if self.decay else self.broadcast
         if not lam or not trained:
             return after

@@ -20,20 +20,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.algorithm import (
-    Algorithm,
-    ClientContext,
-    ClientInfo,
-    ClientUpdate,
-    Partial,
-    Payload,
-    ServerContext,
-)
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.coverage import averaged, covered_of, model_of, start
 from fedsim.fields import refuse
 from fedsim.models import Form
 from fedsim.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form
 from fedsim.seeding import generator
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.submodel import Cut
 from fedsim.task import Task
 from fedsim.training import check_settings, local_train, settings
@@ -47,6 +40,7 @@ class FederatedDropout(Algorithm):
     - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
     - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
     - `keep`: the share of each axis that everyone keeps, whatever its device; None: the participant's rate.
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -56,6 +50,7 @@ class FederatedDropout(Algorithm):
     clip: float | None = 1.0
     rates: tuple[float, ...] = RATES
     keep: float | None = None
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -77,14 +72,14 @@ class FederatedDropout(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
         return {client.id: self._cut(ctx, client).extract(model) for client in cohort}
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return averaged(state, updates, ctx.task, ctx.target, lambda client: self._cut(ctx, ctx.clients[client]))[0]
+        return averaged(state, updates, ctx, self.server, lambda client: self._cut(ctx, ctx.clients[client]))[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

@@ -18,19 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from fedsim.algorithm import (
-    Algorithm,
-    ClientContext,
-    ClientInfo,
-    ClientUpdate,
-    Partial,
-    Payload,
-    ServerContext,
-)
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.coverage import averaged, covered_of, model_of, start
 from fedsim.fields import refuse
 from fedsim.models import Form
 from fedsim.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.submodel import Cut
 from fedsim.task import Task
 from fedsim.training import check_settings, local_train, settings
@@ -45,6 +38,7 @@ class FedRolex(Algorithm):
     - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
     - `step`: coordinates that windows move on by in a round; negative rolls the other way.
     - `by_examples`: weight the mean by examples.
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -55,6 +49,7 @@ class FedRolex(Algorithm):
     rates: tuple[float, ...] = RATES
     step: int = 1
     by_examples: bool = False
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -72,7 +67,7 @@ class FedRolex(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
@@ -83,7 +78,7 @@ class FedRolex(Algorithm):
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: self._cut(ctx, rate) for rate in {*rates}}
-        return averaged(state, updates, ctx.task, ctx.target, lambda client: cuts[rates[client]])[0]
+        return averaged(state, updates, ctx, self.server, lambda client: cuts[rates[client]])[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

@@ -14,18 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fedsim.algorithm import (
-    Algorithm,
-    ClientContext,
-    ClientInfo,
-    ClientUpdate,
-    Partial,
-    Payload,
-    ServerContext,
-)
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.coverage import averaged, covered_of, model_of, start
 from fedsim.models import Form
 from fedsim.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form, window
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.submodel import Cut
 from fedsim.task import Batch, Task
 from fedsim.training import COSTS, Objective, check_settings, minimise, settings, task_loss
@@ -39,6 +32,7 @@ class FjORD(Algorithm):
     - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
     - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who holds which).
     - `distillation`: smaller sub-models learn from the largest that the participant holds.
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -48,6 +42,7 @@ class FjORD(Algorithm):
     clip: float | None = 1.0
     rates: tuple[float, ...] = dataclasses.field(default=RATES, metadata=COSTS)
     distillation: bool = dataclasses.field(default=True, metadata=COSTS)
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -67,7 +62,7 @@ class FjORD(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
@@ -78,7 +73,7 @@ class FjORD(Algorithm):
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates}}
-        return averaged(state, updates, ctx.task, ctx.target, lambda client: cuts[rates[client]])[0]
+        return averaged(state, updates, ctx, self.server, lambda client: cuts[rates[client]])[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

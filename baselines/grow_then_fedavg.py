@@ -25,12 +25,12 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_mean,
     weighted_sum,
 )
 from fedsim.fields import check_range
 from fedsim.models import Form
 from fedsim.rates import smallest
+from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.task import Task
 from fedsim.training import check_settings, local_train, settings
 from fedsim.tree import Tree
@@ -43,6 +43,7 @@ class GrowThenFedAvg(Algorithm):
     - `preset`: the growth operator; see `fedgrow_algo.presets`.
     - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
     - `small_rounds`: how many rounds the small model is averaged for.
+    - `server`: what the server makes of the mean.
     """
 
     preset: str = "preserving"
@@ -52,6 +53,7 @@ class GrowThenFedAvg(Algorithm):
     weight_decay: float = 0.0
     clip: float | None = 1.0
     small_rounds: int = 5
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -73,28 +75,29 @@ class GrowThenFedAvg(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return ctx.task.fresh(_smallest(ctx), ctx.derive("target"))
+        return self.server.start(ctx.task.fresh(_smallest(ctx), ctx.derive("target")))
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        model = self._model(state, ctx)
+        model = model_of(self._current(state, ctx))
         return {client.id: model for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return weighted_mean(updates, like=self._model(state, ctx))
+        return self.server.after(self._current(state, ctx), updates)
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(self._form(ctx), state)
+        return ctx.task.module(self._form(ctx), model_of(state))
 
-    def _model(self, state: Tree, ctx: ServerContext) -> Tree:
+    def _current(self, state: Tree, ctx: ServerContext) -> Tree:
         """What the round starts from: the state, grown when the first round of the target begins."""
         sizes = {name: parameter.shape for name, parameter in ctx.task.skeleton(self._form(ctx)).named_parameters()}
-        if {name: tensor.shape for name, tensor in state.items()} == sizes:
+        small = model_of(state)
+        if {name: tensor.shape for name, tensor in small.items()} == sizes:
             return state
         operator = operator_between(self.preset, ctx.task, _smallest(ctx), ctx.target)
-        return grown(operator, operator.init(ctx.generator("operator")), operator.stack(state))
+        return self.server.start(grown(operator, operator.init(ctx.generator("operator")), operator.stack(small)))
 
     # at a participant -----------------------------------------------------------------------------------------------
 

@@ -22,18 +22,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.algorithm import (
-    Algorithm,
-    ClientContext,
-    ClientInfo,
-    ClientUpdate,
-    Partial,
-    Payload,
-    ServerContext,
-)
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.coverage import ROWS, averaged, covered_of, model_of, start
 from fedsim.models import Form
 from fedsim.rates import RATES, check_forms, check_rates, cut_at, rate_of, sub_form
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.submodel import ParamSpec
 from fedsim.task import Batch, Task
 from fedsim.training import COSTS, check_settings, local_train, settings
@@ -48,6 +41,7 @@ class HeteroFL(Algorithm):
     - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
     - `scaler`: divide what width layers compute by the rate, in training. - `masks`: absent classes do not count.
     - `by_examples`: weight the mean by examples.
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -59,6 +53,7 @@ class HeteroFL(Algorithm):
     scaler: bool = dataclasses.field(default=True, metadata=COSTS)
     masks: bool = dataclasses.field(default=True, metadata=COSTS)
     by_examples: bool = False
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -66,7 +61,8 @@ class HeteroFL(Algorithm):
 
     @property
     def name(self) -> str:
-        return "heterofl_clean" if self == heterofl_clean(**settings(self), rates=self.rates) else "heterofl"
+        clean = heterofl_clean(**settings(self), rates=self.rates, server=self.server)
+        return "heterofl_clean" if self == clean else "heterofl"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
         check_forms(task, target, forms, self.rates)
@@ -74,7 +70,7 @@ class HeteroFL(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
@@ -85,7 +81,7 @@ class HeteroFL(Algorithm):
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates}}
-        return averaged(state, updates, ctx.task, ctx.target, lambda client: cuts[rates[client]])[0]
+        return averaged(state, updates, ctx, self.server, lambda client: cuts[rates[client]])[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

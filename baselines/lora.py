@@ -30,7 +30,6 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_mean,
     weighted_sum,
 )
 from fedsim.exits import tail
@@ -38,6 +37,7 @@ from fedsim.fields import check_range
 from fedsim.models import Form
 from fedsim.pretrained import Checkpoint, start_of
 from fedsim.seeding import generator
+from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.task import Batch, Task
 from fedsim.training import check_settings, local_train, settings
 from fedsim.tree import Tree, prefixed, to, under
@@ -52,7 +52,7 @@ class FederatedLoRA(Algorithm):
 
     - `method`: see the module. - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: see `fedsim.training.settings`.
     - `rank`: of every adapter; the largest, where they differ. - `alpha`: B A counts alpha / rank times, for all ranks.
-    - `base`: W0, a checkpoint of the target's form; None: as the seed gives it.
+    - `base`: W0, a checkpoint of the target's form; None: as the seed gives it. - `server`: what it makes of the mean.
     """
 
     method: Literal["fedit", "ffa_lora", "hetlora"] = "fedit"
@@ -64,6 +64,7 @@ class FederatedLoRA(Algorithm):
     rank: int = 8
     alpha: float = 16.0
     base: Checkpoint | None = None
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -83,21 +84,21 @@ class FederatedLoRA(Algorithm):
 
     def server_init(self, ctx: ServerContext) -> Tree:
         held, factors = self._start(ctx)
-        return factors | prefixed({name: held[name] for name in tail(ctx.task, ctx.target)}, HEAD)
+        return self.server.start(factors | prefixed({n: held[n] for n in tail(ctx.task, ctx.target)}, HEAD))
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         ranks = {client.id: self._rank(ctx.task, client.form, ctx.target) for client in cohort}
-        parts = {rank: resized(state, rank) for rank in {*ranks.values()}}
+        parts = {rank: resized(model_of(state), rank) for rank in {*ranks.values()}}
         return {id_: parts[rank] for id_, rank in ranks.items()}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial:
         return weighted_sum([dataclasses.replace(u, tree=resized(u.tree, self.rank)) for u in updates])
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return weighted_mean((u if isinstance(u, Partial) else self.combine([u]) for u in updates), like=state)
+        return self.server.after(state, (u if isinstance(u, Partial) else self.combine([u]) for u in updates))
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
-        return self._model(self._start(ctx)[0], state, ctx)
+        return self._model(self._start(ctx)[0], model_of(state), ctx)
 
     # at a participant -----------------------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ class FederatedLoRA(Algorithm):
 
         trained = local_train(ctx, forward, payload, purpose="adapters", **settings(self))
         weight = float(ctx.info.num_examples)
-        if self.method == "hetlora":  # before anything is learned all norms are 0, and all adapters count alike
+        if self.method == "hetlora":  # as long as all norms are 0 all adapters count alike
             weight = norm(trained, adapted(ctx.task, ctx.target)) or 1e-12
         return ClientUpdate(ctx.info.id, trained, weight), state
 

@@ -23,13 +23,13 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_mean,
     weighted_sum,
 )
 from fedsim.exits import ends_at, shallower, tail, up_to
 from fedsim.fields import check_range
 from fedsim.models import Form
 from fedsim.seeding import derive
+from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.task import Batch
 from fedsim.training import COSTS, check_settings, local_train, settings
 from fedsim.tree import Tree
@@ -42,6 +42,7 @@ class ProgFed(Algorithm):
     - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
     - `stages`: parts that the target's blocks are divided into. - `stage_rounds`: rounds of each stage but the last.
     - `warmup`: rounds, at the beginning of each stage but the first, that train only what is new.
+    - `server`: what the server makes of the mean.
     """
 
     lr: float = 5e-4
@@ -52,6 +53,7 @@ class ProgFed(Algorithm):
     stages: int = 4
     stage_rounds: int = 2
     warmup: int = dataclasses.field(default=0, metadata=COSTS)
+    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -65,29 +67,29 @@ class ProgFed(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return self._fresh(ctx, 0)
+        return self.server.start(self._fresh(ctx, 0))
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        model = self._model(state, ctx)
+        model = model_of(self._current(state, ctx))
         return {client.id: model for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        model = self._model(state, ctx)
-        return model | weighted_mean(updates, like=model)
+        return self.server.after(self._current(state, ctx), updates)
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(self._form(ctx), state)
+        return ctx.task.module(self._form(ctx), model_of(state))
 
-    def _model(self, state: Tree, ctx: ServerContext) -> Tree:
+    def _current(self, state: Tree, ctx: ServerContext) -> Tree:
         """What the round starts from: the state, or, when a stage begins, the state with new blocks on top."""
         form, end = self._form(ctx), {*tail(ctx.task, ctx.target)}
-        if state.keys() == ctx.task.specs(form).keys():
+        old = model_of(state)
+        if old.keys() == ctx.task.specs(form).keys():
             return state
         new = self._fresh(ctx, self._stage(ctx))
-        return new | {name: tensor for name, tensor in state.items() if name not in end}
+        return self.server.start(new | {name: tensor for name, tensor in old.items() if name not in end})
 
     def _fresh(self, ctx: ServerContext, stage: int) -> Tree:
         """The model of a stage as it is initialised: all blocks of one target, a head for each stage."""

@@ -42,8 +42,9 @@ from fedgrow_algo.rounds import (
     stage_of,
 )
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.fields import check_range, check_types
+from fedsim.fields import check_range, check_types, refuse
 from fedsim.models import Form
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.task import Task
 from fedsim.training import COSTS, local_train
 from fedsim.tree import Tree, prefixed, to, under
@@ -96,6 +97,7 @@ class FedGrow(Algorithm):
     - `federate`: False trains the same operators and never averages: every participant keeps its own Global.
     - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
+    - `server`: what the server makes of the mean.
     - `checkpoint_growth`: keep nothing of the growth for the backward pass but grow again: less memory, more time.
     """
 
@@ -113,6 +115,7 @@ class FedGrow(Algorithm):
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
     finetune_epochs: int = 1
+    server: ServerOptimizer = AVERAGE
     checkpoint_growth: bool = dataclasses.field(default=False, metadata=COSTS)
 
     def __post_init__(self) -> None:
@@ -122,6 +125,8 @@ class FedGrow(Algorithm):
         check_range(self, "algorithm", "epochs", "finetune_epochs", "batch_size", least=1)
         check_range(self, "algorithm", "local_epochs", "small_epochs", "finetune_after", least=0)
         check_range(self, "algorithm", "clip", above=0)
+        if not self.federate and self.server.kind != "average":
+            refuse("algorithm.server.kind", self.server.kind, "'average' where algorithm.federate=False")
 
     @property
     def name(self) -> str:
@@ -140,7 +145,7 @@ class FedGrow(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return server_state(self.preset, self.finetune_after, ctx) if self.federate else {}
+        return server_state(self.preset, self.server, self.finetune_after, ctx) if self.federate else {}
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
@@ -149,7 +154,7 @@ class FedGrow(Algorithm):
         return combined(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return aggregated(state, updates, self.stage(ctx.round))
+        return aggregated(state, updates, self.server, self.stage(ctx.round))
 
     # at a participant -----------------------------------------------------------------------------------------------
 

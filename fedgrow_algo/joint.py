@@ -40,6 +40,7 @@ from fedgrow_algo.rounds import (
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.fields import check_range, check_types
 from fedsim.models import Form
+from fedsim.server_opt import AVERAGE, ServerOptimizer
 from fedsim.task import Batch, Task
 from fedsim.training import COSTS, Forward, local_train
 from fedsim.tree import Tree, prefixed, to, under
@@ -59,6 +60,7 @@ class FedGrowJoint(Algorithm):
     - `batch_size`, `weight_decay` (decoupled), `clip` (gradient norm over both operators): of all stages; AdamW.
     - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
+    - `server`: what the server makes of the mean.
     - `checkpoint_growth`: keep nothing of the growth to the target for the backward pass but grow again: less memory,
       more time. What lies between S_i and M_i is kept.
     """
@@ -75,6 +77,7 @@ class FedGrowJoint(Algorithm):
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
     finetune_epochs: int = 1
+    server: ServerOptimizer = AVERAGE
     checkpoint_growth: bool = dataclasses.field(default=False, metadata=COSTS)
 
     def __post_init__(self) -> None:
@@ -102,7 +105,7 @@ class FedGrowJoint(Algorithm):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> Tree:
-        return server_state(self.preset, self.finetune_after, ctx)
+        return server_state(self.preset, self.server, self.finetune_after, ctx)
 
     def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
@@ -111,7 +114,7 @@ class FedGrowJoint(Algorithm):
         return combined(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return aggregated(state, updates, self.stage(ctx.round))
+        return aggregated(state, updates, self.server, self.stage(ctx.round))
 
     # at a participant -----------------------------------------------------------------------------------------------
 

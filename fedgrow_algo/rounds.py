@@ -19,11 +19,11 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_mean,
     weighted_sum,
 )
 from fedsim.models import Form
 from fedsim.seeding import generator
+from fedsim.server_opt import ServerOptimizer, model_of
 from fedsim.task import Task
 from fedsim.training import local_train
 from fedsim.tree import Tree, prefixed, under
@@ -60,15 +60,15 @@ def as_stored(tree: Tree) -> Tree:
 # at the aggregator ----------------------------------------------------------------------------------------------------
 
 
-def server_state(preset: str, finetune_after: int | None, ctx: ServerContext) -> Tree:
+def server_state(preset: str, server: ServerOptimizer, finetune_after: int | None, ctx: ServerContext) -> Tree:
     """Global before round 1 and, where targets will be fine-tuned, that nobody has made its own."""
-    state = first_global(preset, ctx)
+    state = server.start(first_global(preset, ctx))
     return state if finetune_after is None else state | {GROWN: torch.zeros(len(ctx.clients), dtype=torch.bool)}
 
 
 def payloads(state: Tree, cohort: Sequence[ClientInfo], stage: str) -> Mapping[int, Payload]:
     """Global for everyone; when targets are fine-tuned, for those alone that have not made theirs."""
-    shared: Tree = {name: tensor for name, tensor in state.items() if name != GROWN}
+    shared: Tree = {name: tensor for name, tensor in model_of(state).items() if name != GROWN}
     if stage != FINETUNE or GROWN not in state:
         return {client.id: shared for client in cohort}
     nothing: Tree = {}
@@ -80,13 +80,13 @@ def combined(updates: Sequence[ClientUpdate]) -> Partial | None:
     return weighted_sum(updates) if any(update.tree for update in updates) else None
 
 
-def aggregated(state: Tree, updates: Iterable[ClientUpdate | Partial], stage: str) -> Tree:
-    """The mean of what arrived; when targets are fine-tuned, a note of who has its own. Nobody averages: nothing."""
+def aggregated(state: Tree, updates: Iterable[ClientUpdate | Partial], server: ServerOptimizer, stage: str) -> Tree:
+    """A step to the mean of what arrived; when targets are fine-tuned, a note of who has its own."""
     if GROWN not in state:
-        return weighted_mean(updates, like=state)
+        return server.after(state, updates)
     grown = state[GROWN].clone()
     if stage != FINETUNE:
-        return state | weighted_mean(updates, like=state) | {GROWN: grown}
+        return server.after(state, updates) | {GROWN: grown}
     for update in updates:
         assert isinstance(update, ClientUpdate), "sums do not say whose they are"
         grown[update.client] = True

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsim.algorithm import ClientUpdate, Partial
-from fedsim.models import Form
+from fedsim import server_opt
+from fedsim.algorithm import ClientUpdate, Partial, ServerContext
+from fedsim.server_opt import ServerOptimizer
 from fedsim.submodel import Cut, ScatterMean, join_fused, split_fused, split_specs
-from fedsim.task import Task
 from fedsim.tree import Tree, prefixed, under
 
 
@@ -16,15 +16,15 @@ MODEL, COVERED = "model.", "covered."  # parts of the server's state
 ROWS = "rows."  # beside the parameters in an update: which classes and tokens it vouches for
 
 
-def start(model: Mapping[str, Tensor]) -> Tree:
+def start(model: Mapping[str, Tensor], server: ServerOptimizer) -> Tree:
     """The server's first state: nothing is covered."""
     nothing = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in model.items()}
-    return prefixed(model, MODEL) | prefixed(nothing, COVERED)
+    return prefixed(server.start(model), MODEL) | prefixed(nothing, COVERED)
 
 
 def model_of(state: Mapping[str, Tensor]) -> Tree:
     """The model in a server's state."""
-    return under(dict(state), MODEL)
+    return server_opt.model_of(under(dict(state), MODEL))
 
 
 def covered_of(state: Mapping[str, Tensor]) -> Tree:
@@ -35,26 +35,27 @@ def covered_of(state: Mapping[str, Tensor]) -> Tree:
 def averaged(
     state: Mapping[str, Tensor],
     updates: Iterable[ClientUpdate | Partial],
-    task: Task,
-    form: Form,
+    ctx: ServerContext,
+    server: ServerOptimizer,
     cut_of: Callable[[int], Cut],
 ) -> tuple[Tree, Tree]:
     """Each coordinate's mean over the clients of the round that have it (`fedsim.submodel.ScatterMean`).
 
     **Arguments:**
 
-    - `form`: of the server's model. - `cut_of`: where a client's sub-model lies in it.
+    - `server`: what it makes of the mean. - `cut_of`: where a client's sub-model lies in the target.
 
     **Returns:** the next state, and which coordinates were trained in this round, of bools.
     """
-    mean = ScatterMean(model_of(state), task.specs(form), form.axes)
+    mean = ScatterMean(model_of(state), ctx.task.specs(ctx.target), ctx.target.axes)
     for update in updates:
         assert isinstance(update, ClientUpdate), "sums do not say where they belong"
         tree = {name: tensor for name, tensor in update.tree.items() if not name.startswith(ROWS)}
         mean.add(cut_of(update.client), tree, update.weight, under(update.tree, ROWS))
     now, before = mean.covered(), covered_of(state)
     ever = {name: before[name] | now[name] for name in before}
-    return prefixed(mean.mean(), MODEL) | prefixed(ever, COVERED), now
+    moved = server.step(under(dict(state), MODEL), mean.mean(), where=now)
+    return prefixed(moved, MODEL) | prefixed(ever, COVERED), now
 
 
 def everywhere(cuts: Sequence[tuple[int, Cut]], source: Mapping[str, Tensor]) -> Tree:

@@ -14,26 +14,31 @@ With `x` the server's model, `mean` what its clients' models average to, and `de
 bias. Only `average` is without state and without `lr`. The last three move every scalar by about `lr` at most in a
 round, so 1 is far too much for them; the paper's rates lie around 0.01.
 
+Every method here that averages has one, as its field `server`. In partial training coordinates that nobody trained in a
+round stay, and so do their moments; where the model grows, moments begin anew. FLoRA stacks instead of averaging.
+
 Differs from the paper: FedAdagrad has `beta1 = 0`, as in its experiments.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedsim.algorithm import ClientUpdate, Partial, weighted_mean
 from fedsim.fields import check_range, check_types, refuse
-from fedsim.tree import Tree, prefixed, under
+from fedsim.tree import Tree, prefixed
 
 
 MOMENTS = ("server_m.", "server_v.")  # parts of the server's state, beside the model
+ALL: Mapping[str, Tensor] = {}  # no coordinate stays
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptimizer:
-    """How the server moves towards the mean of its clients' models.
+    """How the server moves towards the mean of what its clients send.
 
     - `kind`: see the module. - `lr`: of the server. - `beta1`, `beta2`: decay of the moments. - `tau`: how adaptive.
     """
@@ -60,21 +65,37 @@ class ServerOptimizer:
         v = {name: torch.full_like(tensor, self.tau**2) for name, tensor in model.items()} if self._has_v else {}
         return {**model, **prefixed(m, MOMENTS[0]), **prefixed(v, MOMENTS[1])}
 
-    def step(self, state: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> Tree:
-        """The next state."""
+    def after(self, state: Tree, updates: Iterable[ClientUpdate | Partial]) -> Tree:
+        """The state after a round: a step to the weighted mean of what arrived. Nobody: as it was, momentum too."""
+        mean = weighted_mean(updates, like=state)
+        return state if mean is state else self.step(state, mean)
+
+    def step(self, state: Mapping[str, Tensor], mean: Mapping[str, Tensor], where: Mapping[str, Tensor] = ALL) -> Tree:
+        """The next state. What the mean does not have stays as it is, and so do its moments.
+
+        **Arguments:**
+
+        - `where`: the coordinates that move, of bools under the names of `mean`; those of other names all do.
+        """
+        after = dict(state)
+        for name in mean:
+            for key, tensor in self._moved(name, state, mean[name]).items():
+                after[key] = torch.where(where[name], tensor, state[key]) if name in where else tensor
+        return after
+
+    def _moved(self, name: str, state: Mapping[str, Tensor], mean: Tensor) -> Tree:
+        """One tensor after a step, with its moments."""
         if self.kind == "average":
-            return dict(mean)
-        x, m, v = model_of(state), under(dict(state), MOMENTS[0]), under(dict(state), MOMENTS[1])
-        delta = {name: mean[name] - x[name] for name in x}
+            return {name: mean}
+        x, m_name, v_name = state[name], MOMENTS[0] + name, MOMENTS[1] + name
+        delta = mean - x
         if self.kind == "avgm":
-            m = {name: self.beta1 * m[name] + delta[name] for name in x}
-            moved = {name: x[name] + self.lr * m[name] for name in x}
-            return {**moved, **prefixed(m, MOMENTS[0])}
-        m = {name: self.beta1 * m[name] + (1 - self.beta1) * delta[name] for name in x} if self._has_m else {}
-        v = {name: self._second(v[name], delta[name].square()) for name in x}
-        direction = m or delta
-        moved = {name: x[name] + self.lr * direction[name] / (v[name].sqrt() + self.tau) for name in x}
-        return {**moved, **prefixed(m, MOMENTS[0]), **prefixed(v, MOMENTS[1])}
+            m = self.beta1 * state[m_name] + delta
+            return {name: x + self.lr * m, m_name: m}
+        m = self.beta1 * state[m_name] + (1 - self.beta1) * delta if self._has_m else delta
+        v = self._second(state[v_name], delta.square())
+        moved = {name: x + self.lr * m / (v.sqrt() + self.tau), v_name: v}
+        return moved | {m_name: m} if self._has_m else moved
 
     def _second(self, v: Tensor, square: Tensor) -> Tensor:
         if self.kind == "adagrad":
@@ -90,6 +111,9 @@ class ServerOptimizer:
     @property
     def _has_v(self) -> bool:
         return self.kind in ("adagrad", "adam", "yogi")
+
+
+AVERAGE = ServerOptimizer()
 
 
 def model_of(state: Mapping[str, Tensor]) -> Tree:

@@ -27,6 +27,7 @@ from fedsim.data.config import Split, digits
 from fedsim.data.text import BYTE_END, BYTE_MASK, BYTE_PADDING, IGNORED
 from fedsim.models import Form
 from fedsim.rates import cut_at, sub_form
+from fedsim.server_opt import AVERAGE
 from fedsim.submodel import Cut, ScatterMean, join_fused, split_fused, split_specs
 from fedsim.task import Batch, Task, TaskConfig, load_task, subset
 from fedsim.training import Meter, StepCost
@@ -133,7 +134,7 @@ class Federation:
     def kept(self, round: int, client: int) -> Kept:
         """Which coordinates a client has in a round, read off what it is sent."""
         form = sub_form(self.task, self.target, self.rate(client))
-        extract = lambda tree: self.payloads(round, [client], start(tree))[client]  # noqa: E731
+        extract = lambda tree: self.payloads(round, [client], start(tree, AVERAGE))[client]  # noqa: E731
         return kept_by(self.task, self.target, form, extract)
 
     def rate(self, client: int) -> float:
@@ -492,7 +493,7 @@ def test_a_rolled_window_as_wide_as_the_model_computes_the_same() -> None:
         tree = random_tree(task, target)
         expected = task.forward(target, tree, batch)
         for round in (1, 2, 6, 50):
-            permuted = federation.payloads(round, state=start(tree))[0]
+            permuted = federation.payloads(round, state=start(tree, AVERAGE))[0]
             assert (sha256(permuted) == sha256(tree)) == (round == 1)
             logits = task.forward(federation.form(0), permuted, batch)
             exact = 1e-4 if row == "llama-lm-tied" else 1e-10  # its norms compute in fp32, whatever comes in
@@ -563,7 +564,7 @@ def test_full_windows_that_roll_are_fedavg_in_every_round() -> None:
     """Coordinates come in another order, so sums are rounded otherwise; keys' biases have no gradient but rounding."""
     rolling, plain = (Federation(a, (1.0,) * 3) for a in (FedRolex(**LOCAL, by_examples=True), FEDAVG))
     for round in range(1, 5):
-        rolling.server = start(plain.server)
+        rolling.server = start(plain.server, AVERAGE)
         rolling.run(round)
         plain.run(round)
         assert close(rolling.model(), plain.server, atol=2e-4, but="k_proj.bias"), round

@@ -26,6 +26,7 @@ from fedsim.models import Form
 from fedsim.pretrained import Checkpoint
 from fedsim.progress import Silent
 from fedsim.runtime.inline import InlineRuntime
+from fedsim.server_opt import AVERAGE
 from fedsim.simulation import run
 from fedsim.task import Task, TaskConfig, load_task, subset
 from fedsim.training import Meter, StepCost, step_cost, task_loss
@@ -537,7 +538,7 @@ def test_those_who_failed_are_sent_global_again() -> None:
     sent = payloads(state, clients, "finetune")
     assert [set(sent[id_]) for id_ in range(3)] == [{"w"}, set(), {"w"}]
     assert sent[0] is sent[2], "one payload, however many it is for"
-    after = aggregated(state, iter([ClientUpdate(2, {}, 1.0)]), "finetune")  # client 0 raised
+    after = aggregated(state, iter([ClientUpdate(2, {}, 1.0)]), AVERAGE, "finetune")  # client 0 raised
     assert after["grown"].tolist() == [False, True, True]
     assert state["grown"].tolist() == [False, True, False]
     assert set(payloads(after, clients, "finetune")[0]) == {"w"}
@@ -546,12 +547,12 @@ def test_those_who_failed_are_sent_global_again() -> None:
 
 def test_nobody_is_noted_in_a_federated_round() -> None:
     state = {"w": torch.tensor([2.0]), "grown": torch.tensor([False, False])}
-    after = aggregated(state, iter([ClientUpdate(1, {"w": torch.tensor([4.0])}, 1.0)]), "federated")
+    after = aggregated(state, iter([ClientUpdate(1, {"w": torch.tensor([4.0])}, 1.0)]), AVERAGE, "federated")
     assert after["w"].tolist() == [4.0]
     assert after["grown"].tolist() == [False, False]
     after["grown"][0] = True
     assert not state["grown"].any()
-    nobody = aggregated(state, iter([]), "federated")
+    nobody = aggregated(state, iter([]), AVERAGE, "federated")
     assert_equal(nobody, state)
 
 

@@ -9,12 +9,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from baselines.depthfl import DepthFL
+from baselines.ensemble_small import EnsembleSmall
+from baselines.exclusive import Exclusive
 from baselines.fedavg import FedAvg
-from fedsim.algorithm import ClientUpdate
+from baselines.fedbrb_like import FedBRBLike
+from baselines.federated_dropout import FederatedDropout
+from baselines.fedrolex import FedRolex
+from baselines.fjord import FjORD
+from baselines.grow_then_fedavg import GrowThenFedAvg
+from baselines.heterofl import HeteroFL, heterofl_clean
+from baselines.lora import fedit, ffa_lora, hetlora
+from baselines.progfed import ProgFed
+from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.joint import FedGrowJoint
+from fedsim.algorithm import Algorithm, ClientUpdate
 from fedsim.experiment import canonical, revived
+from fedsim.models import Form
 from fedsim.server_opt import MOMENTS, ServerOptimizer, model_of
 from fedsim.tree import Tree, clone, nbytes, ordered
-from tests.small_federation import LOCAL, Federation, assert_close, assert_same_bits, drawn_like, without_counting
+from tests.small_federation import (
+    ALIKE,
+    LOCAL,
+    UNLIKE,
+    Federation,
+    assert_close,
+    assert_same_bits,
+    distance,
+    drawn_like,
+    without_counting,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +248,108 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError) as error:
         ServerOptimizer(**fields)
     assert named in str(error.value)
+
+
+# in every method that averages ----------------------------------------------------------------------------------------
+
+METHODS: dict[str, Algorithm] = {
+    "fedavg": FedAvg(**LOCAL),
+    "exclusive": Exclusive(**LOCAL, share=0.3, small_epochs=1),
+    "ensemble_small": EnsembleSmall(**LOCAL, members=2),
+    "grow_then_fedavg": GrowThenFedAvg(**LOCAL, small_rounds=1),
+    "progfed": ProgFed(**LOCAL, stages=2, stage_rounds=1),
+    "depthfl": DepthFL(**LOCAL, exits=2),
+    "heterofl": HeteroFL(**LOCAL),
+    "heterofl_clean": heterofl_clean(**LOCAL),
+    "fedrolex": FedRolex(**LOCAL),
+    "fjord": FjORD(**LOCAL),
+    "federated_dropout": FederatedDropout(**LOCAL),
+    "fedbrb_like": FedBRBLike(**LOCAL, broadcast=0.0),
+    "fedit": fedit(**LOCAL, rank=2),
+    "ffa_lora": ffa_lora(**LOCAL, rank=2),
+    "hetlora": hetlora(**LOCAL, rank=4),
+    "fedgrow": FedGrow(**LOCAL, small_epochs=1, local_epochs=1),
+    "fedgrow_joint": FedGrowJoint(**LOCAL, small_epochs=1, local_lr=1e-2),
+}
+ROLLS = ("fedrolex", "federated_dropout", "fedbrb_like")  # what is sent in round 2 is not what was in round 1
+
+
+def forms_of(name: str) -> tuple[Form, ...]:
+    return ALIKE if name.startswith("fedgrow") else UNLIKE
+
+
+def served_by(name: str, rounds: int, **server: Any) -> Federation:
+    algorithm = dataclasses.replace(METHODS[name], server=ServerOptimizer(**server))  # type: ignore[call-arg]
+    federation = Federation(algorithm, forms_of(name))
+    for round in range(1, rounds + 1):
+        federation.run(round)
+    return federation
+
+
+def floats(state: Tree) -> Tree:
+    """What a server holds beside its moments and its notes."""
+    held = {name: tensor for name, tensor in state.items() if "server_m." not in name and "server_v." not in name}
+    return {name: tensor for name, tensor in held.items() if tensor.is_floating_point()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_that_averages_may_have_one(name: str) -> None:
+    """Without momentum and at a rate of 1 FedAvgM is the method as it is; at half the rate it goes half the way."""
+    start, plain = floats(served_by(name, 0).server), floats(served_by(name, 1).server)
+    assert_close(floats(served_by(name, 1, kind="avgm", beta1=0.0).server), plain, atol=1e-6)
+    half = {key: (start[key] + plain[key]) / 2 for key in plain}
+    assert_close(floats(served_by(name, 1, kind="avgm", beta1=0.0, lr=0.5).server), half, atol=1e-6)
+    assert distance(half, plain) > 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_moments_last_and_are_never_sent(name: str) -> None:
+    """Two rounds, in which models grow and windows roll."""
+    heavy, light = (served_by(name, 2, kind="adam", lr=0.01, beta1=beta1) for beta1 in (0.9, 0.0))
+    assert [key for key in heavy.server if "server_m." in key] and [key for key in heavy.server if "server_v." in key]
+    assert distance(floats(heavy.server), floats(light.server)) > 1e-4
+    for client in range(3):
+        sent, plain = heavy.payload(3, client), Federation(METHODS[name], forms_of(name)).payload(3, client)
+        assert not [key for key in sent if "server_" in key]
+        assert {k: v.shape for k, v in sent.items()} == {k: v.shape for k, v in plain.items()}
+    if name not in ("fedgrow", "fedgrow_joint"):
+        assert {key for key, _ in heavy.served(2).named_parameters()}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*ROLLS, "hetlora")])
+def test_momentum_moves_on_without_a_difference(name: str) -> None:
+    """A round that brings back what was sent: the model goes on by beta1 m. (HetLoRA's zeros are a difference.)"""
+    federation = served_by(name, 2, kind="avgm", beta1=0.5)
+    before, moments = floats(federation.server), {k: v for k, v in federation.server.items() if "server_m." in k}
+    sent = [ClientUpdate(client, federation.payload(2, client), 1.0) for client in range(3)]
+    after = federation.aggregate(2, [one for one in sent if one.tree])
+    for key, m in moments.items():
+        model = key.replace("server_m.", "")
+        assert torch.allclose(after[model], before[model] + 0.5 * m, atol=1e-5), model
+
+
+@pytest.mark.parametrize("name", ROLLS)
+def test_coordinates_that_nobody_has_stay_with_their_moments(name: str) -> None:
+    federation = served_by(name, 1, kind="adam", lr=0.01)
+    before = federation.server
+    weakest = federation.payload(2, 0)
+    federation.run(2, [0])
+    after, moved = federation.server, 0
+    for key in floats(before):
+        if key.startswith("model."):
+            x = key.removeprefix("model.")
+            same = after[key] == before[key]
+            moved += int((~same).sum())
+            for moment in (f"model.server_m.{x}", f"model.server_v.{x}"):
+                assert torch.equal(after[moment][same], before[moment][same]) or name == "fedbrb_like"
+    assert 0 < moved <= sum(tensor.numel() for tensor in weakest.values())
+
+
+def test_a_server_that_averages_nothing_has_none() -> None:
+    with pytest.raises(
+        ValueError, match=r"algorithm\.server\.kind='adam': must be 'average' where algorithm\.federate"
+    ):
+        FedGrow(federate=False, server=ServerOptimizer("adam"))
 
 
 def test_an_experiments_json_brings_it_back() -> None:
