@@ -90,16 +90,17 @@ def baselines_grid() -> list[Experiment]:
     Run it on other seeds than `baselines`. Fed-Grow's private stages have the rates of `quick`.
     """
     base = replace(quick()[0], chunk=6)
-    grids = [_methods(dict.fromkeys(_RATES, lr)) for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)]
-    return [replace(base, algorithm=algorithm) for algorithms in grids for algorithm in algorithms]
+    return [replace(base, algorithm=each) for lr in _GRID for each in _methods(dict.fromkeys(_RATES, lr))]
 
 
+_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Learning rate of every method in `baselines`, by the name and preset it is reported under. Fed-Grow's are those of
 # `quick`; the others' are one guess for all, until `baselines_grid` has been run.
 _RATES = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
     "fedgrow_joint preserving": 1e-3,
+    "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-3,
     "fedgrow_released_code paper": 1e-2,
     "fedavg": 3e-3,
@@ -126,7 +127,7 @@ _RATES = {
 
 
 def _methods(rates: dict[str, float]) -> list[Algorithm]:
-    """Every method, for the sizes and rounds of `quick`, with these learning rates."""
+    """Every method in `rates`, with its learning rate."""
     local: dict[str, Any] = {"epochs": 2, "batch_size": 32}
     small: dict[str, Any] = {"small_lr": 3e-3, "small_epochs": 15}
     staged: dict[str, Any] = local | small | {"local_lr": 3e-3, "local_epochs": 15}
@@ -135,6 +136,7 @@ def _methods(rates: dict[str, float]) -> list[Algorithm]:
         FedGrow(preset="paper", **staged),
         FedGrow(preset="preserving", **staged),
         FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
+        FedGrow(preset="paper", federate=False, **staged),
         FedGrow(preset="preserving", federate=False, **staged),
         FedGrowReleasedCode(preset="paper", **staged),
         FedAvg(**local),
@@ -158,14 +160,38 @@ def _methods(rates: dict[str, float]) -> list[Algorithm]:
         FLoRA(**adapters),
         hetlora(**adapters),
     ]
-    names = [f"{method.name} {method.preset_name}".strip() for method in methods]
-    return [replace(method, lr=rates[name]) for name, method in zip(names, methods, strict=True)]  # type: ignore[call-arg]
+    named = {f"{method.name} {method.preset_name}".strip(): method for method in methods}
+    return [replace(named[name], lr=lr) for name, lr in rates.items()]  # type: ignore[call-arg]
 
 
 def cifar_subset() -> list[Experiment]:
     """The methods that matter most, on 4,000 images of CIFAR-10 (from FEDSIM_DATA_DIR)."""
+    return [replace(_cifar(), algorithm=algorithm) for algorithm in _methods(_CIFAR_RATES)]
+
+
+def cifar_subset_grid() -> list[Experiment]:
+    """The learning rates tried for `cifar_subset`, as `baselines_grid`; scored after the last round alone."""
+    base = replace(_cifar(), eval_every=10)
+    return [replace(base, algorithm=each) for lr in _GRID for each in _methods(dict.fromkeys(_CIFAR_RATES, lr))]
+
+
+# Learning rate of every method in `cifar_subset`, chosen on `cifar_subset_grid`.
+_CIFAR_RATES = {
+    "fedgrow paper": 1e-2,
+    "fedgrow preserving": 1e-3,
+    "fedavg": 3e-3,
+    "fedavg_small": 3e-3,
+    "fedavg_mid": 3e-3,
+    "heterofl_clean": 3e-3,
+    "fedbrb_like": 3e-3,
+    "fedit": 3e-3,
+}
+
+
+def _cifar() -> Experiment:
+    """What the runs of `cifar_subset` share."""
     data = DataConfig("cifar10", image_size=32, channels=3, num_classes=10, limit=4000)
-    base = replace(
+    return replace(
         quick()[0],
         task=TaskConfig(data, patch_size=8),
         tiers=(Tier("phone", Form(32, 2)), Tier("tablet", Form(48, 2)), Tier("laptop", Form(48, 3))),
@@ -177,10 +203,6 @@ def cifar_subset() -> list[Experiment]:
         eval_every=2,
         chunk=6,
     )
-    eight = ("fedgrow paper", "fedgrow preserving", "fedavg", "fedavg_small", "fedavg_mid")
-    eight += ("heterofl_clean", "fedbrb_like", "fedit")
-    chosen = [m for m in _methods(_RATES) if f"{m.name} {m.preset_name}".strip() in eight]
-    return [replace(base, algorithm=algorithm) for algorithm in chosen]
 
 
 def tiny() -> Experiment:

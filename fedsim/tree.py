@@ -11,8 +11,8 @@ Tree = dict[str, Tensor]
 
 
 def numel(tree: Mapping[str, Tensor]) -> int:
-    """Number of scalars in a tree."""
-    return sum(tensor.numel() for tensor in tree.values())
+    """Number of parameters in a tree; sets and indices, which are not floating point, are none."""
+    return sum(tensor.numel() for tensor in tree.values() if tensor.is_floating_point())
 
 
 def nbytes(tree: Mapping[str, Tensor]) -> int:

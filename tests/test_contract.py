@@ -608,9 +608,8 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
     assert sent == (sorted(map(content, shared.values())) if case.row.uploads == "operator" else [])
 
 
+@pytest.mark.parametrize("case", [row for row in TABLE if row[0].startswith("fedgrow")], ids="-".join, indirect=True)
 def test_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
-    if not case.algorithm.name.startswith("fedgrow"):
-        pytest.skip("not Fed-Grow: what such methods hold is theirs to say")
     _, state = case.first
     frozen = {"middle.", "small."}
     before, after = (

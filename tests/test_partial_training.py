@@ -848,6 +848,7 @@ def test_label_sets_are_counted_in_bytes() -> None:
     assert nbytes(without) == 4 * numel(federation.payloads(1)[0])
     assert nbytes(with_sets) - nbytes(without) == len(with_sets["rows.token"]) + inputs.num_classes
     assert {*with_sets} - {*without} == {"rows.token", "rows.class"}
+    assert numel(with_sets) == numel(without), "they are no parameters"
 
 
 # how participants train -----------------------------------------------------------------------------------------------
