@@ -34,9 +34,9 @@ from fedsim.task import TaskConfig
 
 
 def quick() -> list[Experiment]:
-    """The demo: Fed-Grow with two presets, the same growth without federation, and FedAvg of the target, on digits.
+    """The demo: Fed-Grow with two presets, growth without federation, FedAvg, HeteroFL and FedBRB-like, on digits.
 
-    Learning rates were chosen on validation scores of seeds outside the demo's (`benchmarks/LOG.md`).
+    Learning rates are those of `baselines`, chosen on validation scores of other seeds (`benchmarks/LOG.md`).
     """
     grow = FedGrow(
         preset="paper",
@@ -66,9 +66,11 @@ def quick() -> list[Experiment]:
     algorithms = (
         grow,
         replace(grow, preset="preserving", lr=1e-3),
-        replace(grow, lr=1e-3, federate=False),
         replace(grow, preset="preserving", lr=1e-3, federate=False),
-        FedAvg(lr=2e-3, epochs=2, batch_size=32),
+        FedAvg(lr=3e-3, epochs=2, batch_size=32),
+        HeteroFL(lr=3e-3, epochs=2, batch_size=32),
+        heterofl_clean(lr=3e-2, epochs=2, batch_size=32),
+        FedBRBLike(lr=1e-3, epochs=2, batch_size=32),
     )
     return [replace(base, algorithm=algorithm) for algorithm in algorithms]
 
@@ -85,12 +87,14 @@ def baselines() -> list[Experiment]:
 
 
 def baselines_grid() -> list[Experiment]:
-    """The learning rates tried for `baselines`: five for every method; `benchmarks/tune.py` reads what they gave.
+    """The learning rates tried for `baselines`: seven for every method; `benchmarks/tune.py` reads what they gave.
 
     Run it on other seeds than `baselines`. Fed-Grow's private stages have the rates of `quick`.
     """
     base = replace(quick()[0], chunk=6)
-    return [replace(base, algorithm=each) for lr in _GRID for each in _methods(dict.fromkeys(_RATES, lr))]
+    return [
+        replace(base, algorithm=each) for lr in (1e-4, *_GRID, 1e-1) for each in _methods(dict.fromkeys(_RATES, lr))
+    ]
 
 
 _GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -165,7 +169,7 @@ def _methods(rates: dict[str, float]) -> list[Algorithm]:
 
 
 def cifar_subset() -> list[Experiment]:
-    """The methods that matter most, on 4,000 images of CIFAR-10 (from FEDSIM_DATA_DIR)."""
+    """The methods that matter most, on 3,000 images of CIFAR-10 (from FEDSIM_DATA_DIR)."""
     return [replace(_cifar(), algorithm=algorithm) for algorithm in _methods(_CIFAR_RATES)]
 
 
@@ -190,7 +194,7 @@ _CIFAR_RATES = {
 
 def _cifar() -> Experiment:
     """What the runs of `cifar_subset` share."""
-    data = DataConfig("cifar10", image_size=32, channels=3, num_classes=10, limit=4000)
+    data = DataConfig("cifar10", image_size=32, channels=3, num_classes=10, limit=3000)
     return replace(
         quick()[0],
         task=TaskConfig(data, patch_size=8),

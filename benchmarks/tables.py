@@ -29,6 +29,10 @@ METHOD_ORDER = (
     "heterofl heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed grow_then_fedavg "
     "exclusive ensemble_small local_only fedit ffa_lora flora hetlora"
 )
+# What must be said wherever a method's numbers are.
+REMARKS = {
+    "fedbrb_like": "a reconstruction of FedBRB, whose method section could not be read; not the authors' algorithm"
+}
 NOT_A_VARIANT = {"seed", "name", "suite"}  # what may differ between two configs of the same variant
 KEYS = ["setting", "method", "algorithm", "preset"]
 # Columns of a reading -> columns of `rounds`.
@@ -194,6 +198,7 @@ def _setting_notes(runs: Sequence[Row]) -> Iterable[str]:
         yield "Equal bytes: empty, because no run of fedgrow has finished."
     if all(math.isnan(row["saved"]) for row in runs):
         yield "Saved against FedAvg: empty, because there is no finished run of fedavg to compare with."
+    yield from (f"{name}: {text}." for name, text in REMARKS.items() if any(row["algorithm"] == name for row in runs))
     seeds = Counter(row["method"] for row in runs)
     if len(set(seeds.values())) > 1:
         counts = ", ".join(f"{method} {count}" for method, count in seeds.items())
