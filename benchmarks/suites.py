@@ -93,11 +93,11 @@ def baselines_grid() -> list[Experiment]:
     """
     base = replace(quick()[0], chunk=6)
     return [
-        replace(base, algorithm=each) for lr in (1e-4, *_GRID, 1e-1) for each in _methods(dict.fromkeys(_RATES, lr))
+        replace(base, algorithm=each) for lr in (*_GRID, 3e-2, 1e-1) for each in _methods(dict.fromkeys(_RATES, lr))
     ]
 
 
-_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 # Learning rate of every method in `baselines`, by the name and preset it is reported under. Fed-Grow's are those of
 # `quick`; the others' are one guess for all, until `baselines_grid` has been run.
 _RATES = {
