@@ -98,35 +98,35 @@ def baselines_grid() -> list[Experiment]:
 
 
 _GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-# Learning rate of every method in `baselines`, by the name and preset it is reported under. Fed-Grow's are those of
-# `quick`; the others' are one guess for all, until `baselines_grid` has been run.
+# Learning rate of every method in `baselines`, by the name and preset it is reported under: the best of
+# `baselines_grid` (`LOG.md`, 2026-11-21).
 _RATES = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
-    "fedgrow_joint preserving": 1e-3,
+    "fedgrow_joint preserving": 3e-4,
     "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-3,
     "fedgrow_released_code paper": 1e-2,
     "fedavg": 3e-3,
-    "fedavg_small": 3e-3,
+    "fedavg_small": 3e-2,
     "fedavg_mid": 3e-3,
     "fedprox": 3e-3,
     "heterofl": 3e-3,
-    "heterofl_clean": 3e-3,
-    "fedrolex": 3e-3,
+    "heterofl_clean": 3e-2,
+    "fedrolex": 3e-2,
     "fjord": 3e-3,
     "federated_dropout": 3e-3,
-    "fedbrb_like": 3e-3,
+    "fedbrb_like": 1e-3,
     "depthfl": 3e-3,
-    "progfed": 3e-3,
+    "progfed": 1e-2,
     "grow_then_fedavg preserving": 3e-3,
     "exclusive": 3e-3,
-    "ensemble_small": 3e-3,
-    "local_only": 3e-3,
+    "ensemble_small": 1e-2,
+    "local_only": 1e-2,
     "fedit": 3e-3,
     "ffa_lora": 3e-3,
-    "flora": 3e-3,
-    "hetlora": 3e-3,
+    "flora": 1e-2,
+    "hetlora": 1e-2,
 }
 
 
