@@ -87,17 +87,17 @@ def baselines() -> list[Experiment]:
 
 
 def baselines_grid() -> list[Experiment]:
-    """The learning rates tried for `baselines`: seven for every method; `benchmarks/tune.py` reads what they gave.
+    """The learning rates tried for `baselines`: eight for every method; `benchmarks/tune.py` reads what they gave.
 
     Run it on other seeds than `baselines`. Fed-Grow's private stages have the rates of `quick`.
     """
     base = replace(quick()[0], chunk=6)
     return [
-        replace(base, algorithm=each) for lr in (*_GRID, 3e-2, 1e-1) for each in _methods(dict.fromkeys(_RATES, lr))
+        replace(base, algorithm=each) for lr in (3e-5, *_GRID, 1e-1) for each in _methods(dict.fromkeys(_RATES, lr))
     ]
 
 
-_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Learning rate of every method in `baselines`, by the name and preset it is reported under: the best of
 # `baselines_grid` (`LOG.md`, 2026-11-21).
 _RATES = {
