@@ -181,14 +181,14 @@ def cifar_subset_grid() -> list[Experiment]:
 
 # Learning rate of every method in `cifar_subset`, chosen on `cifar_subset_grid`.
 _CIFAR_RATES = {
-    "fedgrow paper": 1e-2,
-    "fedgrow preserving": 1e-3,
-    "fedavg": 3e-3,
-    "fedavg_small": 3e-3,
-    "fedavg_mid": 3e-3,
-    "heterofl_clean": 3e-3,
-    "fedbrb_like": 3e-3,
-    "fedit": 3e-3,
+    "fedgrow paper": 1e-3,
+    "fedgrow preserving": 1e-2,
+    "fedavg": 3e-4,
+    "fedavg_small": 1e-3,
+    "fedavg_mid": 3e-4,
+    "heterofl_clean": 1e-2,
+    "fedbrb_like": 3e-2,
+    "fedit": 1e-3,
 }
 
 
