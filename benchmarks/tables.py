@@ -329,6 +329,7 @@ COSTS: dict[str, Callable[[Row], str]] = {
     "own labels, %": lambda row: percent(row["accuracy_local"]),
     "worst, %": lambda row: percent(row["accuracy_min"]),
     "sd over seeds": lambda row: percent(row["accuracy_seed_std"]),
+    "at equal bytes, %": lambda row: percent(row["equal_bytes_accuracy"]),
     "MB up": lambda row: significant(row["up_mb"]),
     "MB down": lambda row: significant(row["down_mb"]),
     "FLOPs": lambda row: _count(row["flops"]),
