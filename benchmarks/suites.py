@@ -66,7 +66,7 @@ def quick() -> list[Experiment]:
     algorithms = (
         grow,
         replace(grow, preset="preserving", lr=1e-3),
-        replace(grow, preset="preserving", lr=1e-3, federate=False),
+        replace(grow, preset="preserving", lr=1e-4, federate=False),
         FedAvg(lr=3e-3, epochs=2, batch_size=32),
         HeteroFL(lr=3e-3, epochs=2, batch_size=32),
         heterofl_clean(lr=3e-2, epochs=2, batch_size=32),
@@ -105,7 +105,7 @@ _RATES = {
     "fedgrow preserving": 1e-3,
     "fedgrow_joint preserving": 3e-4,
     "fedgrow_no_federation paper": 1e-3,
-    "fedgrow_no_federation preserving": 1e-3,
+    "fedgrow_no_federation preserving": 1e-4,
     "fedgrow_released_code paper": 1e-2,
     "fedavg": 3e-3,
     "fedavg_small": 3e-2,

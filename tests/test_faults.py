@@ -96,7 +96,14 @@ class Driver:
     def start(self, *words: str) -> None:
         (self.folder / "happened").unlink(missing_ok=True)
         command = [sys.executable, "-m", "fedsim", *self.words, *words]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # what a shell runs in the background ignores Ctrl-C, and hands that on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def wait_until_it_stalls(self) -> None:
         wait_for(lambda: (self.folder / "happened").exists() or self.process.poll() is not None)
