@@ -14,8 +14,9 @@ With `x` the server's model, `mean` what its clients' models average to, and `de
 bias. Only `average` is without state and without `lr`. The last three move every scalar by about `lr` at most in a
 round, so 1 is far too much for them; the paper's rates lie around 0.01.
 
-Every method here that averages has one, as its field `server`. In partial training coordinates that nobody trained in a
-round stay, and so do their moments; where the model grows, moments begin anew. FLoRA stacks instead of averaging.
+Every method here that averages has one, as its field `server`, but for Fed-Grow's released code, which runs as it is;
+FLoRA stacks instead. In partial training coordinates that nobody trained in a round stay, and so do their moments;
+where the model grows, moments begin anew.
 
 Differs from the paper: FedAdagrad has `beta1 = 0`, as in its experiments.
 """

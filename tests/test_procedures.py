@@ -170,7 +170,9 @@ def test_a_round_moves_every_tensor_of_global() -> None:
     assert whole > 0.02 * sum(float(tensor.norm()) ** 2 for tensor in before.values()) ** 0.5
 
 
-GROWING = [experiment for experiment in (tiny(), *quick()) if isinstance(experiment.algorithm, FedGrow)]
+# Without federation the grid's validation scores chose a rate that all but stands still, between two that scored lower:
+# that is the control's finding, not a schedule to be mended. Whatever is averaged must be able to move.
+GROWING = [e for e in (tiny(), *quick()) if isinstance(e.algorithm, FedGrow) and e.algorithm.federate]
 
 
 @pytest.mark.parametrize("experiment", GROWING, ids=lambda experiment: experiment.run_id)
