@@ -81,9 +81,7 @@ def known_suites() -> dict[str, Callable[[], list[Experiment]]]:
     return {
         name: function
         for name, function in functions
-        if function.__module__ == suites.__name__
-        and not name.startswith("_")
-        and inspect.signature(function).return_annotation == list[Experiment]
+        if not name.startswith("_") and inspect.signature(function).return_annotation == list[Experiment]
     }
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
 from fedgrow_algo.presets import by_name
-from fedgrow_algo.pretrain import trained_on_own_shard
+from fedgrow_algo.pretrain import Draw, check_draw, trained_on_own_shard
 from fedgrow_algo.rounds import (
     FINETUNE,
     aggregated,
@@ -35,6 +35,7 @@ from fedgrow_algo.rounds import (
     check_growth,
     combined,
     fine_tuned,
+    first_draw,
     first_global,
     own_target,
     payloads,
@@ -56,6 +57,7 @@ MIDDLE, OWN = "middle.", "global."  # parts of a participant's private state: M_
 def intermediate_model(
     ctx: ClientContext,
     preset: str,
+    draw: Draw,
     *,
     small_lr: float,
     small_epochs: int,
@@ -66,17 +68,17 @@ def intermediate_model(
 ) -> Tree:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
 
-    - `settings`: of `local_train`, for both.
+    - `draw`: whose the random starts of S_i and Local_i are. - `settings`: of `local_train`, for both.
 
     **Returns:** M_i's weights, stacked as Global takes them.
     """
-    small = trained_on_own_shard(ctx, lr=small_lr, epochs=small_epochs, **settings)
+    small = trained_on_own_shard(ctx, lr=small_lr, epochs=small_epochs, draw=draw, **settings)
     local = operator_between(preset, ctx.task, ctx.info.form, ctx.intermediate)
     stacked = local.stack(small)
     tensors = local_train(
         ctx,
         grown_forward(ctx.task, local, stacked, ctx.intermediate, checkpoint_growth),
-        to(local.init(ctx.generator("local")), ctx.device),
+        to(local.init(first_draw(draw, ctx)), ctx.device),
         purpose="local",
         lr=local_lr,
         epochs=local_epochs,
@@ -94,6 +96,8 @@ class FedGrow(Algorithm):
     - `lr`, `epochs`: of Global, in every round.
     - `local_lr`, `local_epochs`: of Local_i, once. - `small_lr`, `small_epochs`: of S_i, once.
     - `batch_size`, `weight_decay` (decoupled), `clip` (global gradient norm): of all stages; AdamW.
+    - `draw`: "own": every participant draws the start of S_i and of Local_i for itself, as the paper's code does; or
+      "common": equal forms start equal, smaller ones as corners of one model (`fedgrow_algo.pretrain`).
     - `federate`: False trains the same operators and never averages: every participant keeps its own Global.
     - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
@@ -111,6 +115,7 @@ class FedGrow(Algorithm):
     batch_size: int = 64
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    draw: Draw = "own"
     federate: bool = True
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
@@ -138,6 +143,7 @@ class FedGrow(Algorithm):
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
         check_growth(self.preset, task, forms, intermediate, target)
+        check_draw(self.draw, forms, intermediate)
 
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
@@ -162,6 +168,7 @@ class FedGrow(Algorithm):
         middle = intermediate_model(
             ctx,
             self.preset,
+            self.draw,
             small_lr=self.small_lr,
             small_epochs=self.small_epochs,
             local_lr=self.local_lr,

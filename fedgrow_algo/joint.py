@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
 from fedgrow_algo.presets import by_name
-from fedgrow_algo.pretrain import trained_on_own_shard
+from fedgrow_algo.pretrain import Draw, check_draw, trained_on_own_shard
 from fedgrow_algo.rounds import (
     FINETUNE,
     aggregated,
@@ -32,6 +32,7 @@ from fedgrow_algo.rounds import (
     check_growth,
     combined,
     fine_tuned,
+    first_draw,
     own_target,
     payloads,
     server_state,
@@ -58,6 +59,7 @@ class FedGrowJoint(Algorithm):
     - `lr`, `local_lr`: of Global and of Local_i, in every round. - `epochs`: of both.
     - `small_lr`, `small_epochs`: of S_i, once.
     - `batch_size`, `weight_decay` (decoupled), `clip` (gradient norm over both operators): of all stages; AdamW.
+    - `draw`: whether the starts of S_i and Local_i are each participant's own, or "common": `fedgrow_algo.fedgrow`.
     - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
     - `server`: what the server makes of the mean.
@@ -74,6 +76,7 @@ class FedGrowJoint(Algorithm):
     batch_size: int = 64
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    draw: Draw = "own"
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
     finetune_epochs: int = 1
@@ -98,6 +101,7 @@ class FedGrowJoint(Algorithm):
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
         check_growth(self.preset, task, forms, intermediate, target)
+        check_draw(self.draw, forms, intermediate)
 
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
@@ -120,7 +124,7 @@ class FedGrowJoint(Algorithm):
 
     def client_init(self, ctx: ClientContext) -> Tree:
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        tensors = prefixed(to(local.init(ctx.generator("local")), ctx.device), LOCAL)
+        tensors = prefixed(to(local.init(first_draw(self.draw, ctx)), ctx.device), LOCAL)
         if self._as_brought(ctx):
             return tensors
         return tensors | prefixed(as_stored(local.stack(self._trained(ctx))), SMALL)
@@ -177,7 +181,7 @@ class FedGrowJoint(Algorithm):
         return ctx.info.checkpoint is not None and not self.small_epochs
 
     def _trained(self, ctx: ClientContext) -> Tree:
-        return trained_on_own_shard(ctx, lr=self.small_lr, epochs=self.small_epochs, **self._settings)
+        return trained_on_own_shard(ctx, lr=self.small_lr, epochs=self.small_epochs, draw=self.draw, **self._settings)
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Presets: which matrices a LiGO operator has, how they are tied and where training starts.
 
-A number in a table always names its preset. Besides Fed-Grow's own (`paper`, `paper-chunked`), LiGO's (`ligo`) and the
-project's (`preserving`), the growth operators of the literature are starts of the same machinery:
+A number in a table always names its preset. Besides Fed-Grow's own (`paper`, `paper-chunked`), the same reading the
+residual stream with a matrix of its own (`paper-untied`), LiGO's (`ligo`) and the project's (`preserving`), the growth
+operators of the literature are starts of the same machinery:
 
 | preset | width | depth | source |
 |---|---|---|---|
@@ -53,7 +54,7 @@ def xavier(operator: Operator, generator: torch.Generator) -> Tree:
 
 
 def tied(operator: Operator, dim: Dim) -> None:
-    """`A = B` in every use."""
+    """One matrix for every use of an axis; under `own_read` the residual axis alone has two."""
     return None
 
 
@@ -336,6 +337,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset("paper", "source", xavier, mixes_heads, never, tied, equal_shares),
+        Preset("paper-untied", "source", xavier, mixes_heads, never, tied, equal_shares, own_read=True),
         Preset("paper-chunked", "source", xavier, equal_chunks, never, tied, equal_shares, chunked=True),
         Preset(
             "ligo", "target", noisy_stacking, mixes_heads, never, tied, equal_shares, fixed_top=True, depth_by="role"

@@ -1,13 +1,35 @@
 """Where a participant's small model comes from."""
 
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from fedsim import tree as trees
 from fedsim.algorithm import ClientContext
+from fedsim.exits import shallower
+from fedsim.fields import refuse
+from fedsim.models import Form
 from fedsim.pretrained import load_small
+from fedsim.seeding import derive
+from fedsim.submodel import Cut
+from fedsim.task import Task
 from fedsim.training import PRETRAIN, local_train
 from fedsim.tree import Tree, to
 
 
+Draw = Literal["own", "common"]  # whether random numbers are each participant's own, or one draw for all
+
+
 def trained_on_own_shard(
-    ctx: ClientContext, *, lr: float, epochs: int, batch_size: int, weight_decay: float, clip: float | None
+    ctx: ClientContext,
+    *,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    weight_decay: float,
+    clip: float | None,
+    draw: Draw = "own",
 ) -> Tree:
     """A model of the participant's own form, trained on its own shard: from its tier's checkpoint, or from scratch.
 
@@ -15,9 +37,39 @@ def trained_on_own_shard(
     that every participant in the process holds: nobody may write to them.
 
     It is what the participant is assumed to bring along: its parameters count as trained nowhere, its cost in round 0.
+
+    - `draw`: where training from scratch starts: at a model of the participant's own, or at its part of `common_start`.
     """
+    small = _trained(ctx, draw, lr=lr, epochs=epochs, batch_size=batch_size, weight_decay=weight_decay, clip=clip)
+    ctx.meter.small_sha256 = trees.sha256(small)
+    return small
+
+
+def common_start(task: Task, form: Form, largest: Form, seed: int) -> Tree:
+    """A corner of one random model of form `largest`: its first blocks, heads and coordinates of every axis.
+
+    Models of all forms then begin with coordinates that mean the same, as far as they have them.
+    """
+    cut_from = shallower(largest, form.depth)
+    specs, whole = task.specs(cut_from), task.fresh(largest, seed)
+    lists = {axis: torch.arange(size) for axis, size in form.axes.items()}
+    return Cut(specs, cut_from.axes, lists).extract({name: whole[name] for name in specs})
+
+
+def check_draw(draw: Draw, forms: Sequence[Form], largest: Form) -> None:
+    """**Raises:** `ValueError` if a small form is not a corner of the largest, and one draw for all is asked for."""
+    for form in forms if draw == "common" else ():
+        over = [axis for axis, size in form.axes.items() if size > largest.axes[axis]]
+        if over or form.depth > largest.depth:
+            what = f"axis {over[0]!r} is larger" if over else "depth is larger"
+            refuse("algorithm.draw", draw, f"'own' where a small form ({form}) is no corner of {largest}: {what}")
+
+
+def _trained(ctx: ClientContext, draw: Draw, *, lr: float, epochs: int, **settings) -> Tree:
     form, task, checkpoint = ctx.info.form, ctx.task, ctx.info.checkpoint
-    if checkpoint is None:
+    if checkpoint is None and draw == "common":
+        start = common_start(task, form, ctx.intermediate, derive(ctx.seed, "small"))
+    elif checkpoint is None:
         start = task.fresh(form, ctx.derive("small"))
     else:
         start = load_small(task, form, checkpoint, ctx.seed)
@@ -30,7 +82,5 @@ def trained_on_own_shard(
         purpose=PRETRAIN,
         lr=lr,
         epochs=epochs,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        clip=clip,
+        **settings,
     )

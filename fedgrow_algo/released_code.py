@@ -122,6 +122,7 @@ class FedGrowReleasedCode(Algorithm):
         middle = intermediate_model(
             ctx,
             self.preset,
+            "own",
             small_lr=self.small_lr,
             small_epochs=self.small_epochs,
             local_lr=self.local_lr,

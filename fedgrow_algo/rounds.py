@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from fedgrow_algo.dual_ligo import operator_between
+from fedgrow_algo.pretrain import Draw
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
@@ -50,6 +51,11 @@ def check_growth(preset: str, task: Task, forms: Sequence[Form], intermediate: F
 def first_global(preset: str, ctx: ServerContext | ClientContext) -> Tree:
     """Global before round 1: one draw for the whole run, so a participant can make it without being sent it."""
     return operator_between(preset, ctx.task, ctx.intermediate, ctx.target).init(generator(ctx.seed, "global"))
+
+
+def first_draw(draw: Draw, ctx: ClientContext) -> torch.Generator:
+    """The stream that Local_i is drawn from."""
+    return generator(ctx.seed, "local") if draw == "common" else ctx.generator("local")
 
 
 def as_stored(tree: Tree) -> Tree:

@@ -162,6 +162,7 @@ class Participant:
             "flops": meter.flops,
             "trainable_params": meter.trainable,
             "peak_memory_bytes": peak_memory(self.device),
+            "small_sha256": meter.small_sha256,
         }
         return Reply(update, row, self.sha256)
 

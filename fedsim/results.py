@@ -62,6 +62,7 @@ RUNS = _schema(
     error="str?",  # null unless failed
     labels="str?",  # JSON: the participants' label histograms, a list of lists
     held_bytes="int?",  # the participant with most: its private state and what it receives, by count
+    command="str?",  # what was typed to start it
     peak_bytes="int?",  # the same, in a training step: with gradients, moments and what waits for the backward pass
 )
 
@@ -132,6 +133,7 @@ CLIENTS = _schema(
     precision="float?",  # of entities on the global test set, like the two below
     recall="float?",
     f1="float?",
+    small_sha256="str?",  # of the small model it trained for itself, in the round it did
 )
 
 SCHEMAS: Mapping[str, pa.Schema] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS}

@@ -52,6 +52,7 @@ def client_rows(
                 "precision": note.get("precision"),
                 "recall": note.get("recall"),
                 "f1": note.get("f1"),
+                "small_sha256": note.get("small_sha256"),
             }
         )
     return rows
@@ -124,6 +125,7 @@ def run_row(
     labels: list[list[int]] | None,
     wall_seconds: float,
     error: str | None,
+    command: str | None,
 ) -> Row:
     """The one row of a run that finished, or failed with `error`."""
     return {
@@ -155,6 +157,7 @@ def run_row(
         "held_bytes": max(each.private_bytes + each.download_bytes for each in cost.participants),
         "peak_bytes": max(each.peak_bytes for each in cost.participants),
         "error": error,
+        "command": command,
         "labels": None if labels is None else json.dumps(labels),
     }
 

@@ -44,6 +44,7 @@ def run(
     resume: bool = False,
     data_dir: str | None = None,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> str:
     """Run one experiment into a results folder that the caller has locked; the runtime stays open for the next.
 
@@ -77,6 +78,7 @@ def run(
         code_sha256=code,
         cost=cost,
         federation=federation_sha256(experiment, population),
+        command=command,
         labels=label_histograms(population, task) if len(population) <= MAX_LABELS else None,
     )
     progress.begin(experiment, first)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ class Work:
 
     - `trainable`: scalars with a gradient. - `flops`: forward and backward. - `loss`: mean over the last epoch.
     - `flops_per_step`: of one full batch. - `activation_bytes`: saved for the backward pass of one full batch.
+    - `epochs`, `batch_size`: as asked for, whether or not there were data. - `seconds_per_step`: of one full batch;
+      None unless the meter times.
     """
 
     purpose: str
@@ -39,15 +42,24 @@ class Work:
     flops_per_step: int
     activation_bytes: int
     loss: float
+    epochs: int
+    batch_size: int
+    seconds_per_step: float | None = None
 
 
 @dataclasses.dataclass
 class Meter:
-    """Collects the `Work` of one participant's call. `counted` remembers the costs of steps by `key` and shapes."""
+    """Collects the `Work` of one participant's call. `counted` remembers the costs of steps by `key` and shapes.
+
+    - `small_sha256`: of the small model that the participant brought along or trained for itself, if it did.
+    - `timing`: take the time of a step on a full batch that holds no data, before there is any training.
+    """
 
     key: str
     counted: dict[tuple, "StepCost"]
     work: list[Work] = dataclasses.field(default_factory=list)
+    small_sha256: str | None = None
+    timing: bool = False
 
     @staticmethod
     def of(algorithm: Algorithm, counted: dict[tuple, "StepCost"]) -> "Meter":
@@ -204,11 +216,43 @@ def minimise(
                 f"{purpose}: the training loss became {loss} after {steps} steps with lr={lr}{rates}"
             )
 
+    seconds = seconds_of_step(ctx, objectives[0], leaves, batch_size) if ctx.meter.timing else None
     trainable = sum(tensor.numel() for tensor in leaves.values())
     per_step = round(sum(cost.flops(batch_size) for cost in costs) / len(costs))
     activations = max(cost.activation_bytes(batch_size) for cost in costs)
-    ctx.meter.work.append(Work(purpose, trainable, examples * epochs, steps, flops, per_step, activations, loss))
+    ctx.meter.work.append(
+        Work(
+            purpose,
+            trainable,
+            examples * epochs,
+            steps,
+            flops,
+            per_step,
+            activations,
+            loss,
+            epochs,
+            batch_size,
+            seconds,
+        )
+    )
     return {name: tensor.detach() for name, tensor in leaves.items()}
+
+
+def seconds_of_step(ctx: ClientContext, objective: Objective, parameters: Tree, size: int) -> float:
+    """Wall-clock time of a forward and backward pass on `size` examples and of a step of AdamW: the best of three."""
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0, fused=True)
+    batch = {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(size).items()}
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with autocast(ctx):
+            value = objective(parameters, batch)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        float(value.detach())  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def autocast(ctx: ClientContext) -> torch.autocast:

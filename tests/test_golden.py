@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import fedsim.simulation
-from benchmarks.suites import _RATES, _methods, quick
+from benchmarks.methods import DIGITS, methods
+from benchmarks.suites import quick
 from fedsim.algorithm import Algorithm
 from fedsim.data.config import digits
 from fedsim.data.partition import Partition
@@ -25,7 +26,7 @@ from fedsim.training import StepCost
 
 
 GOLDEN = Path(__file__).with_name("golden.json")
-METHODS = {f"{method.name} {method.preset_name}".strip(): method for method in _methods(_RATES)}
+METHODS = {f"{method.name} {method.preset_name}".strip(): method for method in methods(DIGITS)}
 COLUMNS = ("train_loss", "loss_mean", "bytes_up", "bytes_down", "coverage")
 
 

@@ -512,7 +512,7 @@ def test_loss_in_the_accounts_is_the_last_epochs_mean_over_examples(ctx: ClientC
 
 def test_own_pretraining_counts_in_flops_but_not_in_trainable() -> None:
     def work(purpose: str, trainable: int, steps: int, flops: int, loss: float) -> Work:
-        return Work(purpose, trainable, 10, steps, flops, 1, 1, loss)
+        return Work(purpose, trainable, 10, steps, flops, 1, 1, loss, epochs=1, batch_size=10)
 
     meter = Meter("", {})
     assert (meter.trainable, meter.flops, meter.loss) == (0, 0, None)

@@ -34,6 +34,7 @@ KNOWN = {
     "cifar100": KnownSet("uoft-cs/cifar100", "image"),
     "sst2": KnownSet("stanfordnlp/sst2", "text", columns=("sentence", "label"), hub_test_split="validation"),
     "ag_news": KnownSet("fancyzhx/ag_news", "text"),
+    "newsgroups": KnownSet("SetFit/20_newsgroups", "text"),
 }
 
 
@@ -43,8 +44,8 @@ class DataConfig:
 
     **Arguments:**
 
-    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `sst2` or `ag_news` (looked up under the data
-        folder); or the path of a file or folder (parquet, csv, tsv, an image folder, a saved `datasets` folder).
+    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `sst2`, `ag_news` or `newsgroups` (looked up under
+        the data folder); or the path of a file or folder (parquet, csv, tsv, an image folder, a `save_to_disk` folder).
     - `hub`: whether a name that is not found locally, or a tokenizer, may be fetched from the hub.
     - `config_name`: the hub data set's configuration.
     - `train_split`, `test_split`: names of files, folders or hub splits; `validation` stands in for a missing `test`.

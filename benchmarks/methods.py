@@ -1,0 +1,118 @@
+"""The methods that suites compare, and the learning rate of each, chosen on validation scores (`LOG.md`)."""
+
+from dataclasses import replace
+from typing import Any
+
+from baselines.depthfl import DepthFL
+from baselines.ensemble_small import EnsembleSmall
+from baselines.exclusive import Exclusive
+from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
+from baselines.fedbrb_like import FedBRBLike
+from baselines.federated_dropout import FederatedDropout
+from baselines.fedrolex import FedRolex
+from baselines.fjord import FjORD
+from baselines.flora import FLoRA
+from baselines.grow_then_fedavg import GrowThenFedAvg
+from baselines.heterofl import HeteroFL, heterofl_clean
+from baselines.local_only import LocalOnly
+from baselines.lora import fedit, ffa_lora, hetlora
+from baselines.progfed import ProgFed
+from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedsim.algorithm import Algorithm
+
+
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+# Learning rate of every method in `baselines`, by the name and preset it is reported under: the best of
+# `baselines_grid` (`LOG.md`, 2026-11-21).
+DIGITS = {
+    "fedgrow paper": 1e-2,
+    "fedgrow preserving": 1e-3,
+    "fedgrow_joint preserving": 3e-4,
+    "fedgrow_no_federation paper": 1e-3,
+    "fedgrow_no_federation preserving": 1e-4,
+    "fedgrow_released_code paper": 1e-2,
+    "fedavg": 3e-3,
+    "fedavg_small": 3e-2,
+    "fedavg_mid": 3e-3,
+    "fedprox": 3e-3,
+    "heterofl": 3e-3,
+    "heterofl_clean": 3e-2,
+    "fedrolex": 3e-2,
+    "fjord": 3e-3,
+    "federated_dropout": 3e-3,
+    "fedbrb_like": 1e-3,
+    "depthfl": 3e-3,
+    "progfed": 1e-2,
+    "grow_then_fedavg preserving": 3e-3,
+    "exclusive": 3e-3,
+    "ensemble_small": 1e-2,
+    "local_only": 1e-2,
+    "fedit": 3e-3,
+    "ffa_lora": 3e-3,
+    "flora": 1e-2,
+    "hetlora": 1e-2,
+}
+# Of every method in `cifar_subset`, chosen on `cifar_subset_grid`.
+CIFAR = {
+    "fedgrow paper": 1e-3,
+    "fedgrow preserving": 1e-2,
+    "fedavg": 3e-4,
+    "fedavg_small": 1e-3,
+    "fedavg_mid": 3e-4,
+    "heterofl_clean": 1e-2,
+    "fedbrb_like": 3e-2,
+    "fedit": 1e-3,
+}
+# Of the methods that train on text, chosen on `text_grid`: sentences (SST-2, AG News) and next tokens (pydoc).
+SENTENCES = {
+    "fedgrow paper": 1e-3,
+    "fedgrow preserving": 1e-3,
+    "fedgrow_no_federation paper": 1e-3,
+    "fedgrow_no_federation preserving": 1e-3,
+    "fedavg": 1e-3,
+    "fedavg_small": 3e-3,
+    "local_only": 3e-3,
+    "hetlora": 3e-3,
+    "fedit": 3e-3,
+}
+TOKENS = dict(SENTENCES)
+
+
+def methods(rates: dict[str, float]) -> list[Algorithm]:
+    """Every method in `rates`, with its learning rate."""
+    local: dict[str, Any] = {"epochs": 2, "batch_size": 32}
+    small: dict[str, Any] = {"small_lr": 3e-3, "small_epochs": 15}
+    staged: dict[str, Any] = local | small | {"local_lr": 3e-3, "local_epochs": 15}
+    adapters: dict[str, Any] = local | {"rank": 4, "alpha": 8.0}
+    methods: list[Algorithm] = [
+        FedGrow(preset="paper", **staged),
+        FedGrow(preset="preserving", **staged),
+        FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
+        FedGrow(preset="paper", federate=False, **staged),
+        FedGrow(preset="preserving", federate=False, **staged),
+        FedGrowReleasedCode(preset="paper", **staged),
+        FedAvg(**local),
+        fedavg_small(**local),
+        fedavg_mid(**local),
+        fedprox(**local),
+        HeteroFL(**local),
+        heterofl_clean(**local),
+        FedRolex(**local),
+        FjORD(**local),
+        FederatedDropout(**local),
+        FedBRBLike(**local),
+        DepthFL(**local),
+        ProgFed(**local),
+        GrowThenFedAvg(preset="preserving", **local),
+        Exclusive(share=0.3, **local, **small),
+        EnsembleSmall(**local),
+        LocalOnly(**local),
+        fedit(**adapters),
+        ffa_lora(**adapters),
+        FLoRA(**adapters),
+        hetlora(**adapters),
+    ]
+    named = {f"{method.name} {method.preset_name}".strip(): method for method in methods}
+    return [replace(named[name], lr=lr) for name, lr in rates.items()]  # type: ignore[call-arg]
