@@ -96,7 +96,7 @@ def _aligned(algorithm: FedGrow, epochs: int) -> FedGrow:
 
 def _joint(algorithm: FedGrow, lr: float) -> FedGrowJoint:
     names = ("preset", "epochs", "small_lr", "small_epochs", "batch_size")
-    return FedGrowJoint(**{name: getattr(algorithm, name) for name in names}, lr=lr, local_lr=1e-3)  # of `baselines`
+    return replace(FedGrowJoint(lr=lr, local_lr=1e-3), **{name: getattr(algorithm, name) for name in names})
 
 
 def _wide_mlp(base: Experiment) -> Experiment:
