@@ -55,7 +55,7 @@ class LocalOnly(Algorithm):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> Tree:
-        return trained_on_own_shard(ctx, **settings(self) | {"epochs": 0})
+        return trained_on_own_shard(ctx, **{**settings(self), "epochs": 0})
 
     def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
         forward = lambda tree, batch: ctx.task.forward(ctx.info.form, tree, batch)  # noqa: E731

@@ -89,7 +89,7 @@ def text() -> list[Experiment]:
 
 def text_grid() -> list[Experiment]:
     """The learning rates tried for `text`, on SST-2 (half of the sentences) and pydoc, scored after the last round."""
-    half = replace(on_sst2(), task=TaskConfig(sst2(max_length=64, limit=600), "bert"))
+    half = replace(dealt(on_sst2(), 0.5), task=TaskConfig(sst2(max_length=64, limit=600), "bert"))
     bases = [replace(base, eval_every=10) for base in (half, on_pydoc())]
     return [
         replace(base, algorithm=each) for base in bases for lr in GRID for each in methods(dict.fromkeys(SENTENCES, lr))
