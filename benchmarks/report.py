@@ -1,42 +1,52 @@
-"""Results -> one self-contained HTML page:  python benchmarks/report.py DIR [--out FILE.html]
+"""Results -> one self-contained HTML page, and the same as Markdown:  python benchmarks/report.py DIR [--out FILE.html]
 
-Nothing is fetched and nothing runs in the page: tables, figures (embedded), the machines, and every run's config.
+Nothing is fetched and nothing runs in the page: tables, figures (embedded), the machines, the commands, every run's
+config.
 """
 
 import argparse
-import html
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 
 if __package__ in (None, ""):  # run as a script: the packages lie beside this folder, not in it
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.figures import accuracy_figure, data_uri, labels_figure
+from benchmarks.comparison import reference_of
+from benchmarks.figures import (
+    MOST_LINES,
+    accuracy_figure,
+    difference_figure,
+    labels_figure,
+    savings_figure,
+    shown_methods,
+    spread_figure,
+    svg,
+    time_figure,
+)
+from benchmarks.page import Block, Bullets, Code, Grid, Heading, Paragraph, Picture, as_html, as_markdown, write_figures
+from benchmarks.readings import WORST_SHARE, Readings, by_method, by_setting, read, records
 from benchmarks.tables import (
     COMPACT,
+    COMPARED,
     COSTS,
-    by_setting,
+    DIFFERENCES,
+    TARGETS,
     cells,
-    finished_runs,
-    histories,
-    markdown,
     notes,
     percent,
-    print_summary,
-    readings,
-    records,
     significant,
     summary,
 )
 from fedsim.results import Results, load
 
-
-__all__ = ["html_report", "main", "markdown", "notes", "print_summary", "readings", "summary", "write_report"]
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
@@ -54,141 +64,243 @@ PER_SEED: Columns = (
     | {"run": lambda row: row["run_id"][:16], "last state": lambda row: row["state_sha256"][:12]}
 )
 
-INTRODUCTION = """
-<p><b>Federated learning</b> trains one model for many participants without collecting their data: in each round
-participants train at home and send only numbers, which an aggregator averages. Usually everybody must be able to train
-the whole large model, and sends all of it.</p>
-<p><b>Fed-Grow</b> turns this around. Each participant owns a <i>small</i> transformer that it could afford to train
-by itself, and these may differ in size. Together they learn how to <i>grow</i> small transformers into a large one.
-A growth operator (LiGO) computes the weights of a larger model from those of a smaller one. Each participant has two:
-<b>Local-LiGO</b> grows its own small form to an intermediate form that is the same for everybody, and stays private;
-<b>Global-LiGO</b> grows the intermediate form to the large target, and is <b>the only thing that is sent</b> and
-averaged. The small models, the data and the grown models never leave their owners.</p>
-<p><b>How to read the numbers.</b> Accuracy is that of the model each participant would deploy, on the common test set:
-the mean over participants, ± the spread between them, and the worst participant; <i>own labels</i> is the same model's
-accuracy weighted by the participant's own mix of labels. Each method is read twice: after its last round (equal
-rounds), and where it had sent no more than Fed-Grow did in its whole run (equal bytes), since a method that sends
-fifty times as much should not be compared round by round alone. <i>Trainable</i> counts the parameters that a
-participant trains, <i>saved</i> compares one upload with FedAvg's, which sends the whole target. 1 MB is 10<sup>6</sup>
-bytes; megabytes in total are what all participants sent and received.</p>
-<p><b>What it takes.</b> <i>Global</i> is the server's own model, where the method has one. FLOPs are forward and
-backward passes of all participants in all rounds. <i>Held</i> is what the participant with most has to keep (its
-private state and what it receives); <i>peak</i> is its memory in a training step: that state, trained tensors with
-gradients and AdamW's moments, and what waits for the backward pass. All are counts. <i>Covered</i> is the share of the
-target's parameters that anybody has trained, <i>least covered</i> the same of the matrix with the smallest share; empty
-where every round trains all.</p>
-"""
+INTRODUCTION = (
+    "**Federated learning** trains one model for many participants without collecting their data: in each round "
+    "participants train at home and send only numbers, which an aggregator averages. Usually everybody must be able "
+    "to train the whole large model, and sends all of it.",
+    "**Fed-Grow** turns this around. Each participant owns a *small* transformer that it could afford to train by "
+    "itself, and these may differ in size. Together they learn how to *grow* small transformers into a large one. A "
+    "growth operator (LiGO) computes the weights of a larger model from those of a smaller one. Each participant has "
+    "two: **Local-LiGO** grows its own small form to an intermediate form that is the same for everybody, and stays "
+    "private; **Global-LiGO** grows the intermediate form to the large target, and is **the only thing that is sent** "
+    "and averaged. The small models, the data and the grown models never leave their owners.",
+)
+HOW_TO_READ = (
+    "**Accuracy** is that of the model each participant would deploy, on the common test set: the mean over "
+    "participants, ± the spread between them (sd), and the worst participant; *own labels* is the same model's "
+    "accuracy weighted by the participant's own mix of labels. *Trainable* counts the parameters that a participant "
+    "trains, *saved* compares one upload with FedAvg's, which sends the whole target. 1 MB is 10^6 bytes; megabytes in "
+    "total are what all participants sent and received.",
+    "**Three budgets.** A method that sends fifty times as much should not be compared round by round alone. Each is "
+    "read after its last round (*equal rounds*); at the last evaluated round at which it had sent and received no more "
+    "than Fed-Grow did in its whole run (*equal bytes*; of several Fed-Grow runs, the one that sent least); and "
+    "likewise for what participants computed (*equal FLOPs*). No test score decides where a method is read. *Best "
+    "validated round* is the test accuracy at the round with the highest validation accuracy.",
+)
+COMPARISON = (
+    f"Mean over seeds ± half of a 95 % confidence interval (Student's t). *Bottom 10 %* is the mean accuracy of the "
+    f"{100 * WORST_SHARE:.0f} % of participants, at least one, that are worst off."
+)
+PAIRED = (
+    "Differences are percentage points against the *reference*, the Fed-Grow row with the best validation accuracy: "
+    "seed by seed, as all methods meet the same federation, with a 95 % interval and the p-value of a paired t-test, "
+    "adjusted by Holm over the methods of the table. A few seeds can only show large differences: what is not "
+    "significant is not thereby equal."
+)
+TAKES = (
+    "*Global* is the server's own model, where the method has one. FLOPs are forward and backward passes of all "
+    "participants in all rounds. *Held* is what the participant with most has to keep (its private state and what it "
+    "receives); *peak* is its memory in a training step: that state, trained tensors with gradients and AdamW's "
+    "moments, and what waits for the backward pass. All are counts. *Covered* is the share of the target's parameters "
+    "that anybody has trained, *least covered* the same of the matrix with the smallest share; empty where every round "
+    "trains all."
+)
+TO_TARGET = (
+    "What it took to reach a target accuracy, which is a constant of the harness for each data set: the median over "
+    "seeds at the first evaluated round that reached it. `>`: half of the seeds or more never did, and would have "
+    "needed more than all they spent; in brackets, how many seeds got there."
+)
+FIGURES = {
+    "MB": "Accuracy against what had to be sent for it. Further left is cheaper.",
+    "rounds": "Accuracy against federated rounds.",
+    "FLOPs": "Accuracy against what participants had to compute for it.",
+}
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 72rem; margin: 2rem auto;
-       padding: 0 1rem; }
-p, ul { max-width: 52rem; } h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; } img { max-width: 100%; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid #ddd; }
-th { vertical-align: bottom; border-bottom: 2px solid #888; } td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
-pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; }
-figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; max-width: 52rem; } .failed { color: #a00; }
-"""
 
-
-def html_report(results: Results, title: str) -> str:
-    """The whole page as text."""
-    settings = by_setting(records(summary(results)))
-    runs = readings(results)
-    rounds = histories(results)
-    said = "".join(f"<li{_failed(note)}>{html.escape(note)}</li>" for note in notes(results))
-    parts = [f"<h1>{html.escape(title)}</h1>", INTRODUCTION, "<h2>Summary</h2>"]
+def blocks_of(results: Results, readings: Readings, commands: Sequence[str]) -> list[Block]:
+    """What the page says, in order."""
+    table = records(summary(readings))
+    settings = by_setting(table)
+    said = notes(results, readings)
+    alarming = frozenset(note for note in said if _is_alarming(note))
+    blocks: list[Block] = [*map(Paragraph, INTRODUCTION), Heading("Results")]
     if not settings:
-        parts.append("<p class='failed'>No run has finished.</p>")
-    for setting, rows in settings.items():
-        parts += [f"<h3>{html.escape(setting)}</h3>", _table(rows, SUMMARY), _table(rows, COSTS)]
-    parts.append(f"<ul>{said}</ul>")
-    for setting in settings:
-        of_setting = [run for run in runs if run["setting"] == setting]
-        parts += [f"<h2>{html.escape(setting)}</h2>", *_figures(of_setting, rounds), *_labels(results, setting)]
-        parts += ["<h3>Seed by seed</h3>", _table(of_setting, PER_SEED)]
-    parts += [*_provenance(results), *_configs(results)]
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><style>{STYLE}</style>"
-    start = f"<!doctype html>\n<html lang='en'><head>{head}<title>{html.escape(title)}</title></head>\n<body>"
-    return "\n".join([start, *parts, "</body></html>\n"])
+        blocks.append(Paragraph("**No run has finished.**"))
+    for number, (setting, rows) in enumerate(settings.items()):
+        blocks += [Heading(setting, 3), Paragraph(_in_short(rows)), _grid(rows, SUMMARY), *_savings(rows, number)]
+    blocks += [Heading("How to read this", 3), *map(Paragraph, HOW_TO_READ), Bullets(said, alarming)]
+    of_setting = by_setting(readings.runs)
+    for number, (setting, rows) in enumerate(settings.items()):
+        runs = of_setting[setting]
+        blocks += [Heading(setting), Heading("Accuracy", 3), *_curves(runs, readings, number)]
+        blocks += [Heading("What the seeds say", 3), Paragraph(COMPARISON), _grid(rows, COMPARED)]
+        blocks += [Paragraph(PAIRED), _grid(rows, DIFFERENCES), *_differences(rows, number)]
+        blocks += _spread(runs, results, number)
+        blocks += [Heading("What it takes", 3), Paragraph(TAKES), _grid(rows, COSTS)]
+        if any(row["target"] == row["target"] for row in rows):
+            blocks += [Paragraph(TO_TARGET), _grid(rows, TARGETS)]
+        blocks += [*_times(rows, number), *_labels(runs, number)]
+        blocks += [Heading("Seed by seed", 3), _grid(runs, PER_SEED)]
+    return [*blocks, *_provenance(results, commands), *_configs(results)]
 
 
-def write_report(directory: Path, out: Path | None = None, results: Results | None = None) -> Path:
-    """Write the page of a results folder, by default `report.html` in it, and return where. Replaces it atomically."""
-    path = out or directory / "report.html"
-    page = html_report(results or load(directory), f"fedsim: {directory.resolve().name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+def _in_short(rows: Sequence[Row]) -> str:
+    """The three things most readers look for, from the numbers alone."""
+    parts = []
+    for column, where in (("accuracy", "after the last round"), ("equal_bytes_accuracy", "at equal bytes")):
+        known = [row for row in rows if row[column] == row[column]]
+        if known:
+            best = max(known, key=lambda row: row[column])
+            parts.append(f"{where} **{best['method']}** is best ({percent(best[column])} %)")
+    by_name = {row["method"]: row for row in rows}
+    reference = by_name.get(rows[0]["reference"])
+    if reference:
+        figures = [f"{percent(reference['accuracy'])} % after the last round"]
+        if reference["saved"] == reference["saved"]:
+            figures.append(f"{percent(reference['saved'])} % of FedAvg's upload saved")
+        parts.append(f"the Fed-Grow row that validated best, **{reference['method']}**: {', '.join(figures)}")
+        alone = by_name.get(reference["method"].replace("fedgrow (", "fedgrow_no_federation ("))
+        if alone:
+            parts.append(f"the same without federation: {percent(alone['accuracy'])} %")
+    text = "; ".join(parts)
+    return f"In short: {text}." if text else "In short: nothing was evaluated."
 
 
-def _table(rows: Iterable[Row], columns: Columns) -> str:
-    heading = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells(rows, columns)]
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<div class='wide'><table>\n<thead><tr>{heading}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+def _grid(rows: Sequence[Row], columns: Columns) -> Grid:
+    reference = reference_of([row for row in rows if "run_id" in row]) or next((r.get("reference") for r in rows), None)
+    return Grid(list(columns), cells(rows, columns), frozenset({reference} if reference else set()))
 
 
-def _figures(runs: Sequence[Row], rounds: Mapping[str, Sequence[Row]]) -> Iterable[str]:
-    budgets = [run["budget_mb"] for run in {run["seed"]: run for run in runs}.values() if run["budget_method"]]
-    budget = sum(budgets) / len(budgets) if budgets else None
-    band = "Lines are means over seeds, bands reach from the lowest to the highest seed."
-    sent = accuracy_figure(runs, rounds, against="MB", budget_mb=budget)
-    yield _figure(sent, f"Accuracy against what had to be sent for it. Further left is cheaper. {band}")
-    yield _figure(accuracy_figure(runs, rounds, against="rounds"), f"Accuracy against federated rounds. {band}")
+def _curves(runs: Sequence[Row], readings: Readings, number: int) -> Iterable[Block]:
+    by_seed = {run["seed"]: run for run in runs}.values()
+    budgets = {
+        "MB": [run["budget_mb"] for run in by_seed if run["budget_method"]],
+        "FLOPs": [run["budget_flops"] for run in by_seed if run["flops_method"]],
+    }
+    hidden = len(by_method(runs)) - len(shown_methods(runs))
+    left_out = f" The {hidden} least accurate methods are left out (at most {MOST_LINES} lines)." if hidden else ""
+    seeds = len(by_seed)
+    band = " Lines are means over seeds, bands 95 % confidence intervals." if seeds > 1 else " One seed: no band."
+    for against, caption in FIGURES.items():
+        budget = budgets.get(against)
+        figure = accuracy_figure(
+            runs, readings.rounds, against=against, budget=sum(budget) / len(budget) if budget else None
+        )
+        yield Picture(f"{number}-accuracy-{against.lower()}", svg(figure), caption + band + left_out)
 
 
-def _labels(results: Results, setting: str) -> Iterable[str]:
-    for run in finished_runs(results):
-        if run["setting"] == setting and run["labels"]:
-            figure = labels_figure(json.loads(run["labels"]))
-            yield _figure(
-                figure, f"Who holds which examples (seed {run['seed']}): one bar a participant, a colour a class."
+def _optional(figure: Figure | None, name: str, caption: str) -> list[Block]:
+    return [] if figure is None else [Picture(name, svg(figure), caption)]
+
+
+def _savings(rows: Sequence[Row], number: int) -> list[Block]:
+    caption = (
+        "What each method saves against FedAvg of the target: bytes of one upload, and parameters a participant "
+        "trains. Dashed: what Fed-Grow's abstract states (73.01 % and 59.25 %)."
+    )
+    return _optional(savings_figure(rows), f"{number}-savings", caption)
+
+
+def _differences(rows: Sequence[Row], number: int) -> list[Block]:
+    caption = (
+        "Difference to the reference at equal bytes, with 95 % intervals; filled where it is significant after Holm's "
+        "correction."
+    )
+    figure = difference_figure(rows, "equal_bytes_accuracy")
+    return _optional(figure, f"{number}-differences", caption)
+
+
+def _spread(runs: Sequence[Row], results: Results, number: int) -> list[Block]:
+    caption = (
+        "Who is left behind: accuracy of the model every participant ends up with, all seeds together, sorted; the "
+        "colour is the participant's class of device."
+    )
+    return _optional(spread_figure(runs, results.deployed), f"{number}-participants", caption)
+
+
+def _times(rows: Sequence[Row], number: int) -> list[Block]:
+    caption = "Where the time went. Comparable only among runs that were computed alone on one machine."
+    return _optional(time_figure(rows), f"{number}-time", caption)
+
+
+def _labels(runs: Sequence[Row], number: int) -> Iterable[Block]:
+    for run in runs:
+        if run["labels"]:
+            caption = (
+                f"Who holds which examples (seed {run['seed']}): one bar a participant, a colour a class. Every method "
+                "meets this federation."
             )
+            yield Picture(f"{number}-data", svg(labels_figure(json.loads(run["labels"]))), caption)
             return
 
 
-def _figure(figure: Any, caption: str) -> str:
-    text = html.escape(caption)
-    return f"<figure><img alt='{text}' src='{data_uri(figure)}'><figcaption>{text}</figcaption></figure>"
+def _is_alarming(note: str) -> bool:
+    return note.startswith(("Failed", "Not ")) or ": Not " in note
 
 
-def _failed(note: str) -> str:
-    return " class='failed'" if note.startswith(("Failed", "Not")) else ""
-
-
-def _provenance(results: Results) -> Iterable[str]:
-    yield "<h2>Where and with what</h2>"
+def _provenance(results: Results, commands: Sequence[str]) -> Iterable[Block]:
+    yield Heading("Where and with what")
+    typed = dict.fromkeys(run["command"] for run in records(results.runs) if run["command"])
+    yield Paragraph("These commands computed the runs and wrote this page; started again, they skip what is finished.")
+    yield Code("\n".join([*typed, *commands]))
     for heading, column in (("Git commit", "git_commit"), ("fedsim's sources (SHA-256)", "code_sha256")):
         found = sorted({run[column] or "unknown" for run in records(results.runs)})
-        yield f"<p>{html.escape(heading)}: {', '.join(f'<code>{html.escape(value)}</code>' for value in found)}</p>"
+        yield Paragraph(f"{heading}: {', '.join(f'`{value}`' for value in found)}")
     for heading, column in (("Hardware", "hardware"), ("Versions", "versions")):
-        yield f"<h3>{heading}</h3>"
+        yield Heading(heading, 3)
         for text in sorted(set(results.runs[column])):
-            yield f"<pre>{html.escape(_pretty(text))}</pre>"
+            yield Code(_pretty(text))
 
 
-def _configs(results: Results) -> Iterable[str]:
-    yield "<h2>Every run's config</h2>"
+def _configs(results: Results) -> Iterable[Block]:
+    yield Heading("Every run's config")
     for run in records(results.runs):
         title = f"{run['algorithm']} {run['preset']} seed {run['seed']}: run {run['run_id']}, {run['status']}"
-        config = html.escape(_pretty(run["config"]))
-        yield f"<details><summary>{html.escape(title)}</summary><pre>{config}</pre></details>"
+        yield Code(_pretty(run["config"]), title)
 
 
 def _pretty(text: str) -> str:
     return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
 
 
+def html_report(results: Results, title: str) -> str:
+    """The whole page as HTML."""
+    return as_html(title, blocks_of(results, read(results), []))
+
+
+def write_report(directory: Path, out: Path | None = None, results: Results | None = None) -> Path:
+    """Write the page of a results folder and return where: by default `report.html` in it.
+
+    Beside it, under the same name, the same as Markdown (`.md`, with a folder of figures). Each is replaced atomically.
+    """
+    path = out or directory / "report.html"
+    results = results or load(directory)
+    command = shlex.join(["python", "benchmarks/report.py", str(directory), *(["--out", str(path)] if out else [])])
+    title, blocks = f"fedsim: {directory.resolve().name}", blocks_of(results, read(results), [command])
+    figures = path.with_name(f"{path.stem}_figures")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_figures(figures, blocks)
+    _replace(path.with_suffix(".md"), as_markdown(title, blocks, figures.name))
+    _replace(path, as_html(title, blocks))
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description="Turn a results folder into one HTML page.")
+    parser = argparse.ArgumentParser(prog="report.py", description="Turn a results folder into one page.")
     parser.add_argument("directory", type=Path, metavar="DIR", help="a folder written by sweep.py or `fedsim run`")
-    parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: DIR/report.html")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="default: DIR/report.html; FILE.md goes beside it"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.out is not None and arguments.out.suffix not in (".html", ".htm"):
+        print(f"report.py: --out={str(arguments.out)!r}: must end with .html", file=sys.stderr)
+        return 2
     try:
         results = load(arguments.directory)
     except ValueError as error:

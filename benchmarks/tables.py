@@ -1,15 +1,9 @@
-"""Runs -> readings -> one table: what each method reaches, and what it had to send for that.
+"""Readings -> one table, a row a method: means over seeds, with intervals and differences; and how they are printed."""
 
-Every method is read twice. At **equal rounds**: after its last round. At **equal bytes**: at the last round at which it
-had sent and received no more than Fed-Grow did in its whole run. Runs are compared within a *setting* (one suite on one
-federation); a row is one method of a setting, averaged over seeds.
-"""
-
-import json
 import math
 import statistics
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,48 +14,40 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.comparison import BUDGETS, Difference, differences, interval, reference_of, to_target
+from benchmarks.readings import (
+    CHOSEN,
+    EQUAL_BYTES,
+    EQUAL_FLOPS,
+    EQUAL_ROUNDS,
+    KEYS,
+    TO_TARGET,
+    Readings,
+    by_method,
+    by_setting,
+    method_name,
+    read,
+    records,
+)
 from fedsim.results import Results
 
 
-MEGABYTE = 10**6
-METHOD_ORDER = (
-    "fedgrow fedgrow_joint fedgrow_no_federation fedgrow_released_code fedavg fedavg_small fedavg_mid fedprox "
-    "heterofl heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed grow_then_fedavg "
-    "exclusive ensemble_small local_only fedit ffa_lora flora hetlora"
-)
 # What must be said wherever a method's numbers are.
 REMARKS = {
     "fedbrb_like": "a reconstruction of FedBRB, whose method section could not be read; not the authors' algorithm"
-}
-NOT_A_VARIANT = {"seed", "name", "suite"}  # what may differ between two configs of the same variant
-KEYS = ["setting", "method", "algorithm", "preset"]
-# Columns of a reading -> columns of `rounds`.
-EQUAL_ROUNDS = {
-    "accuracy": "accuracy_mean",
-    "accuracy_std": "accuracy_std",
-    "accuracy_min": "accuracy_min",
-    "accuracy_local": "accuracy_local_mean",
-    "accuracy_local_min": "accuracy_local_min",
-    "accuracy_global": "accuracy_global",
-    "coverage": "coverage",
-    "coverage_min": "coverage_min",
-    "loss": "loss_mean",
-}
-EQUAL_BYTES = {
-    "equal_bytes_accuracy": "accuracy_mean",
-    "equal_bytes_std": "accuracy_std",
-    "equal_bytes_min": "accuracy_min",
-    "equal_bytes_local": "accuracy_local_mean",
-    "equal_bytes_loss": "loss_mean",
-    "equal_bytes_round": "round",
 }
 # What `summary` averages over seeds, in its columns' order.
 AVERAGED = [
     *EQUAL_ROUNDS,
     "rounds",
     *EQUAL_BYTES,
+    *EQUAL_FLOPS,
+    *CHOSEN,
+    "accuracy_bottom",
     "budget_mb",
+    "budget_flops",
     "trainable_params",
+    "trainable_share",
     "upload_mb",
     "total_mb",
     "up_mb",
@@ -71,114 +57,63 @@ AVERAGED = [
     "peak_mb",
     "saved",
     "seconds",
+    "local_seconds",
 ]
 
 Row = Mapping[str, Any]
 
 
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """A frame's rows. Text that is null becomes empty, a number that is null is `nan`."""
-    text = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
-    return frame.assign(**{name: frame[name].fillna("") for name in text}).to_dict("records")
-
-
-def sent_bytes(round_: Row) -> int:
-    return round_["bytes_up_total"] + round_["bytes_down_total"]
-
-
-def last_evaluated(history: Sequence[Row]) -> Row | None:
-    """The last of one run's rounds that has an accuracy; `None` if there is none."""
-    return next((row for row in reversed(history) if not math.isnan(row["accuracy_mean"])), None)
-
-
-def at_equal_bytes(history: Sequence[Row], budget: float) -> Row | None:
-    """The last evaluated round of one run within a budget of bytes (up and down together).
-
-    Round 0 costs no federated round and always counts as affordable: a method whose first federated round already
-    exceeds the budget is read there. `None` if none of these rounds was evaluated.
-    """
-    return last_evaluated([row for row in history if sent_bytes(row) <= budget or row["round"] == 0])
-
-
-def histories(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """The rounds of each run, in order, by run id; a run without rounds has none."""
-    by_run = defaultdict(list)
-    for row in sorted(records(results.rounds), key=lambda row: row["round"]):
-        by_run[row["run_id"]].append(row)
-    return by_run
-
-
-def finished_runs(results: Results) -> list[dict[str, Any]]:
-    """The finished runs, with their `setting` and `method` in words."""
-    runs = [run | {"setting": _setting(run)} for run in records(results.runs) if run["status"] == "finished"]
-    alike = defaultdict(list)
-    for run in runs:
-        alike[run["setting"], run["algorithm"], run["preset"]].append(run)
-    methods = {id(run): method for group in alike.values() for run, method in zip(group, _methods(group), strict=True)}
-    return [run | {"method": methods[id(run)]} for run in runs]
-
-
-def readings(results: Results) -> list[dict[str, Any]]:
-    """One row a finished run: its accuracies at both readings, its cost, and the saving against FedAvg's upload."""
-    runs, rounds = finished_runs(results), histories(results)
-    totals = {run["run_id"]: max((sent_bytes(row) for row in rounds[run["run_id"]]), default=0) for run in runs}
-    budgets = _budgets(runs, totals)
-    rows = []
-    for run in runs:
-        history = rounds[run["run_id"]]
-        budget, budget_method = budgets.get((run["setting"], run["seed"]), (math.nan, ""))
-        last = last_evaluated(history)
-        within = None if math.isnan(budget) else at_equal_bytes(history, budget)
-        rows.append(
-            {name: run[name] for name in (*KEYS, "seed", "run_id", "federation_sha256")}
-            | {"rounds": history[-1]["round"] if history else math.nan}
-            | {ours: _value(last, theirs) for ours, theirs in EQUAL_ROUNDS.items()}
-            | {ours: _value(within, theirs) for ours, theirs in EQUAL_BYTES.items()}
-            | {"budget_mb": budget / MEGABYTE, "budget_method": budget_method}
-            | {"trainable_params": run["trainable_params"], "upload_mb": run["bytes_per_upload"] / MEGABYTE}
-            | {f"{way}_mb": sum(row[f"bytes_{way}"] for row in history) / MEGABYTE for way in ("up", "down")}
-            | {"flops": sum(row["flops"] for row in history)}
-            | {f"{name}_mb": run[f"{name}_bytes"] / MEGABYTE for name in ("held", "peak")}
-            | {"total_mb": totals[run["run_id"]] / MEGABYTE, "saved": _saved(run, runs), "seconds": run["wall_seconds"]}
-            | {"state_sha256": history[-1]["state_sha256"] if history else ""}
-        )
-    rank = {name: place for place, name in enumerate(METHOD_ORDER.split())}
-    return sorted(
-        rows, key=lambda row: (row["setting"], rank.get(row["algorithm"], len(rank)), row["method"], row["seed"])
-    )
-
-
-def summary(results: Results) -> pd.DataFrame:
-    """One row a method: means over seeds of what `readings` holds a run.
+def summary(results: Results | Readings) -> pd.DataFrame:
+    """One row a method: means over seeds of what `readings.read` holds a run.
 
     `accuracy_std` and `equal_bytes_std` are means over seeds of the spread over participants; `accuracy_seed_std` is
-    the spread of `accuracy` over seeds (not a number for a single seed). Accuracies and `saved` are fractions, 1 MB is
-    10^6 bytes. Where there is no Fed-Grow or no FedAvg to compare with, the columns that need it are not a number.
+    the spread of `accuracy` over seeds. `<reading>_ci` is half of a 95 % interval of the mean over seeds;
+    `<reading>_difference`, `_difference_ci` and `_p` (adjusted by Holm) compare with `reference`, the Fed-Grow row that
+    validated best. `target_*`: medians of what it took to get to the accuracy `target`, lower bounds where
+    `target_censored`. Accuracies and `saved` are fractions, 1 MB is 10^6 bytes. What cannot be said, for want of
+    seeds, of Fed-Grow or of FedAvg, is not a number.
     """
-    by_method = defaultdict(list)
-    for row in readings(results):
-        by_method[row["setting"], row["method"]].append(row)
-    rows = [
-        {name: group[0][name] for name in KEYS}
-        | {"seeds": len(group), "accuracy_seed_std": _deviation([row["accuracy"] for row in group])}
-        | {name: _mean([row[name] for row in group]) for name in AVERAGED}
-        for group in by_method.values()
-    ]
-    return pd.DataFrame(rows, columns=[*KEYS, "seeds", *AVERAGED[:2], "accuracy_seed_std", *AVERAGED[2:]])
+    readings = results if isinstance(results, Readings) else read(results)
+    rows = [row for runs in by_setting(readings.runs).values() for row in _of_setting(runs)]
+    first = [*KEYS, "seeds", *AVERAGED[:2], "accuracy_seed_std", *AVERAGED[2:]]
+    return pd.DataFrame(rows, columns=[*first, *(name for name in rows[0] if name not in first)] if rows else first)
 
 
-def notes(results: Results) -> list[str]:
-    """What a reader must know beside the table: the byte budget, and everything that is missing or not comparable."""
-    settings = by_setting(readings(results))
+def _of_setting(runs: Sequence[Row]) -> Iterable[dict[str, Any]]:
+    reference = reference_of(runs)
+    compared: dict[str, Mapping[str, Difference]] = {
+        reading: differences(runs, reading, reference) if reference else {} for reading in BUDGETS.values()
+    }
+    for method, group in by_method(runs).items():
+        row = {name: group[0][name] for name in KEYS} | {"seeds": len(group), "reference": reference or ""}
+        row["accuracy_seed_std"] = _deviation([run["accuracy"] for run in group])
+        row |= {name: _mean([run[name] for run in group]) for name in AVERAGED}
+        for reading in BUDGETS.values():
+            found = compared[reading].get(method)
+            row[f"{reading}_ci"] = interval([run[reading] for run in group]).half
+            row[f"{reading}_difference"] = found.difference.mean if found else math.nan
+            row[f"{reading}_difference_ci"] = found.difference.half if found else math.nan
+            row[f"{reading}_p"] = found.p if found else math.nan
+        taken = {what: to_target(group, what) for what in TO_TARGET}
+        row |= {f"target_{what}": each.median for what, each in taken.items()}
+        row |= {"target": group[0]["target"], "target_reached": taken["rounds"].reached}
+        yield row | {"target_censored": taken["rounds"].censored}
+
+
+def notes(results: Results, readings: Readings | None = None) -> list[str]:
+    """What a reader must know beside the table: the budgets, and everything that is missing or not comparable."""
+    readings = readings or read(results)
+    settings = by_setting(readings.runs)
     lines = []
     for setting, runs in settings.items():
         lines += [f"{setting}: {line}" if len(settings) > 1 else line for line in _setting_notes(runs)]
+    lines += _small_models(results, readings)
     for run in records(results.runs):
         if run["status"] != "finished":
-            name, error = _name(run), f": {run['error']}" if run["error"] else ""
+            name, error = method_name(run), f": {run['error']}" if run["error"] else ""
             lines.append(f"Failed: {name}, seed {run['seed']}, run {run['run_id']}{error}")
     ended = set(results.runs["run_id"])
-    for run_id, history in histories(results).items():
+    for run_id, history in readings.rounds.items():
         if run_id not in ended:
             name, seed, last = (history[-1][column] for column in ("algorithm", "seed", "round"))
             lines.append(f"Not finished: {name}, seed {seed}, run {run_id}, got to round {last}")
@@ -208,59 +143,37 @@ def _setting_notes(runs: Sequence[Row]) -> Iterable[str]:
         yield "Not every method met the same federation (partition, small models, cohorts): rows are not comparable."
 
 
-def _setting(run: Row) -> str:
-    alpha = "" if math.isnan(run["alpha"]) else f" (alpha {run['alpha']:g})"
-    cohort = "" if run["cohort"] == run["participants"] else f", {run['cohort']} a round"
-    data = f"{run['dataset']}, {run['family']}, {run['partition']}{alpha}"
-    return f"{run['suite']}: {data}, {run['participants']} participants{cohort}"
+def _small_models(results: Results, readings: Readings) -> Iterable[str]:
+    """Where methods that let participants train small models of their own did not end up with the same ones."""
+    hashes = {
+        str(run_id): dict(zip(frame["client"], frame["small_sha256"], strict=True))
+        for run_id, frame in results.small_models.groupby("run_id")
+    }
+    for setting, runs in by_setting(readings.runs).items():
+        groups: dict[str, None] = {}
+        for seed in {run["seed"] for run in runs}:
+            alike = _alike({run["method"]: hashes.get(run["run_id"], {}) for run in runs if run["seed"] == seed})
+            if len(alike) > 1:
+                groups["; ".join(", ".join(group) for group in alike)] = None
+        yield from (
+            f"{setting}: methods begin with different small models, those of each group with the same: {text}."
+            for text in groups
+        )
 
 
-def _name(run: Row) -> str:
-    return f"{run['algorithm']} ({run['preset']})" if run["preset"] else run["algorithm"]
-
-
-def _methods(runs: Sequence[Row]) -> list[str]:
-    """The names of runs of one algorithm and preset. Those that differ in more than the seed are told apart by what."""
-    configs = [_flat(json.loads(run["config"])) for run in runs]
-    fields = dict.fromkeys(field for config in configs for field in config if field not in NOT_A_VARIANT)
-    differing = [field for field in fields if len({config.get(field) for config in configs}) > 1]
-    return [
-        " ".join([_name(run), *(f"{field}={config.get(field, '-')}" for field in differing)])
-        for run, config in zip(runs, configs, strict=True)
-    ]
-
-
-def _flat(config: Any, path: str = "") -> dict[str, str]:
-    """The leaves of a JSON document by dotted path, as text."""
-    if isinstance(config, dict) and config:
-        items = [(f"{path}.{key}" if path else key, value) for key, value in config.items()]
-        return {leaf: text for name, value in items for leaf, text in _flat(value, name).items()}
-    return {path: config if isinstance(config, str) else json.dumps(config)}
-
-
-def _budgets(runs: Sequence[Row], totals: Mapping[str, int]) -> dict[tuple[str, int], tuple[int, str]]:
-    """By setting and seed: the bytes of the Fed-Grow run that sent the fewest, and its method."""
-    candidates = defaultdict(list)
-    for run in runs:
-        if run["algorithm"] == "fedgrow":
-            candidates[run["setting"], run["seed"]].append((totals[run["run_id"]], run["method"]))
-    return {key: min(found) for key, found in candidates.items()}
-
-
-def _saved(run: Row, runs: Sequence[Row]) -> float:
-    """1 - upload / FedAvg's upload. FedAvg's of the same setting and seed and, where there are several, same target."""
-    peers = [row for row in runs if row["algorithm"] == "fedavg" and _same(run, row, "setting", "seed")]
-    same_target = [row for row in peers if _same(run, row, "model")]
-    uploads = {row["bytes_per_upload"] for row in same_target or peers}
-    return 1 - run["bytes_per_upload"] / min(uploads) if len(uploads) == 1 and min(uploads) > 0 else math.nan
-
-
-def _same(one: Row, other: Row, *columns: str) -> bool:
-    return all(one[column] == other[column] for column in columns)
-
-
-def _value(row: Row | None, column: str) -> float:
-    return math.nan if row is None else row[column]
+def _alike(held: Mapping[str, Mapping[int, str]]) -> list[list[str]]:
+    """Methods in groups within which nobody's small model differs; those that note none are in no group."""
+    groups: list[tuple[dict[int, str], list[str]]] = []
+    for method, models in held.items():
+        if not models:
+            continue
+        fits = (group for group in groups if all(group[0].get(id_, models[id_]) == models[id_] for id_ in models))
+        merged, members = next(fits, ({}, []))
+        if not members:
+            groups.append((merged, members))
+        merged.update(models)
+        members.append(method)
+    return [members for _, members in groups]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -340,25 +253,73 @@ COSTS: dict[str, Callable[[Row], str]] = {
 }
 
 
+def _with_ci(row: Row, reading: str) -> str:
+    return _spread(row[reading], row[f"{reading}_ci"])
+
+
+def _difference(row: Row, reading: str) -> str:
+    """Percentage points against the reference: `+1.2 ± 0.8 (p 0.04)`."""
+    if row["method"] == row["reference"]:
+        return "reference"
+    mean, half, p = (row[f"{reading}_{name}"] for name in ("difference", "difference_ci", "p"))
+    if math.isnan(mean):
+        return "-"
+    spread = "" if math.isnan(half) else f" ± {percent(half)}"
+    return f"{100 * mean:+.1f}{spread}" + ("" if math.isnan(p) else f" (p {_probability(p)})")
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.1f}"
+
+
+def _to_target(row: Row, what: str, shown: Callable[[float], str]) -> str:
+    """What it took; `>` where it would have taken more, and how many seeds got there where not all did."""
+    if math.isnan(row[f"target_{what}"]):
+        return "-"
+    reached = "" if row["target_reached"] == row["seeds"] else f" ({row['target_reached']} of {row['seeds']})"
+    return f"{'> ' if row['target_censored'] else ''}{shown(row[f'target_{what}'])}{reached}"
+
+
+# What seeds say: intervals at three budgets, and who is left behind; how far each method is from the reference.
+COMPARED: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: row["method"],
+    "seeds": lambda row: str(row["seeds"]),
+    "equal rounds, %": lambda row: _with_ci(row, "accuracy"),
+    "equal bytes, %": lambda row: _with_ci(row, "equal_bytes_accuracy"),
+    "equal FLOPs, %": lambda row: _with_ci(row, "equal_flops_accuracy"),
+    "best validated round, %": lambda row: percent(row["chosen_accuracy"]),
+    "bottom 10 %": lambda row: percent(row["accuracy_bottom"]),
+    "worst, %": lambda row: percent(row["accuracy_min"]),
+}
+
+DIFFERENCES: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: row["method"],
+    "at equal rounds": lambda row: _difference(row, "accuracy"),
+    "at equal bytes": lambda row: _difference(row, "equal_bytes_accuracy"),
+    "at equal FLOPs": lambda row: _difference(row, "equal_flops_accuracy"),
+}
+
+TARGETS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: row["method"],
+    "target, %": lambda row: percent(row["target"]),
+    "rounds": lambda row: _to_target(row, "rounds", _round),
+    "MB": lambda row: _to_target(row, "mb", significant),
+    "FLOPs": lambda row: _to_target(row, "flops", _count),
+}
+
+
 def cells(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]] = COMPACT) -> list[list[str]]:
     return [[cell(row) for cell in columns.values()] for row in rows]
 
 
-def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["setting"]].append(row)
-    return groups
-
-
 def markdown(results: Results, columns: Mapping[str, Callable[[Row], str]] = COMPACT) -> str:
     """The summary as GitHub Markdown, one table a setting, the notes below."""
-    blocks = []
-    for setting, rows in by_setting(records(summary(results))).items():
+    blocks, readings = [], read(results)
+    for setting, rows in by_setting(records(summary(readings))).items():
         lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1), *cells(rows, columns)]
         escaped = [[text.replace("|", "\\|") for text in line] for line in lines]
         blocks.append("\n".join([f"**{setting}**\n", *(f"| {' | '.join(line)} |" for line in escaped)]))
-    blocks.append("\n".join(f"* {note}" for note in notes(results)))
+    blocks.append("\n".join(f"* {note}" for note in notes(results, readings)))
     return "\n\n".join(blocks).strip() + "\n"
 
 
@@ -369,7 +330,8 @@ def print_summary(
     console = console or Console()
     if not console.is_terminal:
         console.width = 120
-    for setting, rows in by_setting(records(summary(results))).items():
+    readings = read(results)
+    for setting, rows in by_setting(records(summary(readings))).items():
         grid = Table(title=setting, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", title_style="bold")
         grid.add_column("method", overflow="fold")
         for heading in list(COMPACT)[1:]:
@@ -378,7 +340,7 @@ def print_summary(
         for row in cells(rows):
             grid.add_row(*(_text(cell, console) for cell in row))
         console.print(grid)
-    for note in notes(results):
+    for note in notes(results, readings):
         console.print(_text(note, console), style="red" if note.startswith("Failed") else None)
     if directory is not None:
         folders = "  ".join(str(directory / name) for name in ("runs", "rounds", "clients"))

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.tables import histories, percent, records  # noqa: E402
+from benchmarks.readings import histories, records  # noqa: E402
+from benchmarks.tables import percent  # noqa: E402
 from fedsim.results import Results, load  # noqa: E402
 
 

@@ -10,6 +10,7 @@ folders (pandas, pyarrow, duckdb's `*.parquet`) leaves out.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
@@ -62,8 +64,8 @@ RUNS = _schema(
     error="str?",  # null unless failed
     labels="str?",  # JSON: the participants' label histograms, a list of lists
     held_bytes="int?",  # the participant with most: its private state and what it receives, by count
-    command="str?",  # what was typed to start it
     peak_bytes="int?",  # the same, in a training step: with gradients, moments and what waits for the backward pass
+    command="str?",  # what was typed to start it
 )
 
 ROUNDS = _schema(
@@ -136,16 +138,40 @@ CLIENTS = _schema(
     small_sha256="str?",  # of the small model it trained for itself, in the round it did
 )
 
+DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
+
 SCHEMAS: Mapping[str, pa.Schema] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS}
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The tables of one folder. A table without rows still has its columns."""
+    """The tables of one folder. A table without rows still has its columns.
 
+    `clients` is by far the largest; it is read when it is first asked for.
+    """
+
+    directory: Path
     runs: pd.DataFrame
     rounds: pd.DataFrame
-    clients: pd.DataFrame
+
+    @functools.cached_property
+    def clients(self) -> pd.DataFrame:
+        """One row a participant and round."""
+        return read_table(self.directory, "clients")
+
+    @functools.cached_property
+    def deployed(self) -> pd.DataFrame:
+        """One row a run and participant: `DEPLOYED`, of the last round in which it was scored. Reads no more."""
+        return self._last_rows[0]
+
+    @functools.cached_property
+    def small_models(self) -> pd.DataFrame:
+        """One row a run and participant that trained a small model of its own: `run_id`, `client`, `small_sha256`."""
+        return self._last_rows[1]
+
+    @functools.cached_property
+    def _last_rows(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return _last_rows(self.directory)
 
 
 def write_table(directory: Path, table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -211,7 +237,23 @@ def rows_of(frame: pd.DataFrame, table: str) -> list[dict[str, Any]]:
 
 def load(directory: Path | str) -> Results:
     """The results of a folder that `fedsim run` or `benchmarks/sweep.py` wrote into."""
-    return Results(**{table: read_table(Path(directory), table) for table in SCHEMAS})
+    folder = Path(directory)
+    return Results(folder, read_table(folder, "runs"), read_table(folder, "rounds"))
+
+
+def _last_rows(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`deployed` and `small_models` in one pass over the files of `clients`, a few columns of each."""
+    hashed = ("run_id", "client", "small_sha256")
+    scored, trained = (
+        [pa.schema([CLIENTS.field(name) for name in names]).empty_table()] for names in (DEPLOYED, hashed)
+    )
+    for path in _files(directory, "clients"):
+        part = _read_file(path, CLIENTS, tuple(dict.fromkeys((*DEPLOYED, *hashed))))
+        trained.append(part.filter(pc.field("small_sha256").is_valid()).select(hashed))
+        part = part.filter(pc.field("accuracy").is_valid()).select(DEPLOYED)
+        if part.num_rows:
+            scored.append(part.filter(pc.field("round") == int(part["round"].to_numpy().max())))
+    return pa.concat_tables(scored).to_pandas(), pa.concat_tables(trained).to_pandas()
 
 
 def _to_arrow(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -258,19 +300,22 @@ def _check_has_results(directory: Path) -> None:
         raise ValueError(f"{directory} {what}: looked for {looked_for} in it")
 
 
-def _read_file(path: Path, schema: pa.Schema) -> pa.Table:
+def _read_file(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """A file's rows; of all columns, or of those named alone."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
             _check_version(path, metadata.get(SCHEMA_KEY))
-            part = file.read()
+            known = set(file.schema_arrow.names)
+            part = file.read(None if columns is None else [name for name in columns if name in known])
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
     except OSError as error:
         if error.errno is not None:  # the system's refusal to read; pyarrow's own complaints carry no number
             raise
         raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
-    return _conform(path, part, schema)
+    kept = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    return _conform(path, part, kept)
 
 
 def _conform(path: Path, part: pa.Table, schema: pa.Schema) -> pa.Table:

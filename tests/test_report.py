@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from benchmarks.report import html_report, main, markdown, notes, print_summary, summary
-from benchmarks.tables import at_equal_bytes, finished_runs, significant
+from benchmarks.readings import finished_runs, last_within, sent_bytes
+from benchmarks.report import html_report, main
+from benchmarks.tables import markdown, notes, print_summary, significant, summary
 from fedsim.results import load, write_table
 
 
@@ -61,7 +62,7 @@ def add_run(
         row |= dict(wall_seconds=10.0 + seed, git_commit="abc", code_sha256="def", versions='{"torch": "2"}')
         row |= dict(hardware='{"cpu": "some <cpu>"}', config=json.dumps(config), model="64x4", error=None, labels=None)
         row |= dict(bytes_per_upload=1000 * kilobytes // 4 if upload is None else upload, held_bytes=1, peak_bytes=2)
-        row |= dict(federation_sha256=f"federation {seed}")
+        row |= dict(federation_sha256=f"federation {seed}", command=None)
         write_table(directory, "runs", run_id, [row | run])
     return run_id
 
@@ -147,7 +148,7 @@ def test_budget_edges(budget: int, round_: int) -> None:
         {"round": i, "bytes_up_total": 150 * i, "bytes_down_total": 50 * i, "accuracy_mean": accuracies[i]}
         for i in range(4)
     ]
-    found = at_equal_bytes(history, budget)
+    found = last_within(history, sent_bytes, budget)
     assert found is not None and found["round"] == round_
 
 
@@ -196,7 +197,7 @@ def test_runs_with_other_settings_are_told_apart(tmp_path: Path) -> None:
     results = load(tmp_path)
     table = summary(results)
     found = [(row["alpha"], row["method"]) for row in finished_runs(results) if row["algorithm"] == "fedavg"]
-    assert sorted(found) == [(0.1, "fedavg training.lr=-"), (0.1, "fedavg training.lr=0.5"), (1.0, "fedavg")]
+    assert sorted(found) == [(0.1, "fedavg lr=-"), (0.1, "fedavg lr=0.5"), (1.0, "fedavg")]
     assert len(set(table["setting"])) == 2
     assert row_of(table, "fedavg")["accuracy"] == 0.3
     assert all(note.startswith("quick: digits, vit, dirichlet (alpha") for note in notes(results))
@@ -244,7 +245,7 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     page = html_report(load(tmp_path), "results <&> more")
     assert "http://" not in page and "https://" not in page and "<script" not in page
     assert "some &lt;cpu&gt;" in page and "results &lt;&amp;&gt; more" in page
-    assert page.count("<img") == 3  # two curves, one drawing of the labels
+    assert page.count("<img") == 7  # savings, three curves, differences, time, labels; no participant was scored
     assert page.count("<details>") == 10
     assert page == html_report(load(tmp_path), "results <&> more")
 

@@ -21,7 +21,8 @@ COLUMNS = {
         alpha double, participants int64, cohort int64, rounds int64, seed int64, target_params int64,
         trainable_params double, upload_params double, status string, wall_seconds double, git_commit string,
         code_sha256 string, versions string, hardware string, config string, bytes_per_upload int64, model string,
-        federation_sha256 string, error string, labels string, held_bytes int64, peak_bytes int64
+        federation_sha256 string, error string, labels string, held_bytes int64, peak_bytes int64,
+        command string
     """,
     "rounds": """
         run_id string, algorithm string, seed int64, round int64, stage string, accuracy_mean double,
@@ -37,7 +38,7 @@ COLUMNS = {
         num_test_examples int64, accuracy double, accuracy_local double, accuracy_val double, loss double,
         train_loss double, bytes_up int64, bytes_down int64, train_seconds double, flops int64,
         peak_memory_bytes int64, host string, node string, retries int64, stage string, model string,
-        trainable_params int64, upload_params int64, precision double, recall double, f1 double
+        trainable_params int64, upload_params int64, precision double, recall double, f1 double, small_sha256 string
     """,
 }
 SAMPLE = {"string": "x", "int64": 1, "double": 0.5}

@@ -1,0 +1,353 @@
+"""Runs -> readings: what each run reached, read at three budgets, and what it took.
+
+Every run is read at **equal rounds** (after its last round), at **equal bytes** and at **equal FLOPs**: at the last
+evaluated round at which it had sent and received, or its participants had computed, no more than Fed-Grow did in its
+whole run. No rule here looks at a test score: rounds are read where a budget ends, or where validation was best.
+
+Runs are compared within a *setting*: one suite, one data set, one population of small models, one way of dealing.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from fedsim.results import Results
+
+
+MEGABYTE = 10**6
+METHOD_ORDER = (
+    "fedgrow fedgrow_joint fedgrow_no_federation fedgrow_released_code fedavg fedavg_small fedavg_mid fedprox "
+    "heterofl heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed grow_then_fedavg "
+    "exclusive ensemble_small local_only fedit ffa_lora flora hetlora"
+)
+NOT_A_VARIANT = {"seed", "name", "suite"}  # what may differ between two configs of the same variant
+KEYS = ["setting", "method", "algorithm", "preset"]
+WORST_SHARE = 0.1  # of participants: whose mean is `accuracy_bottom`
+# Accuracy at which costs "to a target" are read, by data set.
+TARGET_ACCURACY = {
+    "digits": 0.8,
+    "pydoc": 0.25,
+    "sst2": 0.55,
+    "ag_news": 0.6,
+    "newsgroups": 0.3,
+    "cifar10": 0.25,
+    "cifar100": 0.1,
+}
+# Columns of a reading -> columns of `rounds`.
+EQUAL_ROUNDS = {
+    "accuracy": "accuracy_mean",
+    "accuracy_std": "accuracy_std",
+    "accuracy_min": "accuracy_min",
+    "accuracy_local": "accuracy_local_mean",
+    "accuracy_local_min": "accuracy_local_min",
+    "accuracy_val": "accuracy_val_mean",
+    "accuracy_global": "accuracy_global",
+    "coverage": "coverage",
+    "coverage_min": "coverage_min",
+    "loss": "loss_mean",
+}
+EQUAL_BYTES = {
+    "equal_bytes_accuracy": "accuracy_mean",
+    "equal_bytes_std": "accuracy_std",
+    "equal_bytes_min": "accuracy_min",
+    "equal_bytes_local": "accuracy_local_mean",
+    "equal_bytes_loss": "loss_mean",
+    "equal_bytes_round": "round",
+}
+EQUAL_FLOPS = {"equal_flops_accuracy": "accuracy_mean", "equal_flops_round": "round"}
+CHOSEN = {"chosen_accuracy": "accuracy_mean", "chosen_round": "round"}
+TO_TARGET = ("rounds", "mb", "flops")
+
+Row = Mapping[str, Any]
+Runs = Sequence[Row]
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A frame's rows. Text that is null becomes empty, a number that is null is `nan`."""
+    text = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
+    return frame.assign(**{name: frame[name].fillna("") for name in text}).to_dict("records")
+
+
+def sent_bytes(round_: Row) -> int:
+    return round_["bytes_up_total"] + round_["bytes_down_total"]
+
+
+def evaluated(history: Runs) -> list[Row]:
+    """Those of one run's rounds that have an accuracy."""
+    return [row for row in history if not math.isnan(row["accuracy_mean"])]
+
+
+def last_within(history: Runs, spent: Callable[[Row], float], budget: float) -> Row | None:
+    """The last evaluated round of one run within a budget.
+
+    Round 0 is before any federated round and always counts as affordable: a method whose first federated round already
+    exceeds the budget is read there. `None` if none of these rounds was evaluated.
+    """
+    within = evaluated([row for row in history if spent(row) <= budget or row["round"] == 0])
+    return within[-1] if within else None
+
+
+def best_validated(history: Runs) -> Row | None:
+    """The evaluated round with the highest validation accuracy, of equal ones the first; `None` without any."""
+    known = [row for row in evaluated(history) if not math.isnan(row["accuracy_val_mean"])]
+    return max(known, key=lambda row: row["accuracy_val_mean"], default=None)
+
+
+def to_target(history: Runs, target: float) -> Row | None:
+    """The first evaluated round at which accuracy is at least `target`; `None` if the run never got there."""
+    return next((row for row in evaluated(history) if row["accuracy_mean"] >= target), None)
+
+
+def histories(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The rounds of each run, in order, by run id, with FLOPs so far (`flops_total`); a run without rounds has none."""
+    frame = results.rounds.sort_values(["run_id", "round"])
+    frame = frame.assign(flops_total=frame.groupby("run_id")["flops"].cumsum())
+    by_run: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in records(frame):
+        by_run[row["run_id"]].append(row)
+    return by_run
+
+
+def finished_runs(results: Results) -> list[dict[str, Any]]:
+    """The finished runs, with their `setting` and `method` in words."""
+    finished = [run for run in records(results.runs) if run["status"] == "finished"]
+    runs = [run | {"parsed": json.loads(run["config"])} for run in finished]
+    runs = [run | {"setting": setting} for run, setting in zip(runs, _settings(runs), strict=True)]
+    alike = defaultdict(list)
+    for run in runs:
+        alike[run["setting"], run["algorithm"], run["preset"]].append(run)
+    methods = {id(run): method for group in alike.values() for run, method in zip(group, _methods(group), strict=True)}
+    return [run | {"method": methods[id(run)]} for run in runs]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Readings:
+    """Everything that tables, figures and notes are made of, read once.
+
+    - `runs`: one row a finished run (`finished_runs`), and what was read of it. - `rounds`: `histories`.
+    """
+
+    runs: list[dict[str, Any]]
+    rounds: Mapping[str, Runs]
+
+
+def read(results: Results, target: float | None = None) -> Readings:
+    """One row a finished run: its accuracies at every budget, its cost, and the saving against FedAvg's upload.
+
+    - `target`: accuracy to reach; None: `TARGET_ACCURACY` of its data set.
+    """
+    runs, rounds = finished_runs(results), histories(results)
+    totals = {run["run_id"]: max((sent_bytes(row) for row in rounds[run["run_id"]]), default=0) for run in runs}
+    work = {run["run_id"]: max((row["flops_total"] for row in rounds[run["run_id"]]), default=0) for run in runs}
+    of_bytes, of_flops = _budgets(runs, totals), _budgets(runs, work)
+    bottom, uploads = _bottom(results), _fedavg_uploads(runs)
+    rows = []
+    for run in runs:
+        history, where = rounds[run["run_id"]], (run["setting"], run["seed"])
+        nothing = (math.nan, "")
+        (budget, budget_method), (flops, flops_method) = of_bytes.get(where, nothing), of_flops.get(where, nothing)
+        last = evaluated(history)[-1] if evaluated(history) else None
+        aim = TARGET_ACCURACY.get(run["dataset"], math.nan) if target is None else target
+        rows.append(
+            {name: run[name] for name in (*KEYS, "seed", "run_id", "federation_sha256", "labels", "parsed", "suite")}
+            | {"rounds": history[-1]["round"] if history else math.nan}
+            | _columns(EQUAL_ROUNDS, last)
+            | _columns(EQUAL_BYTES, last_within(history, sent_bytes, budget) if budget_method else None)
+            | _columns(
+                EQUAL_FLOPS, last_within(history, lambda row: row["flops_total"], flops) if flops_method else None
+            )
+            | _columns(CHOSEN, best_validated(history))
+            | {"accuracy_bottom": bottom.get(run["run_id"], math.nan)}
+            | {"target": aim, **_reached(history, aim)}
+            | {"budget_mb": budget / MEGABYTE, "budget_method": budget_method}
+            | {"budget_flops": flops, "flops_method": flops_method}
+            | {"trainable_params": run["trainable_params"], "upload_mb": run["bytes_per_upload"] / MEGABYTE}
+            | {f"{way}_mb": sum(row[f"bytes_{way}"] for row in history) / MEGABYTE for way in ("up", "down")}
+            | {"flops": work[run["run_id"]]}
+            | {f"{name}_mb": run[f"{name}_bytes"] / MEGABYTE for name in ("held", "peak")}
+            | {"total_mb": totals[run["run_id"]] / MEGABYTE, "saved": _saved(run, uploads)}
+            | {"seconds": run["wall_seconds"], "command": run["command"]}
+            | {"trainable_share": run["trainable_params"] / run["target_params"]}
+            | {"local_seconds": sum(row["wall_seconds"] for row in history if row["round"] == 0)}
+            | {"state_sha256": history[-1]["state_sha256"] if history else ""}
+        )
+    rank = {name: place for place, name in enumerate(METHOD_ORDER.split())}
+    rows.sort(key=lambda row: (row["setting"], rank.get(row["algorithm"], len(rank)), row["method"], row["seed"]))
+    return Readings(rows, rounds)
+
+
+def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["setting"]].append(row)
+    return groups
+
+
+def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of one setting by method, in the order of the rows."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["method"]].append(row)
+    return groups
+
+
+# parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _columns(columns: Mapping[str, str], round_: Row | None) -> dict[str, float]:
+    return {ours: math.nan if round_ is None else round_[theirs] for ours, theirs in columns.items()}
+
+
+def _reached(history: Runs, target: float) -> dict[str, Any]:
+    """Rounds, MB and FLOPs to the target; where it was never reached, what was spent without reaching it."""
+    if math.isnan(target) or not evaluated(history):
+        return {"reached": False} | {f"target_{name}": math.nan for name in TO_TARGET}
+    found = to_target(history, target)
+    at = history[-1] if found is None else found
+    spent = (at["round"], sent_bytes(at) / MEGABYTE, at["flops_total"])
+    return {"reached": found is not None} | {f"target_{name}": x for name, x in zip(TO_TARGET, spent, strict=True)}
+
+
+def _bottom(results: Results) -> dict[str, float]:
+    """By run, the mean accuracy of the tenth of its participants (at least one) that are worst off at its end."""
+    means: dict[str, float] = {}
+    for run_id, frame in results.deployed.groupby("run_id"):
+        accuracies = sorted(frame["accuracy"])
+        means[str(run_id)] = statistics.fmean(accuracies[: math.ceil(WORST_SHARE * len(accuracies))])
+    return means
+
+
+def _budgets(runs: Runs, totals: Mapping[str, float]) -> dict[tuple[str, int], tuple[float, str]]:
+    """By setting and seed: what the Fed-Grow run that spent least has spent, and its method."""
+    candidates = defaultdict(list)
+    for run in runs:
+        if run["algorithm"] == "fedgrow":
+            candidates[run["setting"], run["seed"]].append((totals[run["run_id"]], run["method"]))
+    return {key: min(found) for key, found in candidates.items()}
+
+
+def _fedavg_uploads(runs: Runs) -> dict[tuple, set[int]]:
+    """FedAvg's upload by setting and seed, and by setting, seed and target."""
+    uploads: dict[tuple, set[int]] = defaultdict(set)
+    for run in runs:
+        if run["algorithm"] == "fedavg":
+            uploads[run["setting"], run["seed"]].add(run["bytes_per_upload"])
+            uploads[run["setting"], run["seed"], run["model"]].add(run["bytes_per_upload"])
+    return uploads
+
+
+def _saved(run: Row, uploads: Mapping[tuple, set[int]]) -> float:
+    """1 - upload / FedAvg's upload. FedAvg's of the same setting and seed and, where there are several, same target."""
+    where = (run["setting"], run["seed"])
+    found = uploads.get((*where, run["model"])) or uploads.get(where) or set()
+    return 1 - run["bytes_per_upload"] / min(found) if len(found) == 1 and min(found) > 0 else math.nan
+
+
+def _settings(runs: Runs) -> list[str]:
+    """What each run is compared within; small models are named where runs that look alike differ in them."""
+    labels = [_setting(run) for run in runs]
+    forms = [_small_forms(run["parsed"]) for run in runs]
+    several = {label for label in labels if len({f for of, f in zip(labels, forms, strict=True) if of == label}) > 1}
+    return [f"{label}, {form}" if label in several else label for label, form in zip(labels, forms, strict=True)]
+
+
+def _setting(run: Row) -> str:
+    alpha = "" if math.isnan(run["alpha"]) else f" (alpha {run['alpha']:g})"
+    cohort = "" if run["cohort"] == run["participants"] else f", {run['cohort']} a round"
+    data = f"{run['dataset']}, {run['family']}, {run['partition']}{alpha}"
+    return f"{run['suite']}: {data}, {run['participants']} participants{cohort}"
+
+
+def _small_forms(config: Mapping[str, Any]) -> str:
+    def named(form: Mapping[str, Any]) -> str:
+        mlp = f" (mlp {form['mlp']})" if form.get("mlp") else ""
+        return f"{form['width']}x{form['depth']}{mlp}"
+
+    return "small models " + ", ".join(named(tier["form"]) for tier in config.get("tiers", ()))
+
+
+def method_name(run: Row) -> str:
+    return f"{run['algorithm']} ({run['preset']})" if run["preset"] else run["algorithm"]
+
+
+def _methods(runs: Runs) -> list[str]:
+    """The names of runs of one algorithm and preset. Those that differ in more than the seed are told apart by what.
+
+    A field is left out where it has the value that goes without saying: the default of its class if any of the runs
+    has that, else the one that more runs have than any other.
+    """
+    configs = [_flat(run["parsed"]) for run in runs]
+    fields = dict.fromkeys(field for config in configs for field in config if field not in NOT_A_VARIANT)
+    differing = [field for field in fields if len({config.get(field) for config in configs}) > 1]
+    usual = {field: _usual(field, runs, configs) for field in differing}
+    ends = Counter(field.rpartition(".")[2] for field in differing)
+    short = {field: field if ends[field.rpartition(".")[2]] > 1 else field.rpartition(".")[2] for field in differing}
+    return [
+        " ".join(
+            [method_name(run)]
+            + [f"{short[f]}={config.get(f, '-')}" for f in differing if usual[f] is None or config.get(f) != usual[f]]
+        )
+        for run, config in zip(runs, configs, strict=True)
+    ]
+
+
+def _usual(field: str, runs: Runs, configs: Sequence[Mapping[str, str]]) -> str | None:
+    found = Counter(config.get(field, "-") for config in configs)
+    default = _default(runs[0]["parsed"], field)
+    if default in found:
+        return default
+    (most, count), *others = found.most_common(2)
+    return most if not others or count > others[0][1] else None
+
+
+def _default(config: Any, field: str) -> str | None:
+    """The default of a field by dotted path, as text; None if its class gives none, or is not known here."""
+    *path, name = field.split(".")
+    for part in path:
+        config = config[int(part)] if isinstance(config, list) else config.get(part)
+        if config is None:
+            return None
+    default = _defaults(config.get("class", "")).get(name) if isinstance(config, dict) else None
+    return default
+
+
+@functools.lru_cache(maxsize=256)
+def _defaults(class_name: str) -> Mapping[str, str]:
+    module, _, name = class_name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError):
+        return {}  # a class of somebody's own module, which is not here: nothing goes without saying
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return {f.name: _text(f.default) for f in fields if f.default is not dataclasses.MISSING and _is_leaf(f.default)}
+
+
+def _is_leaf(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(config: Any, path: str = "") -> dict[str, str]:
+    """The leaves of a JSON document by dotted path, as text."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(config, dict):
+        items = config.items()
+    elif isinstance(config, list):
+        items = enumerate(config)
+    if not items or (isinstance(config, dict | list) and not config):
+        return {path: _text(config)}
+    found: dict[str, str] = {}
+    for key, value in items:
+        found |= _flat(value, f"{path}.{key}" if path else str(key))
+    return found
