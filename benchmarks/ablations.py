@@ -14,6 +14,15 @@ from fedsim.models import Form
 
 
 _PRESETS = ("paper", "preserving")
+# Learning rates where starts are common to all, and where participants besides hardly train before Global: on digits,
+# the best of `ablations_grid` (`LOG.md`, 2026-11-21).
+_COMMON = {
+    "fedgrow paper": 3e-3,
+    "fedgrow preserving": 3e-3,
+    "fedgrow_no_federation paper": 1e-3,
+    "fedgrow_no_federation preserving": 1e-4,
+}
+_ALIGNED = {"fedgrow preserving": 1e-2, "fedgrow_no_federation preserving": 3e-3}
 _COPIES = ("net2net", "aki", "stacking", "interlacing", "zero-block")
 _WHOLE = ("grow_then_fedavg preserving", "fedavg")
 _SMALL = ("fedavg_small", "hetlora")
@@ -26,11 +35,13 @@ def ablations() -> list[Experiment]:
     """
     base, text_base = replace(on_digits(), chunk=6), on_pydoc()
     paper, preserving = (_pair(DIGITS, preset) for preset in ("paper", "preserving"))
+    common = [replace(each, draw="common") for preset in _PRESETS for each in _pair(_COMMON, preset)]
+    aligned = _pair(_ALIGNED, "preserving")
     shared = preserving[0]
     return [
         # what participants start from, and how much of it they change before Global is trained
-        *each_of(base, [*paper, *preserving, *map(_common, (*paper, *preserving))]),
-        *each_of(base, [_aligned(each, epochs) for epochs in (0, 1, 5) for each in preserving]),
+        *each_of(base, [*paper, *preserving, *common]),
+        *each_of(base, [_aligned(each, epochs) for epochs in (0, 1, 5) for each in aligned]),
         # what is uploaded (nothing, Global, intermediate models and targets too, the target), and in how many stages
         *each_of(base, methods({name: DIGITS[name] for name in ("fedgrow_released_code paper", *_WHOLE, *_SMALL)})),
         *each_of(base, [_joint(paper[0], 1e-2), _joint(shared, DIGITS["fedgrow_joint preserving"])]),
@@ -47,7 +58,7 @@ def ablations() -> list[Experiment]:
             for alpha in (0.1, 100.0)
             for experiment in each_of(
                 replace(base, partition=Partition("dirichlet", alpha=alpha, min_size=10)),
-                [*paper, *preserving, *map(_common, preserving)],
+                [*paper, *preserving, *common[2:], *(_aligned(each, 0) for each in aligned)],
             )
         ),
         *(
@@ -55,11 +66,16 @@ def ablations() -> list[Experiment]:
             for participants in (3, 12, 24)
             for experiment in each_of(
                 replace(base, participants=participants, partition=Partition("dirichlet", alpha=0.5, min_size=10)),
-                [*preserving, *map(_common, preserving), *methods({name: DIGITS[name] for name in _SMALL})],
+                [
+                    *preserving,
+                    *common[2:],
+                    *(_aligned(each, 0) for each in aligned),
+                    *methods({name: DIGITS[name] for name in _SMALL}),
+                ],
             )
         ),
         *each_of(text_base, [*_pair(TOKENS, "paper"), *_pair(TOKENS, "preserving")]),
-        *each_of(text_base, [_common(each) for preset in _PRESETS for each in _pair(TOKENS, preset)]),
+        *each_of(text_base, [replace(each, draw="common") for preset in _PRESETS for each in _pair(TOKENS, preset)]),
         *each_of(text_base, [_aligned(each, epochs) for epochs in (0, 1) for each in _pair(TOKENS, "preserving")]),
         *each_of(text_base, [_joint(_pair(TOKENS, "preserving")[0], 3e-4)]),
         *each_of(text_base, methods({name: TOKENS[name] for name in ("fedavg", *_SMALL)})),
@@ -69,7 +85,7 @@ def ablations() -> list[Experiment]:
 def ablations_grid() -> list[Experiment]:
     """Learning rates for the variants of `ablations` that its conclusions rest on: starts common to all, on digits."""
     base = replace(on_digits(), chunk=6, eval_every=10)
-    kinds = [_common(each) for preset in _PRESETS for each in _pair(DIGITS, preset)]
+    kinds = [replace(each, draw="common") for preset in _PRESETS for each in _pair(DIGITS, preset)]
     kinds += [_aligned(each, epochs) for epochs in (0, 1) for each in _pair(DIGITS, "preserving")]
     return each_of(base, [replace(each, lr=lr) for lr in GRID for each in kinds])
 
@@ -84,13 +100,8 @@ def _pair(rates: dict[str, float], preset: str) -> list[FedGrow]:
     return [algorithm for algorithm in found if isinstance(algorithm, FedGrow)]
 
 
-def _common(algorithm: FedGrow) -> FedGrow:
-    """Small models and Local start equal for all."""
-    return replace(algorithm, draw="common")
-
-
 def _aligned(algorithm: FedGrow, epochs: int) -> FedGrow:
-    """The same, and hardly move before Global is trained."""
+    """Small models and Local start equal for all, and hardly move before Global is trained."""
     return replace(algorithm, draw="common", small_epochs=epochs, local_epochs=epochs)
 
 
