@@ -33,7 +33,7 @@ def ablations() -> list[Experiment]:
 
     What averaging Global adds is read off pairs: the same with and without federation, each at its own learning rate.
     """
-    base, text_base = replace(on_digits(), chunk=6), on_pydoc()
+    base, text_base = replace(on_digits(), chunk=6, eval_every=2), on_pydoc()
     paper, preserving = (_pair(DIGITS, preset) for preset in ("paper", "preserving"))
     common = [replace(each, draw="common") for preset in _PRESETS for each in _pair(_COMMON, preset)]
     aligned = _pair(_ALIGNED, "preserving")
