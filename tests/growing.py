@@ -111,7 +111,7 @@ ACCEPTED = {  # of the growth above, unless heads are rotary; by presets that ar
     "paper-chunked": {"heads", "heads x2", "larger heads", "deeper", "all x2"},
     "hypercloning": WHOLE,
 }
-MIX_HEADS = {"paper", "paper-chunked", "ligo"}  # which rotary positions forbid
+MIX_HEADS = {"paper", "paper-untied", "paper-chunked", "ligo"}  # which rotary positions forbid
 
 
 def family(model: str) -> str:

@@ -232,6 +232,7 @@ def multiplications(operator, tensors, stacked):
         ("paper", "vit", 2, 5),
         ("paper", "gpt2-lm", 5, 2),
         ("paper-chunked", "vit", 2, 5),
+        ("paper-untied", "vit", 2, 5),
         ("ligo", "gpt2-lm", 2, 5),
         ("ligo", "bert-mlm", 5, 2),
         ("preserving", "vit", 2, 5),

@@ -87,6 +87,7 @@ def test_every_preset_and_every_family_is_in_the_table():
     assert {preset for preset, cells in columns.items() if cells == always_and_sometimes} == PRESETS.keys() - {
         "paper",
         "paper-chunked",
+        "paper-untied",
         "ligo",
         "aki",
     }
@@ -108,7 +109,7 @@ def test_growth_to_the_same_size_changes_no_weight_unless_the_start_is_random(mo
     unchanged = set()
     tree = random_tree(model, small(model))
     for preset in PRESETS:
-        if family(model) == "llama" and preset in ("paper", "paper-chunked", "ligo"):
+        if family(model) == "llama" and preset in ("paper", "paper-untied", "paper-chunked", "ligo"):
             continue
         operator = operator_between(preset, model, small(model), small(model))
         grown_tree = operator(start(operator), tree)
@@ -116,7 +117,7 @@ def test_growth_to_the_same_size_changes_no_weight_unless_the_start_is_random(mo
         if all(torch.equal(grown_tree[name], tree[name]) for name in tree):
             unchanged.add(preset)
         assert PRESETS[preset].exact(operator) == (preset in unchanged), preset
-    assert unchanged == PRESETS.keys() - {"paper", "paper-chunked", "ligo"}
+    assert unchanged == PRESETS.keys() - {"paper", "paper-untied", "paper-chunked", "ligo"}
 
 
 # loss and gradient, training mode -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tests.growing import SMALL, large, operator_between, small
 WORKS_WITH_ROTARY = "preserving, net2net, aki, stacking, interlacing, zero-block, hypercloning"
 
 
-@pytest.mark.parametrize("preset", ["paper", "paper-chunked", "ligo"])
+@pytest.mark.parametrize("preset", ["paper", "paper-untied", "paper-chunked", "ligo"])
 def test_rotary_heads_refuse_presets_that_mix_coordinates_and_name_those_that_do_not(preset):
     with pytest.raises(
         ValueError, match=f"^preset '{preset}' mixes the coordinates of heads.*: choose one of {WORKS_WITH_ROTARY}$"
@@ -33,7 +33,7 @@ def test_rotary_heads_cannot_grow_under_any_preset(preset):
         operator_between(preset, "llama-lm", small("llama-lm"), new)
 
 
-COPYING = [preset for preset in PRESETS if preset not in ("paper", "paper-chunked", "ligo")]
+COPYING = [preset for preset in PRESETS if preset not in ("paper", "paper-untied", "paper-chunked", "ligo")]
 
 
 @pytest.mark.parametrize("preset", COPYING)
