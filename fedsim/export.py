@@ -1,6 +1,7 @@
 """A participant's grown model as a folder that plain `transformers` loads, with a card that says how it came about."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,14 @@ from fedsim import card, results
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
 from fedsim.checkpoint import Versions, read_json
 from fedsim.cohort import tiers_of
-from fedsim.data import text
+from fedsim.data import bpe, text
 from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import DataConfig
 from fedsim.data.source import Split
 from fedsim.experiment import Experiment, revived
 from fedsim.fields import refuse
 from fedsim.models import get_family
+from fedsim.store import TOKENIZER
 from fedsim.task import Task
 from fedsim.training import Meter
 
@@ -36,7 +38,13 @@ def export(directory: Path, run_id: str | None, participant: int, to: Path) -> P
     if not 0 <= participant < experiment.participants:
         refuse("--participant", participant, f"from 0 to {experiment.participants - 1}")
     model, told = deployed(directory, run, experiment, participant)
-    write(model, experiment.task.data, card.card(told), to)
+    data = experiment.task.data
+    if bpe.parsed(data.tokenizer) is not None:
+        folder = directory / "checkpoints" / run["run_id"] / TOKENIZER
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: the tokenizer that was trained for the run is not there any more")
+        data = replace(data, tokenizer=str(folder))
+    write(model, data, card.card(told), to)
     return to
 
 

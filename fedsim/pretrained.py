@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim import tree as trees
+from fedsim.data import bpe
 from fedsim.data.text import BYTE_END
 from fedsim.fields import check_types, refuse
 from fedsim.models import Family, Form, Inputs, get_family
@@ -213,6 +214,8 @@ def _check_tokenizer(tokenizer: str, hub: bool, inputs: Inputs, checkpoint: Chec
         if ids not in (expected, [*expected, BYTE_END]):  # some close a text before they look for special tokens
             refuse("task.data.tokenizer", tokenizer, accepted)
         return
+    if bpe.parsed(tokenizer) is not None:
+        refuse("task.data.tokenizer", tokenizer, accepted)
     task_own: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub)
     ours, theirs = task_own.get_vocab(), held.get_vocab()
     for token in sorted(ours.keys() | theirs.keys()):

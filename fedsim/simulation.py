@@ -14,7 +14,7 @@ from fedsim.progress import Progress, Silent
 from fedsim.provenance import code_sha256
 from fedsim.rows import client_rows, round_row, run_row
 from fedsim.runtime.base import Call, Resources, Runtime
-from fedsim.store import RunStore
+from fedsim.store import TOKENIZER, RunStore
 from fedsim.task import load_task
 from fedsim.training import StepCost
 
@@ -70,6 +70,8 @@ def run(
 
     store = RunStore(out, run_id, code)
     first = store.open(resume)
+    if task.dataset is not None and task.dataset.tokenizer is not None:
+        task.dataset.tokenizer.save_pretrained(folder / TOKENIZER)
     about = functools.partial(
         run_row,
         experiment,

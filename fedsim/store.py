@@ -4,6 +4,7 @@ DIR/runs | rounds | clients/<run_id>.parquet
 DIR/checkpoints/<run_id>/manifest.json       written last: what it does not vouch for never happened
 DIR/checkpoints/<run_id>/server.<r>.safetensors
 DIR/checkpoints/<run_id>/private/<participant>.<r>.safetensors
+DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
 """
 
 import contextlib
@@ -19,6 +20,9 @@ from filelock import FileLock, Timeout
 from fedsim import results
 from fedsim.checkpoint import read_json, write_atomically
 from fedsim.rows import Row
+
+
+TOKENIZER = "tokenizer"  # the folder's name
 
 
 @contextlib.contextmanager

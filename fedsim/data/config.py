@@ -1,12 +1,16 @@
 """What an experiment says about its data (`DataConfig`) and what it gets for it (`Dataset`)."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from fedsim.data import text
+from fedsim.data import bpe, text
 from fedsim.fields import check_range, check_types, refuse
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class DataConfig:
     - `image_size`, `channels`: what images are brought to.
     - `num_classes`: not read for language modelling.
     - `class_names`: the classes' names in order, or none. Tags named "O", "B-..." and "I-..." get entity scores.
-    - `tokenizer`: "bytes", a folder, or a hub name (with `hub`).
+    - `tokenizer`: "bytes", "bpe:SPLIT:SIZE" (`fedsim.data.bpe`), a folder, or a hub name (with `hub`).
     - `max_length`: tokens an example.
     """
 
@@ -101,6 +105,12 @@ class DataConfig:
                 if column == "" or (isinstance(column, int) and column < 0):
                     refuse(f"task.data.{name}", value, "column names, or positions counted from 0")
 
+        own = bpe.parsed(self.tokenizer)
+        if own is not None and own.split in (self.train_split, self.test_split):
+            accepted = "'bpe:SPLIT:SIZE' with a split that nobody trains on and nobody is scored on"
+            refuse("task.data.tokenizer", self.tokenizer, accepted)
+        if own is not None and self.name in EMBEDDED:
+            refuse("task.data.tokenizer", self.tokenizer, f"'bytes' for the embedded set {self.name!r}")
         if not 0 < self.test_share < 1:
             refuse("task.data.test_share", self.test_share, "between 0 and 1, both excluded")
         if self.channels not in (1, 3):
@@ -222,6 +232,7 @@ class Dataset:
     - `num_classes`: how many there are among the labels of examples; 1 where tokens are labelled.
     - `vocab_size`: None for images.
     - `fingerprint`: sha256 over all tensors, so that a run can record which data it saw.
+    - `tokenizer`: the one that was trained for these data; None where it came with them.
     """
 
     kind: str
@@ -230,3 +241,4 @@ class Dataset:
     num_classes: int
     vocab_size: int | None
     fingerprint: str
+    tokenizer: "PreTrainedTokenizerFast | None" = None

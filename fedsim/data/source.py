@@ -7,6 +7,8 @@ under the data folder, or any local file or folder; nothing is fetched from the 
 import hashlib
 import re
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data import embedded, files, tags, text, vision
+from fedsim.data import bpe, embedded, files, tags, text, vision
 from fedsim.data.config import EMBEDDED, PER_TOKEN, DataConfig, Dataset, Split, cifar10, digits, pydoc, sst2
 from fedsim.data.partition import train_validation
 from fedsim.fields import refuse
@@ -43,13 +45,20 @@ def load(config: DataConfig, data_dir: str | None) -> Dataset:
 
     **Raises:** `ValueError` if there are no such data, or they are not what `config` promises.
     """
-    vocab_size = config.vocab_size
+    vocab_size, tokenizer = config.vocab_size, None
     if config.name in EMBEDDED:
         splits = _embedded(config)
     else:
         # The library's Arrow files live in a throw-away folder: nothing is left in the home folder.
         with tempfile.TemporaryDirectory(prefix="fedsim-data-") as cache:
-            splits = _converted(config, files.tables(config, data_dir, cache))
+            tables = files.tables(config, data_dir, cache)
+            own = bpe.parsed(config.tokenizer)
+            if own is None:
+                splits = _converted(config, tables)
+            else:
+                tokenizer = bpe.trained(_public_texts(config, own.split, tables, data_dir, cache), own.size)
+                tokenizer.save_pretrained(f"{cache}/tokenizer")
+                splits = _converted(replace(config, tokenizer=f"{cache}/tokenizer"), tables)
     _check_promised(config, splits, vocab_size)
     return Dataset(
         kind=config.kind,
@@ -58,7 +67,32 @@ def load(config: DataConfig, data_dir: str | None) -> Dataset:
         num_classes=1 if config.kind in PER_TOKEN else config.num_classes,
         vocab_size=vocab_size,
         fingerprint=_fingerprint(splits),
+        tokenizer=tokenizer,
     )
+
+
+def _public_texts(
+    config: DataConfig, split: str, tables: dict[str, Any], data_dir: str | None, cache: str
+) -> Sequence[str]:
+    """The texts of another split of the same data.
+
+    **Raises:** `ValueError` if there is none of that name, or it stands in for the test split.
+    """
+    try:
+        public = files.tables(replace(config, train_split=split, tokenizer="bytes"), data_dir, cache)["train"]
+    except ValueError as error:
+        raise ValueError(f"task.data.tokenizer={config.tokenizer!r}: {error}") from error
+
+    def texts(table: Any) -> list[str]:
+        columns = _input_columns(config, table.column_names)
+        if config.kind == "tokens":
+            return [" ".join(words) for words in tags.word_lists(table, columns[0])]
+        return text.joined(table, columns)
+
+    if "test" in tables and texts(tables["test"]) == texts(public):
+        accepted = f"a split other than the one that is scored on: split {split!r} stands in for the test split"
+        refuse("task.data.tokenizer", config.tokenizer, accepted)
+    return texts(public)
 
 
 def _embedded(config: DataConfig) -> dict[str, Split]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.data import bpe
 from fedsim.fields import refuse
 
 
@@ -28,8 +29,11 @@ def vocabulary(tokenizer: str, hub: bool) -> int:
 
     **Arguments:**
 
-    - `tokenizer`: "bytes", a folder, or a hub name. A name is fetched only when `hub` is True.
+    - `tokenizer`: "bytes", "bpe:SPLIT:SIZE", a folder, or a hub name. A name is fetched only when `hub` is True.
     """
+    own = bpe.parsed(tokenizer)
+    if own is not None:
+        return own.size
     return BYTE_VOCABULARY if tokenizer == "bytes" else len(_pretrained(tokenizer, hub))
 
 
@@ -38,6 +42,8 @@ def special_ids(tokenizer: str, hub: bool) -> tuple[int, int]:
     """`(padding, end)`: the ids that pad a text and that close it."""
     if tokenizer == "bytes":
         return BYTE_PADDING, BYTE_END
+    if bpe.parsed(tokenizer) is not None:
+        return bpe.PADDING_ID, bpe.END_ID
     pretrained = _pretrained(tokenizer, hub)
     padding = pretrained.pad_token_id
     return padding, padding if pretrained.eos_token_id is None else pretrained.eos_token_id
@@ -48,6 +54,8 @@ def mask_id(tokenizer: str, hub: bool) -> int:
     """The id that stands for a token to predict. **Raises:** `ValueError` if the tokenizer has none."""
     if tokenizer == "bytes":
         return BYTE_MASK
+    if bpe.parsed(tokenizer) is not None:
+        return bpe.MASK_ID
     found = _pretrained(tokenizer, hub).mask_token_id
     if found is None:
         accepted = "'bytes' or a tokenizer that has a mask token, for task.data.objective='masked_token'"
