@@ -60,10 +60,10 @@ def on_cifar() -> Experiment:
 
 
 def on_sst2() -> Experiment:
-    """1,200 sentences, 64 bytes of each."""
+    """2,000 sentences, 32 tokens of each; the tokenizer is trained on the validation split, which nobody holds."""
     return replace(
         on_digits(),
-        task=TaskConfig(sst2(max_length=64, limit=1200), "bert"),
+        task=TaskConfig(sst2(tokenizer="bpe:validation:2000", max_length=32, limit=2000), "bert"),
         partition=Partition("dirichlet", alpha=0.5, min_size=100),
         eval_every=5,
         chunk=6,
@@ -71,8 +71,8 @@ def on_sst2() -> Experiment:
 
 
 def on_ag_news() -> Experiment:
-    """1,200 news items, 128 bytes of each."""
-    data = DataConfig("ag_news", text=("text",), label="label", num_classes=4, max_length=128, limit=1200)
+    """2,000 news items, 128 bytes of each."""
+    data = DataConfig("ag_news", text=("text",), label="label", num_classes=4, max_length=128, limit=2000)
     return replace(on_sst2(), task=TaskConfig(data, "bert"))
 
 

@@ -40,11 +40,11 @@ def parsed(tokenizer: str) -> Bpe | None:
     return Bpe(split, int(size))
 
 
-def trained(texts: Sequence[str], size: int) -> "PreTrainedTokenizerFast":
+def trained(texts: Sequence[str], size: int, masks: bool = False) -> "PreTrainedTokenizerFast":
     """A tokenizer of `size` tokens, or fewer where the texts do not hold so many pairs worth joining.
 
     Texts to classify begin with the start token and are closed by the end token; without special tokens (language
-    modelling) there is neither.
+    modelling) there is neither. What a text says is never read as a special token, unless it may hold `masks`.
     """
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import BPE
@@ -73,6 +73,7 @@ def trained(texts: Sequence[str], size: int) -> "PreTrainedTokenizerFast":
         mask_token=mask,
         bos_token=start,
         clean_up_tokenization_spaces=False,
+        split_special_tokens=not masks,
         model_input_names=["input_ids", "attention_mask"],
         padding_side="right",
         truncation_side="right",

@@ -56,7 +56,8 @@ def load(config: DataConfig, data_dir: str | None) -> Dataset:
             if own is None:
                 splits = _converted(config, tables)
             else:
-                tokenizer = bpe.trained(_public_texts(config, own.split, tables, data_dir, cache), own.size)
+                public = _public_texts(config, own.split, tables, data_dir, cache)
+                tokenizer = bpe.trained(public, own.size, masks=config.kind == "mlm")
                 tokenizer.save_pretrained(f"{cache}/tokenizer")
                 splits = _converted(replace(config, tokenizer=f"{cache}/tokenizer"), tables)
     _check_promised(config, splits, vocab_size)
