@@ -1,10 +1,11 @@
-# type: ignore  # pandas' types are looser than what a checker can follow here; the script is run by a test
 """Five questions, a few lines of pandas each:  python benchmarks/analysis.py [DIR]  (default: results/quick)
 
 Meant to be read, copied and changed: cells are marked with `# %%`, so that editors and Jupyter can run them one by one.
 The tables are `fedsim.load(DIR)`'s: `runs` (a row a run), `rounds` (a row a round), `clients` (a row a participant and
 round); what their columns mean is in `fedsim/results.py`.
 """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 
 # %%
 import sys

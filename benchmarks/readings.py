@@ -282,21 +282,39 @@ def _methods(runs: Runs) -> list[str]:
     """The names of runs of one algorithm and preset. Those that differ in more than the seed are told apart by what.
 
     A field is left out where it has the value that goes without saying: the default of its class if any of the runs
-    has that, else the one that more runs have than any other.
+    has that, else the one that more runs have than any other. Learning rates, which are tuned for each variant, are
+    named only where nothing else tells two variants apart.
     """
     configs = [_flat(run["parsed"]) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config if field not in NOT_A_VARIANT)
     differing = [field for field in fields if len({config.get(field) for config in configs}) > 1]
     usual = {field: _usual(field, runs, configs) for field in differing}
-    ends = Counter(field.rpartition(".")[2] for field in differing)
-    short = {field: field if ends[field.rpartition(".")[2]] > 1 else field.rpartition(".")[2] for field in differing}
+    names = _named(runs, configs, [field for field in differing if not _is_rate(field)], usual)
+    variants = {tuple(config.get(field) for field in differing) for config in configs}
+    return names if len({*names}) == len(variants) else _named(runs, configs, differing, usual)
+
+
+def _named(
+    runs: Runs, configs: Sequence[Mapping[str, str]], fields: Sequence[str], usual: Mapping[str, str | None]
+) -> list[str]:
     return [
         " ".join(
             [method_name(run)]
-            + [f"{short[f]}={config.get(f, '-')}" for f in differing if usual[f] is None or config.get(f) != usual[f]]
+            + [f"{_short(f)}={config.get(f, '-')}" for f in fields if usual[f] is None or config.get(f) != usual[f]]
         )
         for run, config in zip(runs, configs, strict=True)
     ]
+
+
+def _is_rate(field: str) -> bool:
+    return field.rpartition(".")[2] == "lr"
+
+
+def _short(field: str) -> str:
+    """A field by its last name, and what it is a part of, unless that is the algorithm."""
+    parent, _, name = field.rpartition(".")
+    of = parent.rpartition(".")[2]
+    return f"{of}.{name}" if of and of != "algorithm" else name
 
 
 def _usual(field: str, runs: Runs, configs: Sequence[Mapping[str, str]]) -> str | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +17,14 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import suites  # noqa: E402
-from benchmarks.report import print_summary, write_report  # noqa: E402
+from benchmarks.fairness import check_fair  # noqa: E402
+from benchmarks.plan import Machine, print_plan  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
+from benchmarks.tables import print_summary  # noqa: E402
 from fedsim import environment, load  # noqa: E402
 from fedsim.cli import add_runtime, add_settings, exit_status, report_failures, runtime_maker  # noqa: E402
-from fedsim.cost import cost_of  # noqa: E402
 from fedsim.experiment import Experiment, nearest, with_settings  # noqa: E402
-from fedsim.progress import label_of  # noqa: E402
+from fedsim.progress import label_of, overview_for  # noqa: E402
 from fedsim.runner import check_data, locked, run_all  # noqa: E402
 
 
@@ -38,8 +41,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<suite>)")
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     command.add_argument("--only", nargs="+", metavar="ALGORITHM", help="leave the other algorithms out")
+    command.add_argument("--data", nargs="+", metavar="NAME", help="leave the other data sets out")
+    command.add_argument("--scale", type=float, metavar="S", help="a share of the full size, for suites that take one")
     add_runtime(command)
-    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; only 1 so far")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each in its own process")
     add_settings(command)
     command.add_argument("--list", action="store_true", help="print the suites and algorithms there are")
     command.add_argument("--dry-run", action="store_true", help="print what would be run, and what it costs")
@@ -48,85 +53,128 @@ def parser() -> argparse.ArgumentParser:
 
 def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -> int:
     if options.list:
-        for name in known_suites():
+        suites_there_are = known_suites()
+        for name in suites_there_are:
             print(f"suite {name}")
-        for name in sorted({experiment.algorithm.name for make in known_suites().values() for experiment in make()}):
+        listed = [experiment for make in suites_there_are.values() for experiment in make(**arguments_of(make, LISTED))]
+        for name in sorted({experiment.algorithm.name for experiment in listed}):
             print(f"algorithm {name}")
         return 0
-    if options.jobs != 1:
-        raise ValueError(f"--jobs={options.jobs}: must be 1: runs are computed one after another")
-    wanted = {name: experiments_of(name, options) for name in options.suite}
+    if options.jobs < 1:
+        raise ValueError(f"--jobs={options.jobs}: must be at least 1")
+    wanted = {spelled(name): experiments_of(name, options) for name in options.suite}
+    out, data_dir = options.out or Path("results") / "+".join(wanted), environment.data_dir()
     if options.dry_run:
-        print_plan(wanted, console)
+        machine = Machine(options.runtime, options.hosts, options.jobs, os.cpu_count() or 1)
+        print_plan(wanted, out=out, data_dir=data_dir, machine=machine, console=console)
         return 0
 
-    out, data_dir = options.out or Path("results") / "+".join(options.suite), environment.data_dir()
-    make_runtime = runtime_maker(options, console)
+    make_runtime, typed = runtime_maker(options, console), shlex.join(["python", "benchmarks/sweep.py", *words])
+    for experiments in wanted.values():
+        check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
     failures = []
     with locked(out):
         for suite, experiments in wanted.items():
             failures += run_all(
-                experiments, out=out, make_runtime=make_runtime, suite=suite, data_dir=data_dir, console=console
+                experiments,
+                out=out,
+                make_runtime=make_runtime,
+                suite=suite,
+                data_dir=data_dir,
+                console=console,
+                overview=overview_for(console),
+                jobs=options.jobs,
+                command=typed,
             )
-        results = load(out)
-        print_summary(results, directory=out, report=write_report(out, results=results), console=console)
-    report_failures(failures, shlex.join(["python", "benchmarks/sweep.py", *words]), console)
+        if any((out / "runs").glob("*.parquet")):  # not even one row is left of a run whose process died early
+            results = load(out)
+            print_summary(results, directory=out, report=write_report(out, results=results), console=console)
+    report_failures(failures, typed, console)
     return 1 if failures else 0
 
 
-def known_suites() -> dict[str, Callable[[], list[Experiment]]]:
-    """Name -> function, for every function of `benchmarks.suites` that returns a list of experiments."""
-    functions = inspect.getmembers(suites, inspect.isfunction)
+def known_suites() -> dict[str, Callable[..., list[Experiment]]]:
+    """Name -> function, for every function of `benchmarks.suites` that returns a list of experiments unasked.
+
+    Names have hyphens where those of functions have underscores (`spelled`).
+    """
     return {
-        name: function
-        for name, function in functions
-        if not name.startswith("_") and inspect.signature(function).return_annotation == list[Experiment]
+        spelled(name): function
+        for name, function in inspect.getmembers(suites, inspect.isfunction)
+        if not name.startswith("_") and _is_suite(inspect.signature(function))
     }
 
 
-def experiments_of(name: str, options: argparse.Namespace) -> list[Experiment]:
-    """The experiments of a suite for all seeds, with `--only` and `--set` applied.
+def _is_suite(signature: inspect.Signature) -> bool:
+    optional = all(parameter.default is not inspect.Parameter.empty for parameter in signature.parameters.values())
+    return optional and signature.return_annotation == list[Experiment]
 
-    **Raises:** `ValueError` for an unknown suite or algorithm, and for a setting that one of the experiments refuses.
+
+def spelled(name: str) -> str:
+    """How a suite is called in results, whichever way it was typed: `paper-cv`."""
+    return name.replace("_", "-")
+
+
+def experiments_of(name: str, options: argparse.Namespace) -> list[Experiment]:
+    """The experiments of a suite for all seeds, with `--scale`, `--only`, `--data` and `--set` applied.
+
+    **Raises:** `ValueError` for an unknown suite, algorithm or data set, for a scale that the suite does not take, and
+    for a setting that one of the experiments refuses.
     """
-    if name not in known_suites():
-        raise ValueError(f"--suite={name!r}: no such suite{nearest(name, list(known_suites()))}")
-    base = known_suites()[name]()
-    if options.only:
-        names = [experiment.algorithm.name for experiment in base]
-        for algorithm in options.only:
-            if algorithm not in names:
-                raise ValueError(f"--only={algorithm!r}: not in suite {name!r}{nearest(algorithm, names)}")
-        base = [experiment for experiment in base if experiment.algorithm.name in options.only]
+    known, suite = known_suites(), spelled(name)
+    if suite not in known:
+        raise ValueError(f"--suite={name!r}: no such suite{nearest(suite, list(known))}")
+    base = _chosen(known[suite](**_given_scale(known[suite], options.scale, suite)), suite, options)
     experiments = []
     for seed in dict.fromkeys(options.seeds):
         for experiment in base:
             try:
                 experiments.append(with_settings(replace(experiment, seed=seed), options.settings))
             except ValueError as error:
-                raise ValueError(f"suite {name!r}, {label_of(experiment)}: {error}") from error
+                raise ValueError(f"suite {suite!r}, {label_of(experiment)}: {error}") from error
     return experiments
 
 
-def print_plan(wanted: dict[str, list[Experiment]], console: Console) -> None:
-    """What a sweep would compute: runs, rounds, bytes, by count."""
-    for suite, experiments in wanted.items():
-        console.print(f"suite {suite}: {len(experiments)} runs", highlight=False)
-        for experiment in experiments:
-            cost = cost_of(experiment, COUNTED)
-            a_round = (cost.mean("upload_bytes") + cost.mean("download_bytes")) * (
-                experiment.cohort or experiment.participants
-            )
-            console.print(
-                f"  {label_of(experiment)}: run {experiment.run_id}, {experiment.rounds} rounds, "
-                f"{a_round * experiment.rounds / 1e6:.1f} MB",
-                highlight=False,
-                soft_wrap=True,
-            )
+def _chosen(base: list[Experiment], suite: str, options: argparse.Namespace) -> list[Experiment]:
+    """What `--only` and `--data` leave of a suite."""
+    for option, asked, names in (
+        ("--only", options.only, [experiment.algorithm.name for experiment in base]),
+        ("--data", options.data, [experiment.task.data.name for experiment in base]),
+    ):
+        for each in asked or ():
+            if each not in names:
+                raise ValueError(f"{option}={each!r}: not in suite {suite!r}{nearest(each, [*dict.fromkeys(names)])}")
+    left = [
+        experiment
+        for experiment in base
+        if experiment.algorithm.name in (options.only or [experiment.algorithm.name])
+        and experiment.task.data.name in (options.data or [experiment.task.data.name])
+    ]
+    if not left:
+        raise ValueError(f"--only={options.only}, --data={options.data}: suite {suite!r} has no such experiment")
+    return left
 
 
-COUNTED: dict = {}  # costs of training steps, shared by the runs of a plan
+def _given_scale(make: Callable[..., list[Experiment]], scale: float | None, suite: str) -> dict[str, float]:
+    """The arguments of a suite's function, where `--scale` may be given or not."""
+    if scale is None:
+        return {}
+    if not 0 < scale <= 1:
+        raise ValueError(f"--scale={scale}: must be above 0 and at most 1")
+    arguments = arguments_of(make, scale)
+    if not arguments:
+        others = ", ".join(name for name, each in known_suites().items() if arguments_of(each, scale))
+        raise ValueError(f"--scale={scale}: suite {suite!r} has one size only; scales are for {others}")
+    return arguments
+
+
+def arguments_of(make: Callable[..., list[Experiment]], scale: float) -> dict[str, float]:
+    """The arguments of a suite's function; none where it takes no scale."""
+    return {"scale": scale} if "scale" in inspect.signature(make).parameters else {}
+
+
+LISTED = 0.05  # the scale at which suites are made to list their algorithms: full-size ones may need the hub
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """`fedsim run | inspect | export`. Exit status: 0 done, 1 a run failed, 2 the request was wrong, 130 interrupted."""
 
 import argparse
+import gc
 import json
 import shlex
 import sys
@@ -15,7 +16,7 @@ from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.export import export
 from fedsim.progress import label_of
 from fedsim.runner import check_data, check_folder, locked, run_all
-from fedsim.runtime import RUNTIMES, make_runtime
+from fedsim.runtime import RUNTIMES, Choice
 from fedsim.simulation import RunFailed
 from fedsim.training import StepCost
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The console command."""
     console = Console()
     options = parser().parse_args(arguments)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
     return exit_status(lambda: options.command(options, console), console)
 
 
@@ -39,6 +41,7 @@ def exit_status(command: Callable[[], int], console: Console) -> int:
         return 1
     except KeyboardInterrupt:
         console.print("interrupted: every finished round is on disk", highlight=False)
+        gc.freeze()  # or Python takes seconds, as it ends, to collect what torch and transformers are made of
         return 130
 
 
@@ -93,13 +96,13 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
     )
 
 
-def runtime_maker(options: argparse.Namespace, console: Console):
+def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
     """What makes the runtime the options ask for, when it is needed."""
     if options.hosts is not None and options.hosts < 1:
         raise ValueError(f"--hosts={options.hosts}: must be at least 1")
     if options.gpus is not None and options.gpus < 0:
         raise ValueError(f"--gpus={options.gpus}: must be at least 0")
-    return lambda: make_runtime(
+    return Choice(
         options.runtime,
         address=options.address or environment.ray_address(),
         hosts=options.hosts,
@@ -111,16 +114,21 @@ def runtime_maker(options: argparse.Namespace, console: Console):
 def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
     out = options.out or Path("results") / options.target.partition(":")[2]
-    make, data_dir = runtime_maker(options, console), environment.data_dir()
+    make, data_dir, typed = runtime_maker(options, console), environment.data_dir(), ["fedsim", *options.words]
     check_data(experiments, data_dir)
     with locked(out):
         check_folder(out, experiments, options.resume)
         suite = options.target.partition(":")[2]
-        failures = run_all(experiments, out=out, make_runtime=make, suite=suite, data_dir=data_dir, console=console)
-    command = ["fedsim", "run", options.target, "--out", str(out), "--runtime", options.runtime, "--resume"]
-    if options.settings:
-        command += ["--set", *options.settings]
-    report_failures(failures, shlex.join(command), console)
+        failures = run_all(
+            experiments,
+            out=out,
+            make_runtime=make,
+            suite=suite,
+            data_dir=data_dir,
+            console=console,
+            command=shlex.join(typed),
+        )
+    report_failures(failures, shlex.join(typed if options.resume else [*typed, "--resume"]), console)
     if not failures:
         console.print(f"results: {out}/runs, {out}/rounds, {out}/clients", highlight=False, soft_wrap=True)
     return 1 if failures else 0

@@ -5,17 +5,20 @@ in the last federated round: where models grow on the way, that is the largest.
 """
 
 import dataclasses
+import time
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from fedsim import tree as trees
-from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
+from fedsim.algorithm import ClientContext, ClientInfo, ClientUpdate, Payload, ServerContext
 from fedsim.cohort import check_checkpoints, tiers_of
 from fedsim.data.source import Split
 from fedsim.experiment import Experiment, Tier
 from fedsim.task import Task
 from fedsim.training import PRETRAIN, Meter, StepCost, Work
+from fedsim.tree import Tree
 
 
 BYTES = 4  # fp32
@@ -91,6 +94,98 @@ class Cost:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What the aggregator and one participant a tier hold between two rounds."""
+
+    server: Tree
+    private: tuple[Tree, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a participant without data did when it was called: it trained nothing, and built and sent everything.
+
+    - `payload`, `update`: what it received and sent; nothing when it began. - `state`: what it holds afterwards.
+    - `seconds`: the call's wall-clock time; includes what was counted or timed for the first time.
+    """
+
+    work: tuple[Work, ...]
+    payload: Payload
+    update: ClientUpdate | None
+    state: Tree
+    seconds: float
+
+
+class Rehearsal:
+    """An experiment with one participant a tier, in the order of tiers, none of whom has data.
+
+    Everything is built, sent and averaged as in a run, and nothing is trained, sampled, scored or stored.
+
+    - `counted`: receives the cost of a training step, for every shape.
+    """
+
+    def __init__(self, experiment: Experiment, counted: dict[tuple, StepCost]) -> None:
+        self.experiment, self.counted = experiment, counted
+        self.task = Task(experiment.task)
+        # One example each, by which means are weighted.
+        self.infos = [ClientInfo(id_, t.name, t.form, 1, t.checkpoint) for id_, t in enumerate(experiment.tiers)]
+
+    def begin(self, timed: Collection[str] = ()) -> tuple[Standing, list[Call]]:
+        """The state before round 1, and how participants made theirs.
+
+        - `timed`: tiers whose participants take the time of a step.
+        """
+        server = self.experiment.algorithm.server_init(self.server(0))
+        calls = []
+        for info in self.infos:
+            meter, started = self._meter(info.tier in timed), time.perf_counter()
+            state = self.experiment.algorithm.client_init(self.client(info, 0, meter))
+            calls.append(Call(tuple(meter.work), {}, None, state, time.perf_counter() - started))
+        return Standing(server, tuple(call.state for call in calls)), calls
+
+    def train(self, standing: Standing, round: int, timed: Collection[str] = ()) -> list[Call]:
+        """A round's local work, from what was held before it, whichever round that was."""
+        algorithm, calls = self.experiment.algorithm, []
+        payloads = algorithm.server_broadcast(standing.server, self.infos, self.server(round))
+        for info, private in zip(self.infos, standing.private, strict=True):
+            meter, started, payload = self._meter(info.tier in timed), time.perf_counter(), payloads[info.id]
+            update, state = algorithm.client_update(payload, private, self.client(info, round, meter))
+            calls.append(Call(tuple(meter.work), payload, update, state, time.perf_counter() - started))
+        return calls
+
+    def aggregate(self, standing: Standing, round: int, calls: Sequence[Call]) -> Standing:
+        """What is held after a round in which participants answered so."""
+        algorithm = self.experiment.algorithm
+        updates = [call.update for call in calls if call.update is not None]
+        partial = algorithm.combine(updates)
+        arriving = iter(updates if partial is None else [partial])
+        server = algorithm.server_aggregate(standing.server, arriving, self.server(round))
+        return Standing(server, tuple(call.state for call in calls))
+
+    def server(self, round: int) -> ServerContext:
+        experiment = self.experiment
+        return ServerContext(experiment.seed, round, self.task, experiment.intermediate, experiment.target, self.infos)
+
+    def client(self, info: ClientInfo, round: int, meter: Meter | None = None) -> ClientContext:
+        return ClientContext(
+            seed=self.experiment.seed,
+            round=round,
+            task=self.task,
+            intermediate=self.experiment.intermediate,
+            target=self.experiment.target,
+            info=info,
+            train=Split({}, torch.zeros(0, dtype=torch.long)),
+            device=torch.device("cpu"),
+            meter=meter or self._meter(False),
+            precision=self.experiment.precision,
+            forms=self.experiment.forms,
+        )
+
+    def _meter(self, timing: bool) -> Meter:
+        return dataclasses.replace(Meter.of(self.experiment.algorithm, self.counted), timing=timing)
+
+
 def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
     """Count everything; takes as long as building the models, and their memory.
 
@@ -99,50 +194,32 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
     **Raises:** `ValueError` for a checkpoint that is not what its tier says.
     """
     check_checkpoints(experiment)
-    task = Task(experiment.task)
-    tiers = tiers_of(experiment)
-    target = trees.numel(task.fresh(experiment.target, 0))
-    participants = [_participant(experiment, task, tier, tiers.count(tier), counted) for tier in experiment.tiers]
-    return Cost(target, participants)
+    rehearsal, tiers = Rehearsal(experiment, counted), tiers_of(experiment)
+    stage = experiment.algorithm.stage
+    last = max((round for round in range(experiment.rounds + 1) if stage(round) == "federated"), default=0)
+    start, begun = rehearsal.begin()
+    participants = [
+        _participant(rehearsal.task, tier, tiers.count(tier), *calls)
+        for tier, *calls in zip(experiment.tiers, begun, rehearsal.train(start, last), strict=True)
+    ]
+    return Cost(trees.numel(rehearsal.task.fresh(experiment.target, 0)), participants)
 
 
-def _participant(
-    experiment: Experiment, task: Task, tier: Tier, count: int, counted: dict[tuple, StepCost]
-) -> ParticipantCost:
-    algorithm, meter = experiment.algorithm, Meter.of(experiment.algorithm, counted)
-    infos = [ClientInfo(id_, each.name, each.form, 0, each.checkpoint) for id_, each in enumerate(experiment.tiers)]
-    info = infos[experiment.tiers.index(tier)]
-    last = max((r for r in range(experiment.rounds + 1) if algorithm.stage(r) == "federated"), default=0)
-    server = ServerContext(experiment.seed, last, task, experiment.intermediate, experiment.target, infos)
-    client = ClientContext(
-        seed=experiment.seed,
-        round=last,
-        task=task,
-        intermediate=experiment.intermediate,
-        target=experiment.target,
-        info=info,
-        train=Split({}, torch.zeros(0, dtype=torch.long)),
-        device=torch.device("cpu"),
-        meter=meter,
-        precision=experiment.precision,
-        forms=experiment.forms,
-    )
-    first = algorithm.server_init(dataclasses.replace(server, round=0))
-    payload = algorithm.server_broadcast(first, [info], server)[info.id]
-    state = algorithm.client_init(dataclasses.replace(client, round=0))
-    update, _ = algorithm.client_update(payload, state, client)
+def _participant(task: Task, tier: Tier, count: int, begun: Call, call: Call) -> ParticipantCost:
+    assert call.update is not None
+    works, private = (*begun.work, *call.work), trees.nbytes(begun.state)
     return ParticipantCost(
         tier=tier.name,
         form=str(tier.form),
         count=count,
         small_params=trees.numel(task.fresh(tier.form, 0)),
-        trainable={work.purpose: work.trainable for work in meter.work if work.purpose != PRETRAIN},
-        upload_params=trees.numel(update.tree),
-        upload_bytes=trees.nbytes(update.tree),
-        download_bytes=trees.nbytes(payload),
-        private_bytes=trees.nbytes(state),
-        flops_per_step={work.purpose: work.flops_per_step for work in meter.work},
-        peak_bytes=max((_peak(work, trees.nbytes(state)) for work in meter.work), default=0),
+        trainable={work.purpose: work.trainable for work in works if work.purpose != PRETRAIN},
+        upload_params=trees.numel(call.update.tree),
+        upload_bytes=trees.nbytes(call.update.tree),
+        download_bytes=trees.nbytes(call.payload),
+        private_bytes=private,
+        flops_per_step={work.purpose: work.flops_per_step for work in works},
+        peak_bytes=max((_peak(work, private) for work in works), default=0),
     )
 
 

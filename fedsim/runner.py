@@ -1,15 +1,18 @@
 """Several runs into one results folder: finished ones are skipped, cut ones resumed, and one failure stops no other."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from fedsim.attempt import Todo, attempt, opened
 from fedsim.cohort import check_checkpoints, members
 from fedsim.experiment import Experiment
-from fedsim.progress import Progress, label_of, progress_for
+from fedsim.jobs import run_at_once
+from fedsim.progress import OneByOne, Overview, Progress, overview_for
 from fedsim.provenance import code_sha256
+from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.store import RunStore, locked, run_ids_in
@@ -52,52 +55,51 @@ def run_all(
     data_dir: str | None = None,
     console: Console | None = None,
     progress: Progress | None = None,
+    overview: Overview | None = None,
+    jobs: int = 1,
+    command: str | None = None,
 ) -> list[RunFailed]:
-    """Compute what is missing, in order, on one runtime. **Returns:** the runs that failed.
+    """Compute what is missing, in order: here, or, with `jobs` above 1, so many runs at once, each in its own process.
 
-    The caller holds the folder's lock (`locked`) and has made its checks.
+    - `make_runtime`: with several jobs a `Choice`, which other processes can be handed. A script that asks for several
+      must do so under `if __name__ == "__main__"`, for the processes import it.
+    - `progress`: is told of every run. - `overview`: is told of all runs instead. Without either, one job has one
+      display after another, and several have `overview_for(console)`.
+    - `command`: what was typed, for the runs table.
+
+    **Returns:** the runs that failed. The caller holds the folder's lock (`locked`) and has made its checks.
+
+    **Raises:** `ValueError` for a request that cannot be met.
     """
-    console = console or Console(quiet=True)
-    failures: list[RunFailed] = []
-    with _opened(make_runtime) as runtime:
-        for experiment in experiments:
-            store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm))
-            status = store.status()
-            if status == "finished":
-                console.print(f"{label_of(experiment)}: finished before, run {experiment.run_id}", highlight=False)
-                continue
-            if status == "outdated":
-                console.print(f"{label_of(experiment)}: computed again, the code has changed", highlight=False)
-            try:
-                run(
-                    experiment,
-                    runtime=runtime(),
-                    out=out,
-                    suite=suite,
-                    resume=status == "unfinished",
-                    data_dir=data_dir,
-                    progress=progress or progress_for(console),
-                )
-            except RunFailed as failure:
-                failures.append(failure)
-    return failures
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: must be at least 1")
+    choice, console = make_runtime, console or Console(quiet=True)
+    if jobs > 1 and not isinstance(choice, Choice):
+        raise ValueError(f"jobs={jobs}: the runtimes of several jobs are made from a fedsim.runtime.Choice")
+    if overview is None:
+        overview = OneByOne(console, progress) if jobs == 1 or progress is not None else overview_for(console)
+    compute = functools.partial(run, out=out, suite=suite, data_dir=data_dir, command=command)
 
-
-@contextlib.contextmanager
-def _opened(make_runtime: Callable[[], Runtime]) -> Iterator[Callable[[], Runtime]]:
-    """A runtime that is started when it is first needed (not at all if every run is finished) and always closed."""
-    made: list[Runtime] = []
-
-    def runtime() -> Runtime:
-        if not made:
-            made.append(make_runtime())
-        return made[0]
-
+    stores = {one.run_id: RunStore(out, one.run_id, code_sha256(one.algorithm)) for one in experiments}
+    found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]
+    todos = [Todo(experiment, status == "unfinished") for experiment, status in found if status != "finished"]
+    overview.begin(found)
     try:
-        yield runtime
+        if isinstance(choice, Choice) and jobs > 1 and todos:
+            say = functools.partial(console.print, highlight=False)
+            return run_at_once(
+                todos, jobs=min(jobs, len(todos)), choice=choice, compute=compute, out=out, overview=overview, say=say
+            )
+        failures: list[RunFailed] = []
+        with opened(make_runtime) as runtime:
+            for todo in todos:
+                try:
+                    attempt(compute, todo, out, runtime, overview.of(todo.experiment.run_id))
+                except RunFailed as failure:
+                    failures.append(failure)
+        return failures
     finally:
-        for one in made:
-            one.close()
+        overview.close()
 
 
 __all__ = ["check_data", "check_folder", "locked", "run_all"]

@@ -174,14 +174,16 @@ def test_the_same_small_models_are_not_worth_a_word(tmp_path: Path) -> None:
 
 
 def test_variants_are_named_by_what_does_not_go_without_saying(tmp_path: Path) -> None:
-    """`draw` has the default "own"; `lr` and `small_epochs` have none among these, so the most frequent is left out."""
+    """`draw` has the default "own"; `small_epochs` none among these, so the most frequent is left out."""
     kind = {"class": "fedgrow_algo.fedgrow.FedGrow", "preset": "paper", "lr": 0.1, "small_epochs": 15, "draw": "own"}
-    variants = [kind, kind | {"draw": "common"}, kind | {"draw": "common", "small_epochs": 1}, kind | {"lr": 0.2}]
+    variants = [kind, kind | {"draw": "common", "lr": 0.3}, kind | {"draw": "common", "small_epochs": 1}]
     for variant in variants:
         add_run(tmp_path, "fedgrow", [0.1, 0.5], 1, preset="paper", config={"algorithm": variant})
     assert {run["method"] for run in read(load(tmp_path)).runs} == {
         "fedgrow (paper)",
         "fedgrow (paper) draw=common",
         "fedgrow (paper) small_epochs=1 draw=common",
-        "fedgrow (paper) lr=0.2",
     }
+    add_run(tmp_path, "fedgrow", [0.1, 0.5], 1, preset="paper", config={"algorithm": kind | {"lr": 0.2}})
+    rates = {run["method"] for run in read(load(tmp_path)).runs}  # now a rate alone tells two of them apart
+    assert {"fedgrow (paper)", "fedgrow (paper) lr=0.2", "fedgrow (paper) lr=0.3 draw=common"} < rates

@@ -347,7 +347,8 @@ def test_start_is_a_function_of_the_generator_alone(preset):
     assert_trees_equal(first, again)
     drawn = {name for name in first if not torch.equal(first[name], other[name])}
     widths = {name for name in first if name.startswith("width.")}
-    assert drawn == {"paper": widths, "paper-untied": widths, "paper-chunked": widths, "ligo": first.keys()}.get(preset.name, set())
+    random = {"paper": widths, "paper-untied": widths, "paper-chunked": widths, "ligo": first.keys()}
+    assert drawn == random.get(preset.name, set())
 
 
 @pytest.mark.parametrize("wrong", ["missing", "extra", "deeper"])

@@ -197,7 +197,7 @@ def test_runs_with_other_settings_are_told_apart(tmp_path: Path) -> None:
     results = load(tmp_path)
     table = summary(results)
     found = [(row["alpha"], row["method"]) for row in finished_runs(results) if row["algorithm"] == "fedavg"]
-    assert sorted(found) == [(0.1, "fedavg lr=-"), (0.1, "fedavg lr=0.5"), (1.0, "fedavg")]
+    assert sorted(found) == [(0.1, "fedavg training.lr=-"), (0.1, "fedavg training.lr=0.5"), (1.0, "fedavg")]
     assert len(set(table["setting"])) == 2
     assert row_of(table, "fedavg")["accuracy"] == 0.3
     assert all(note.startswith("quick: digits, vit, dirichlet (alpha") for note in notes(results))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from fedsim.runtime.base import Resources
@@ -17,6 +18,7 @@ class Capacity:
     cpus: float | None
     gpus: Sequence[float]  # free part of each GPU
     memory_mb: float
+    share: int = 1  # runs at once: this is what there is for each of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,29 @@ class Plan:
 
     groups: tuple[tuple[int, ...], ...]
     requests: tuple[Resources, ...]
+
+
+def part_of(capacity: Capacity, share: int) -> Capacity:
+    """What each of `share` runs at once may count on, so that none waits for what another holds.
+
+    CPUs and memory are divided. Of GPUs a run gets whole devices if there are enough, else a fraction of one.
+    """
+    if share == 1:
+        return capacity
+    devices = len(capacity.gpus)
+    if devices >= share:
+        gpus = capacity.gpus[: devices // share]
+    else:
+        gpus = [1.0 / math.ceil(share / devices)] if devices else []
+    cpus = None if capacity.cpus is None else capacity.cpus / share
+    return Capacity(cpus, gpus, capacity.memory_mb / share, share)
+
+
+def most_cpus(participants: int, num_cpus: float, hosts: int | None, cores: int) -> float:
+    """Logical CPUs that the hosts of a run ask for at most, if a participant asks for `num_cpus` at most."""
+    if hosts is not None:
+        return hosts * num_cpus
+    return max(num_cpus, min(participants * num_cpus, cores))
 
 
 def plan(resources: Mapping[int, Resources], hosts: int | None, capacity: Capacity, cores: int) -> Plan:
@@ -68,17 +93,18 @@ def largest(requests: Sequence[Resources]) -> Resources:
 
 def misfit(requests: Sequence[Resources], capacity: Capacity) -> str | None:
     """Why these hosts do not fit together, with both numbers; None if they do."""
+    each = "" if capacity.share == 1 else f" for each of {capacity.share} jobs"
     cpus = sum(request.num_cpus for request in requests)
     if capacity.cpus is not None and cpus > capacity.cpus + 1e-9:
-        return f"{len(requests)} hosts ask for {cpus:g} CPUs, but there are {capacity.cpus:g}"
+        return f"{len(requests)} hosts ask for {cpus:g} CPUs, but there are {capacity.cpus:g}{each}"
     memory = sum(max(request.memory_mb or 0.0, HOST_MB) for request in requests)
     if memory > capacity.memory_mb:
-        return f"{len(requests)} hosts need {memory:.0f} MB of memory, but {capacity.memory_mb:.0f} MB are free"
+        return f"{len(requests)} hosts need {memory:.0f} MB of memory, but {capacity.memory_mb:.0f} MB are free{each}"
     if not packs([request.num_gpus for request in requests], capacity.gpus):
         asked = ", ".join(f"{request.num_gpus:g}" for request in requests)
         return (
             f"{len(requests)} hosts ask for {sum(r.num_gpus for r in requests):g} GPUs ({asked}), "
-            f"but there are {sum(capacity.gpus):g} ({len(capacity.gpus)} devices)"
+            f"but there are {sum(capacity.gpus):g} ({len(capacity.gpus)} devices){each}"
         )
     return None
 

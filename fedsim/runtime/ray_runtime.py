@@ -38,7 +38,8 @@ from fedsim.runtime.base import (
     pin_threads,
     tensor_bytes,
 )
-from fedsim.runtime.placement import Capacity, Plan, plan
+from fedsim.runtime.placement import Capacity, Plan, part_of, plan
+from fedsim.runtime.private_ray import start_private
 
 
 ATTEMPTS = 3  # times a call is tried before the run gives up: the host, or the aggregator, keeps dying
@@ -200,6 +201,7 @@ class RayRuntime(Runtime):
       else a private Ray on this machine.
     - `hosts`: number of host actors; None: one a participant while they fit.
     - `num_gpus`: logical GPUs of a private Ray; None: the ones there are.
+    - `share`: runs at once on the same Ray; this one plans with an equal part of what there is.
     - `say`: told, in words, how participants were placed.
     """
 
@@ -209,11 +211,12 @@ class RayRuntime(Runtime):
         address: str | None = None,
         hosts: int | None = None,
         num_gpus: int | None = None,
+        share: int = 1,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         if hosts is not None and hosts < 1:
             raise ValueError(f"--hosts={hosts}: must be at least 1")
-        self.address, self.hosts, self.num_gpus, self.say = address, hosts, num_gpus, say
+        self.address, self.hosts, self.num_gpus, self.share, self.say = address, hosts, num_gpus, share, say
         self.actors: list[Any] = []
         self.starting: list[Any] = []  # answers of hosts that are coming up
         self.server: Any = None
@@ -273,8 +276,8 @@ class RayRuntime(Runtime):
         return ("", 0, 0)
 
     def _planned(self, resources: Mapping[int, Resources]) -> Plan:
-        cores = os.cpu_count() or 1
-        capacity = self._capacity()
+        cores = max(1, (os.cpu_count() or 1) // self.share)
+        capacity = part_of(self._capacity(), self.share)
         result = plan(resources, self.hosts, capacity, cores)
         largest_host = max(len(group) for group in result.groups)
         if largest_host > 1 and result != self.plan:
@@ -284,11 +287,12 @@ class RayRuntime(Runtime):
     def _capacity(self) -> Capacity:
         if not self.private:
             self._join()
-            own = self.plan.requests if self.plan is not None else ()
-            free = ray.available_resources()
-            cpus = free.get("CPU", 0.0) + sum(request.num_cpus for request in own)
-            gpus = ray.cluster_resources().get("GPU", 0.0)
-            return Capacity(cpus, [1.0] * int(gpus), ray.cluster_resources().get("memory", 0.0) / 2**20)
+            total = ray.cluster_resources()
+            cpus = total.get("CPU", 0.0)
+            if self.share == 1:  # with others beside it, what is free says nothing of what is this run's part
+                own = self.plan.requests if self.plan is not None else ()
+                cpus = ray.available_resources().get("CPU", 0.0) + sum(request.num_cpus for request in own)
+            return Capacity(cpus, [1.0] * int(total.get("GPU", 0.0)), total.get("memory", 0.0) / 2**20)
         gpus = torch.cuda.device_count() if self.num_gpus is None else self.num_gpus
         return Capacity(None, [1.0] * gpus, psutil.virtual_memory().total / 2**20)
 
@@ -296,6 +300,7 @@ class RayRuntime(Runtime):
         if ray.is_initialized():
             use_tensor_views()
             return
+        logging.getLogger("ray").setLevel(logging.ERROR)
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
@@ -307,20 +312,12 @@ class RayRuntime(Runtime):
         """A private Ray with as many logical CPUs as the hosts ask for; a new one if a later run asks for more."""
         if not self.private:
             return
-        cpus = max(1, math.ceil(sum(request.num_cpus for request in wanted.requests)))
+        cpus = math.ceil(sum(request.num_cpus for request in wanted.requests))
         if self.connected and ray.cluster_resources().get("CPU", 0) < cpus:
             self.close()
         if self.connected:
             return
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=self.num_gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        start_private(cpus, self.num_gpus)
         self.connected = True
         use_tensor_views()
 

@@ -1,0 +1,379 @@
+"""What a run consists of, counted without data, and how long its parts take on one core of this machine.
+
+Nothing is learned: participants without data go through the rounds that differ (`fedsim.cost.Rehearsal`). Where seconds
+are asked for, steps on batches that hold no data are timed, each kind of them once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedsim import simulation
+from fedsim.cost import Call, Rehearsal, Standing
+from fedsim.data.config import PER_TOKEN, Split
+from fedsim.data.partition import Partition
+from fedsim.experiment import Experiment
+from fedsim.runtime.base import pin_threads
+from fedsim.task import Task
+from fedsim.training import Meter, Work
+from fedsim.tree import nbytes
+
+
+SMALL = 2  # examples: a step is taken to be a straight line in the batch size, and this is one of two points on it
+LONG = 0.25  # seconds: batches that are expected to take longer are not timed
+SCORED = 256  # examples that `Task.score` takes at once
+
+Span = tuple[int, int]  # the first and the last round of a phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A quantity of a batch: a part for the batch and a part for each of its examples."""
+
+    fixed: float
+    each: float
+
+    @staticmethod
+    def through(one: tuple[int, float], other: tuple[int, float]) -> "Line":
+        """The line through two points (size, quantity), neither part below zero."""
+        (small, low), (large, high) = sorted((one, other))
+        each = max(0.0, (high - low) / (large - small)) if large > small else high / large
+        fixed = high - large * each
+        return Line(fixed, each) if fixed >= 0 else Line(0.0, high / large)
+
+    def total(self, examples: np.ndarray, batch_size: int) -> np.ndarray:
+        """Over all batches of shards of these sizes."""
+        return np.ceil(examples / batch_size) * self.fixed + examples * self.each
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training on a participant's shard, and what a batch of it costs; no seconds where none were taken."""
+
+    epochs: int
+    batch_size: int
+    flops: Line
+    seconds: Line | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Seconds it takes to make a model, and to score a batch with it."""
+
+    making: float
+    scoring: Line
+
+    def seconds(self, *splits: np.ndarray) -> np.ndarray:
+        """To make it once, and to score it on splits of these sizes."""
+        return sum((self.scoring.total(examples, SCORED) for examples in splits), np.array(self.making))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a participant does when it begins, or in a round.
+
+    - `sent`: bytes, in both directions. - `beside`: seconds it takes whatever there is to train on.
+    - `model`: what it deploys after the round.
+    """
+
+    stages: tuple[Stage, ...]
+    sent: int
+    beside: float
+    model: Model | None
+
+    def flops(self, examples: np.ndarray) -> np.ndarray:
+        """For shards of these sizes."""
+        return sum((each.epochs * each.flops.total(examples, each.batch_size) for each in self.stages), 0 * examples)
+
+    def seconds(self, examples: np.ndarray) -> np.ndarray:
+        """For shards of these sizes, on one core."""
+        timed = [(each, each.seconds) for each in self.stages if each.seconds]
+        return sum(
+            (each.epochs * line.total(examples, each.batch_size) for each, line in timed), self.beside + 0 * examples
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Rounds in which participants do the same: a part for each tier.
+
+    - `averaging`: seconds of the server, for each update. - `model`: the server's own, if it has one.
+    """
+
+    span: Span
+    parts: tuple[Part, ...]
+    averaging: float
+    model: Model | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A run: what participants of each tier do when they begin, and what they do in its rounds."""
+
+    begun: tuple[Part, ...]
+    phases: tuple[Phase, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Act:
+    """One piece of a rehearsal: everyone begins (round 0), or a round is done; then `standing` is held.
+
+    - `averaging`: seconds the server took to get there from the updates.
+    """
+
+    round: int
+    calls: list[Call]
+    standing: Standing
+    averaging: float = 0.0
+
+
+class Calibration:
+    """Makes outlines, and remembers what they have in common."""
+
+    def __init__(self) -> None:
+        self.outlines: dict[tuple[str, bool], Outline] = {}
+        self.training: dict[tuple, Line] = {}
+        self.calls: dict[tuple, tuple[float, Model | None]] = {}  # seconds beside training, and of what is deployed
+        self.servers: dict[tuple, tuple[float, Model | None]] = {}  # seconds of averaging an update, and of its model
+
+    def outline(self, experiment: Experiment, timing: bool) -> Outline:
+        """What a run consists of: nothing that depends on the seed, the data, or how many participants there are.
+
+        - `timing`: whether to take times. Without, there are no seconds in it.
+        """
+        alike = _alike(experiment)
+        key = (alike.run_id, timing)
+        if key not in self.outlines:
+            with _one_thread():
+                self.outlines[key] = self._outline(alike, timing)
+        return self.outlines[key]
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    def _outline(self, experiment: Experiment, timing: bool) -> Outline:
+        spans, full = phases(experiment)
+        untimed = self._untimed(experiment, full) if timing else [set()] * len(full)
+        small = acts(_in_batches_of(SMALL, experiment), spans, untimed)
+        if any(untimed):
+            self._time_training(experiment, spans, full, small, untimed)
+        if timing:
+            self._time_the_rest(experiment, spans, full)
+        parts = [
+            tuple(self._part(experiment, *calls) for calls in zip(act.calls, less.calls, strict=True))
+            for act, less in zip(full, small, strict=True)
+        ]
+        servers = [self.servers.get(_call_keys(experiment, act), (0.0, None)) for act in full[1:]]
+        rounds = zip(spans, parts[1:], servers, strict=True)
+        return Outline(parts[0], tuple(Phase(span, of_tiers, *server) for span, of_tiers, server in rounds))
+
+    def _part(self, experiment: Experiment, call: Call, less: Call) -> Part:
+        stages = [
+            Stage(
+                work.epochs,
+                work.batch_size,
+                Line.through((work.batch_size, work.flops_per_step), (fewer.batch_size, fewer.flops_per_step)),
+                self.training.get(_work_key(experiment, work)),
+            )
+            for work, fewer in zip(call.work, less.work, strict=True)
+        ]
+        return Part(tuple(stages), _sent(call), *self.calls.get(_call_key(experiment, call), (0.0, None)))
+
+    def _untimed(self, experiment: Experiment, full: Sequence[Act]) -> list[set[str]]:
+        """For every act the tiers, as few as will do, whose participants train what has not been timed."""
+        seen, found = {*self.training}, []
+        for act in full:
+            names = set()
+            for tier, call in zip(experiment.tiers, act.calls, strict=True):
+                keys = {_work_key(experiment, work) for work in call.work}
+                names |= {tier.name} if keys - seen else set()
+                seen |= keys
+            found.append(names)
+        return found
+
+    def _time_training(
+        self,
+        experiment: Experiment,
+        spans: Sequence[Span],
+        full: Sequence[Act],
+        small: Sequence[Act],
+        untimed: Sequence[Collection[str]],
+    ) -> None:
+        """Steps of small batches have been timed; time larger ones, as far as they are not too long."""
+        works = [work for act in small for call in act.calls for work in call.work]
+        longest = max(work.seconds_per_step or 0.0 for work in works)
+        asked = max(work.batch_size for act in full for call in act.calls for work in call.work)
+        size = asked if longest * asked <= SMALL * LONG else int(SMALL * LONG / longest)
+        large = acts(_in_batches_of(size, experiment), spans, untimed) if size > SMALL else small
+        for names, *same in zip(untimed, full, small, large, strict=True):
+            for tier, *calls in zip(experiment.tiers, *(act.calls for act in same), strict=True):
+                for work, *timed in zip(*(call.work for call in calls), strict=True) if tier.name in names else ():
+                    points = [(each.batch_size, each.seconds_per_step or 0.0) for each in timed]
+                    self.training[_work_key(experiment, work)] = Line.through(*points)
+
+    def _time_the_rest(self, experiment: Experiment, spans: Sequence[Span], full: Sequence[Act]) -> None:
+        """Time what calls take beside training, averaging, and scoring: where anything of it has not been timed."""
+        if all(_call_key(experiment, call) in self.calls for act in full for call in act.calls):
+            return
+        rehearsal = Rehearsal(experiment, simulation.COUNTED)
+        algorithm, task = experiment.algorithm, rehearsal.task
+        for act in acts(experiment, spans, [()] * len(full)):
+            server = rehearsal.server(act.round)
+            payloads = algorithm.server_broadcast(act.standing.server, rehearsal.infos, server)
+            for info, call, state in zip(rehearsal.infos, act.calls, act.standing.private, strict=True):
+                context, key = rehearsal.client(info, act.round), _call_key(experiment, call)
+                if key not in self.calls:
+                    make = functools.partial(algorithm.client_model, payloads[info.id], state, context)
+                    self.calls[key] = (call.seconds, _timed(make, task) if act.round else None)
+            key = _call_keys(experiment, act)
+            if key not in self.servers and act.round:
+                model = _timed(functools.partial(algorithm.server_model, act.standing.server, server), task)
+                self.servers[key] = (act.averaging / len(act.calls), model)
+
+
+def phases(experiment: Experiment) -> tuple[list[Span], list[Act]]:
+    """Spans of rounds in which participants do the same: how they begin, and the first round of each.
+
+    Who does the same in two rounds is taken to do so in all between them.
+    """
+    rehearsal = Rehearsal(experiment, simulation.COUNTED)
+    standing, calls = rehearsal.begin()
+    spans, found = [], [Act(0, calls, standing)]
+    while not spans or spans[-1][1] < experiment.rounds:
+        first = spans[-1][1] + 1 if spans else 1
+        calls = rehearsal.train(standing, first)
+        standing = rehearsal.aggregate(standing, first, calls)
+        last, beyond, asked = first, experiment.rounds + 1, experiment.rounds
+        while last + 1 < beyond:  # the same up to `last`, something else from `beyond` on
+            if _doing(rehearsal.train(standing, asked)) == _doing(calls):
+                last = asked
+            else:
+                beyond = asked
+            asked = (last + beyond) // 2
+        spans.append((first, last))
+        found.append(Act(first, calls, standing))
+    return spans, found
+
+
+def acts(experiment: Experiment, spans: Sequence[Span], timed: Sequence[Collection[str]]) -> list[Act]:
+    """How participants begin, and the first round of every phase, once more.
+
+    - `timed`: for each of these, the tiers whose participants take the time of a step.
+    """
+    rehearsal, (at_first, *in_rounds) = Rehearsal(experiment, simulation.COUNTED), timed
+    standing, calls = rehearsal.begin(at_first)
+    found = [Act(0, calls, standing)]
+    for (round, _), names in zip(spans, in_rounds, strict=True):
+        calls = rehearsal.train(standing, round, names)
+        started = time.perf_counter()
+        standing = rehearsal.aggregate(standing, round, calls)
+        found.append(Act(round, calls, standing, time.perf_counter() - started))
+    return found
+
+
+# what decides how long something takes: amounts to two digits, so that data that differ in classes alone are timed once
+
+
+def _method_key(experiment: Experiment) -> tuple:
+    inputs = dataclasses.replace(experiment.task.inputs, num_classes=1)
+    method = (Meter.of(experiment.algorithm, simulation.COUNTED).key, experiment.precision, experiment.task.family)
+    return (*method, inputs, experiment.intermediate, experiment.target)
+
+
+def _work_key(experiment: Experiment, work: Work) -> tuple:
+    amounts = (f"{work.trainable:.1e}", f"{work.flops_per_step:.1e}")
+    return (*_method_key(experiment), work.purpose, work.batch_size, *amounts)
+
+
+def _call_key(experiment: Experiment, call: Call) -> tuple:
+    works = tuple(_work_key(experiment, work) for work in call.work)
+    amounts = (f"{nbytes(call.state):.1e}", f"{_sent(call):.1e}")
+    return (experiment.algorithm.name, *_method_key(experiment), works, *amounts)
+
+
+def _call_keys(experiment: Experiment, act: Act) -> tuple:
+    return tuple(_call_key(experiment, call) for call in act.calls)
+
+
+# parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _doing(calls: Sequence[Call]) -> list[tuple]:
+    """What tells two rounds apart."""
+    return [(_sent(call), [(w.purpose, w.trainable, w.epochs, w.flops_per_step) for w in call.work]) for call in calls]
+
+
+def _sent(call: Call) -> int:
+    return nbytes(call.payload) + (nbytes(call.update.tree) if call.update else 0)
+
+
+def _alike(experiment: Experiment) -> Experiment:
+    """The same for all experiments that have an outline in common: learning rates cost nothing either."""
+    algorithm: Any = experiment.algorithm
+    names = [field.name for field in dataclasses.fields(algorithm)]
+    rates = {name: 1e-3 for name in names if name == "lr" or name.endswith("_lr")}
+    return dataclasses.replace(
+        experiment,
+        algorithm=dataclasses.replace(algorithm, **rates),
+        partition=Partition(),
+        participants=len(experiment.tiers),
+        cohort=None,
+        seed=0,
+        validation_share=0.0,
+        eval_every=1,
+        scored="auto",
+        chunk=1,
+    )
+
+
+def _in_batches_of(size: int, experiment: Experiment) -> Experiment:
+    """As it is where the method has no field for it."""
+    algorithm: Any = experiment.algorithm
+    has = any(field.name == "batch_size" for field in dataclasses.fields(algorithm))
+    changed = dataclasses.replace(algorithm, batch_size=size) if has else algorithm
+    return dataclasses.replace(experiment, algorithm=changed)
+
+
+def _timed(make: Callable[[], nn.Module | None], task: Task) -> Model | None:
+    making = _seconds(make)
+    model = make()
+    if model is None:
+        return None
+    low = _seconds(lambda: task.score(model, _examples(task, SMALL)))
+    size = max(SMALL, min(SCORED, int(SMALL * LONG / low)))
+    high = _seconds(lambda: task.score(model, _examples(task, size)))
+    return Model(making, Line.through((SMALL, low), (size, high)))
+
+
+def _examples(task: Task, size: int) -> Split:
+    """A split of the right shapes that holds no data."""
+    inputs = task.example(size)
+    labels = inputs["labels"] if task.inputs.kind in PER_TOKEN else inputs.pop("labels")
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch.uint8)
+    return Split(inputs, labels)
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    """The better of two times."""
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = pin_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,93 @@
+"""One of several runs, computed in this process: what may go wrong with it ends this run and no other."""
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedsim.experiment import Experiment
+from fedsim.participant import last_line
+from fedsim.progress import Progress
+from fedsim.runtime.base import Runtime
+from fedsim.simulation import RunFailed
+
+
+LOCK_SECONDS = 30.0  # in which a worker of a sweep that was killed must have noticed
+
+Compute = Callable[..., Any]  # `fedsim.simulation.run` with what is the same for all runs
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A run to compute, and whether it goes on where it was cut."""
+
+    experiment: Experiment
+    resume: bool
+
+
+def attempt(
+    compute: Compute,
+    todo: Todo,
+    out: Path,
+    runtime: Callable[[], Runtime],
+    progress: Progress,
+    worker: bool = False,
+) -> None:
+    """Compute one run, in this process.
+
+    **Raises:** `ValueError` for a request that cannot be met; `RunFailed` for everything else that went wrong.
+    """
+    run_id = todo.experiment.run_id
+    try:
+        with _alone_with(run_id, out, worker):
+            compute(todo.experiment, runtime=runtime(), resume=todo.resume, progress=progress)
+    except (RunFailed, ValueError):
+        raise
+    except Exception as error:
+        progress.failed(traceback.format_exc())
+        raise RunFailed(run_id, last_line(error)) from error
+
+
+@contextlib.contextmanager
+def _alone_with(run_id: str, out: Path, worker: bool) -> Iterator[None]:
+    """Hold a run's lock, which only workers make: the folder's is held by who hands out runs, and if that process is
+    killed, its workers live a moment longer.
+
+    **Raises:** `RuntimeError` if another process keeps the lock.
+    """
+    path = out / "checkpoints" / f".{run_id}.lock"
+    if worker:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    elif not path.exists():
+        yield
+        return
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise RuntimeError(f"another process has been writing it for {LOCK_SECONDS:g} s") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def opened(make_runtime: Callable[[], Runtime]) -> Iterator[Callable[[], Runtime]]:
+    """A runtime that is started when it is first needed (not at all if every run is finished) and always closed."""
+    made: list[Runtime] = []
+
+    def runtime() -> Runtime:
+        if not made:
+            made.append(make_runtime())
+        return made[0]
+
+    try:
+        yield runtime
+    finally:
+        for one in made:
+            one.close()

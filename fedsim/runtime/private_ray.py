@@ -1,0 +1,40 @@
+"""A private Ray on this machine, for this process alone or for several."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+
+import psutil
+import ray
+
+
+def start_private(cpus: float, gpus: int | None) -> None:
+    """Start a Ray and connect this process to it; `ray.shutdown()` ends it.
+
+    - `cpus`: logical CPUs. - `gpus`: logical GPUs; None: those there are.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=max(1, math.ceil(cpus)),
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _memory=psutil.virtual_memory().total,  # as placement counts it; by itself Ray takes a part of what is free
+    )
+
+
+@contextlib.contextmanager
+def shared_ray(cpus: float, gpus: int | None) -> Iterator[str]:
+    """The address of a Ray that processes of this user can join: the one this process is connected to, if it is, else
+    a private Ray (`start_private`) that ends with the context."""
+    own = not ray.is_initialized()
+    if own:
+        start_private(cpus, gpus)
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        if own:
+            ray.shutdown()
