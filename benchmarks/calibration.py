@@ -1,7 +1,8 @@
 """What a run consists of, counted without data, and how long its parts take on one core of this machine.
 
-Nothing is learned: participants without data go through the rounds that differ (`fedsim.cost.Rehearsal`). Where seconds
-are asked for, steps on batches that hold no data are timed, each kind of them once.
+Nothing is learned: participants without data, one a tier, go through the rounds that differ (`fedsim.cost.Rehearsal`).
+Where seconds are asked for, steps on batches that hold no data are timed, each kind of them once. Not foreseen: what a
+participant is sent that depends on who else took part (FLoRA's stack of adapters is that of one participant a tier).
 """
 
 import contextlib
@@ -219,7 +220,8 @@ class Calibration:
 
     def _time_the_rest(self, experiment: Experiment, spans: Sequence[Span], full: Sequence[Act]) -> None:
         """Time what calls take beside training, averaging, and scoring: where anything of it has not been timed."""
-        if all(_call_key(experiment, call) in self.calls for act in full for call in act.calls):
+        known = all(_call_key(experiment, call) in self.calls for act in full for call in act.calls)
+        if known and all(_call_keys(experiment, act) in self.servers for act in full[1:]):
             return
         rehearsal = Rehearsal(experiment, simulation.COUNTED)
         algorithm, task = experiment.algorithm, rehearsal.task
@@ -277,7 +279,7 @@ def acts(experiment: Experiment, spans: Sequence[Span], timed: Sequence[Collecti
     return found
 
 
-# what decides how long something takes: amounts to two digits, so that data that differ in classes alone are timed once
+# what decides how long something takes --------------------------------------------------------------------------------
 
 
 def _method_key(experiment: Experiment) -> tuple:
@@ -287,6 +289,7 @@ def _method_key(experiment: Experiment) -> tuple:
 
 
 def _work_key(experiment: Experiment, work: Work) -> tuple:
+    # Amounts to two digits: data that differ in their number of classes alone are timed once.
     amounts = (f"{work.trainable:.1e}", f"{work.flops_per_step:.1e}")
     return (*_method_key(experiment), work.purpose, work.batch_size, *amounts)
 

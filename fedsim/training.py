@@ -216,7 +216,10 @@ def minimise(
                 f"{purpose}: the training loss became {loss} after {steps} steps with lr={lr}{rates}"
             )
 
-    seconds = seconds_of_step(ctx, objectives[0], leaves, batch_size) if ctx.meter.timing else None
+    seconds = None
+    if ctx.meter.timing:
+        times = [seconds_of_step(ctx, objective, leaves, batch_size) for objective in objectives]
+        seconds = sum(times) / len(times)
     trainable = sum(tensor.numel() for tensor in leaves.values())
     per_step = round(sum(cost.flops(batch_size) for cost in costs) / len(costs))
     activations = max(cost.activation_bytes(batch_size) for cost in costs)

@@ -46,9 +46,9 @@ def test_another_federation_in_the_same_table_is_refused(
 def test_a_smallest_shard_is_refused_only_where_it_changes_the_shards(
     tiny_experiment: Experiment, other: Experiment
 ) -> None:
-    same, stricter = (with_settings(other, [f"partition.min_size={size}"]) for size in (9, 24))
+    same, stricter = (with_settings(other, [f"partition.min_size={size}"]) for size in (9, 34))
     check_fair([tiny_experiment, same], None)
-    with pytest.raises(ValueError, match=r"partition\.min_size is 10 and 24$"):
+    with pytest.raises(ValueError, match=r"partition\.min_size is 10 and 34$"):
         check_fair([tiny_experiment, stricter], None)
 
 
