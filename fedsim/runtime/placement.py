@@ -113,7 +113,8 @@ def refuse_what_cannot_fit(requests: Sequence[Resources], capacity: Capacity) ->
     """**Raises:** `ValueError` with what was asked and what there is."""
     reason = misfit(requests, capacity)
     if reason is not None:
-        raise ValueError(f"{reason}: ask for less per participant (tiers.N.num_gpus, num_cpus) or for fewer --hosts")
+        fewer = "--hosts" if capacity.share == 1 else "--hosts or --jobs"
+        raise ValueError(f"{reason}: ask for less per participant (tiers.N.num_gpus, num_cpus) or for fewer {fewer}")
 
 
 def packs(requests: Sequence[float], devices: Sequence[float]) -> bool:
