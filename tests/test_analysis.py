@@ -67,7 +67,8 @@ def test_frames_are_tidy(folder: Path) -> None:
 
 def test_other_readers_see_the_same(folder: Path) -> None:
     expected = statistics.fmean(row["accuracy_mean"] for row in records(fedsim.load(folder).rounds))
-    found = duckdb.connect().execute(f"SELECT avg(accuracy_mean) FROM '{folder}/rounds/*.parquet'").fetchone()
+    with duckdb.connect() as connection:
+        found = connection.execute(f"SELECT avg(accuracy_mean) FROM '{folder}/rounds/*.parquet'").fetchone()
     assert found is not None
     (by_duckdb,) = found
     by_polars = polars.read_parquet(f"{folder}/rounds/*.parquet")["accuracy_mean"].mean()
