@@ -5,6 +5,7 @@ The algorithm in them is Fed-Grow with preset `paper`, for suites to replace.
 
 from dataclasses import replace
 
+from benchmarks.methods import DIGITS, methods
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, digits, pydoc, sst2
@@ -15,16 +16,7 @@ from fedsim.task import TaskConfig
 
 def on_digits() -> Experiment:
     """Six participants of three sizes, labels dealt unevenly, a target twice as wide as the smallest model."""
-    grow = FedGrow(
-        preset="paper",
-        lr=1e-2,
-        epochs=2,
-        local_lr=3e-3,
-        local_epochs=15,
-        small_lr=3e-3,
-        small_epochs=15,
-        batch_size=32,
-    )
+    (grow,) = methods({"fedgrow paper": DIGITS["fedgrow paper"]})
     return Experiment(
         algorithm=grow,
         task=TaskConfig(digits(), patch_size=4),

@@ -1,4 +1,4 @@
-"""The methods that suites compare, and the learning rate of each, chosen on validation scores (`LOG.md`)."""
+"""The methods that suites compare, and their learning rates: chosen on validation scores (`LOG.md`), but for text."""
 
 from dataclasses import replace
 from typing import Any
@@ -65,7 +65,8 @@ CIFAR = {
     "fedbrb_like": 3e-2,
     "fedit": 1e-3,
 }
-# Of the methods that train on text, chosen on `text_grid`: sentences (SST-2, AG News) and next tokens (pydoc).
+# Of the methods that train on text: sentences (SST-2, AG News) and next tokens (pydoc). First guesses: `text_grid` has
+# not been run to its end, so no number that rests on them is a comparison yet.
 SENTENCES = {
     "fedgrow paper": 1e-3,
     "fedgrow preserving": 1e-3,

@@ -10,7 +10,7 @@ from typing import Any
 
 from baselines.fedavg import FedAvg, fedavg_small
 from baselines.fedbrb_like import FedBRBLike
-from baselines.heterofl import HeteroFL, heterofl_clean
+from baselines.heterofl import heterofl_clean
 from baselines.lora import fedit
 from benchmarks.ablations import ablations, ablations_grid, each_of
 from benchmarks.federations import dealt, examples, ladder, on_ag_news, on_cifar, on_digits, on_pydoc, on_sst2, scaled
@@ -32,19 +32,9 @@ def quick() -> list[Experiment]:
 
     Learning rates are those of `baselines`, chosen on validation scores of other seeds (`benchmarks/LOG.md`).
     """
-    base = on_digits()
-    grow = base.algorithm
-    assert isinstance(grow, FedGrow)
-    algorithms = (
-        grow,
-        replace(grow, preset="preserving", lr=1e-3),
-        replace(grow, preset="preserving", lr=1e-4, federate=False),
-        FedAvg(lr=3e-3, epochs=2, batch_size=32),
-        HeteroFL(lr=3e-3, epochs=2, batch_size=32),
-        heterofl_clean(lr=3e-2, epochs=2, batch_size=32),
-        FedBRBLike(lr=1e-3, epochs=2, batch_size=32),
-    )
-    return [replace(base, algorithm=algorithm) for algorithm in algorithms]
+    names = ("fedgrow paper", "fedgrow preserving", "fedgrow_no_federation preserving", "fedavg")
+    shown = (*names, "heterofl", "heterofl_clean", "fedbrb_like")
+    return each_of(on_digits(), methods({name: DIGITS[name] for name in shown}))
 
 
 def baselines() -> list[Experiment]:

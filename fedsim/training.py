@@ -51,7 +51,7 @@ class Work:
 class Meter:
     """Collects the `Work` of one participant's call. `counted` remembers the costs of steps by `key` and shapes.
 
-    - `small_sha256`: of the small model that the participant brought along or trained for itself, if it did.
+    - `small_sha256`: of the small model that the participant trained for itself, if it did.
     - `timing`: take the time of a step on a full batch that holds no data, before there is any training.
     """
 

@@ -1,4 +1,4 @@
-"""How long a large results folder takes to become a summary table:  python benchmarks/reading.py [--json FILE]
+"""How long a large results folder takes to become a summary table:  python benchmarks/loading.py [--json FILE]
 
 Writes synthetic runs through the real writer (minutes), reads them back in a fresh process: seconds from `fedsim.load`
 to the table, and the process's peak memory.
@@ -40,7 +40,7 @@ def write_runs(directory: Path, runs: int, rounds: int, participants: int) -> No
         about = _about(experiment, seed)
         write_table(directory, "clients", about["run_id"], _clients(about, rounds, participants, rng))
         write_table(directory, "rounds", about["run_id"], _rounds(about, rounds, participants, rng))
-        run = about | {"suite": "reading", "status": "finished", "wall_seconds": 1.0, "rounds": rounds, "error": None}
+        run = about | {"suite": "loading", "status": "finished", "wall_seconds": 1.0, "rounds": rounds, "error": None}
         run |= {"participants": participants, "cohort": participants, "code_sha256": "0" * 64, "versions": "{}"}
         run |= {"hardware": "{}", "bytes_per_upload": 1000, "model": str(experiment.target), "held_bytes": 1}
         run |= {"peak_bytes": 1, "federation_sha256": f"{seed:064x}", "upload_params": 1.0, "trainable_params": 1.0}
@@ -95,7 +95,7 @@ def measured(directory: Path) -> dict[str, float]:
     table = summary(read(load(directory)))
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"reading_seconds": seconds, "reading_peak_mb": peak / 1e6, "rows": len(table)}
+    return {"loading_seconds": seconds, "loading_peak_mb": peak / 1e6, "rows": len(table)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name in ("runs", "rounds", "participants"):
         if getattr(options, name) < 1:
-            print(f"reading.py: --{name}={getattr(options, name)}: must be at least 1", file=sys.stderr)
+            print(f"loading.py: --{name}={getattr(options, name)}: must be at least 1", file=sys.stderr)
             return 2
     if options.read is not None:
         print(json.dumps(measured(options.read)))
@@ -119,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout)
     rows = options.runs * (options.rounds + 1) * options.participants
     Console().print(
-        f"{options.runs} runs, {rows:,} client rows: {found['reading_seconds']:.1f} s, peak memory "
-        f"{found['reading_peak_mb']:.0f} MB, {found['rows']} methods",
+        f"{options.runs} runs, {rows:,} client rows: {found['loading_seconds']:.1f} s, peak memory "
+        f"{found['loading_peak_mb']:.0f} MB, {found['rows']} methods",
         highlight=False,
     )
     if options.json is not None:
