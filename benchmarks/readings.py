@@ -72,8 +72,11 @@ Runs = Sequence[Row]
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """A frame's rows. Text that is null becomes empty, a number that is null is `nan`."""
-    text = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
-    return frame.assign(**{name: frame[name].fillna("") for name in text}).to_dict("records")
+    columns = {
+        str(name): (column if pd.api.types.is_numeric_dtype(column) else column.fillna("")).tolist()
+        for name, column in frame.items()
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def sent_bytes(round_: Row) -> int:
