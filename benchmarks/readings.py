@@ -40,6 +40,7 @@ TARGET_ACCURACY = {
     "newsgroups": 0.3,
     "cifar10": 0.25,
     "cifar100": 0.1,
+    "flowers102": 0.1,
 }
 # Columns of a reading -> columns of `rounds`.
 EQUAL_ROUNDS = {

@@ -36,6 +36,7 @@ EMBEDDED = {"digits": "image", "pydoc": "lm"}  # name -> kind
 KNOWN = {
     "cifar10": KnownSet("uoft-cs/cifar10", "image"),
     "cifar100": KnownSet("uoft-cs/cifar100", "image"),
+    "flowers102": KnownSet("dpdl-benchmark/oxford_flowers102", "image"),
     "sst2": KnownSet("stanfordnlp/sst2", "text", columns=("sentence", "label"), hub_test_split="validation"),
     "ag_news": KnownSet("fancyzhx/ag_news", "text"),
     "newsgroups": KnownSet("SetFit/20_newsgroups", "text"),
@@ -48,8 +49,9 @@ class DataConfig:
 
     **Arguments:**
 
-    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `sst2`, `ag_news` or `newsgroups` (looked up under
-        the data folder); or the path of a file or folder (parquet, csv, tsv, an image folder, a `save_to_disk` folder).
+    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `flowers102`, `sst2`, `ag_news` or `newsgroups`
+        (looked up under the data folder); or the path of a file or folder (parquet, csv, tsv, an image folder, a
+        `save_to_disk` folder).
     - `hub`: whether a name that is not found locally, or a tokenizer, may be fetched from the hub.
     - `config_name`: the hub data set's configuration.
     - `train_split`, `test_split`: names of files, folders or hub splits; `validation` stands in for a missing `test`.
