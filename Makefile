@@ -11,8 +11,8 @@ help:  ## list the targets
 demo: .venv/installed  ## grow a transformer across six participants on a local Ray; results in results/quick
 	$(BIN)/python benchmarks/sweep.py --suite quick --hosts 2 --out results/quick
 
-test: .venv/installed  ## run the test suite
-	$(BIN)/python -m pytest
+test: .venv/installed  ## run the test suite, several tests at once
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: .venv/installed  ## formatting, lint and types
 	$(BIN)/ruff format --check .

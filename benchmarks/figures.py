@@ -76,6 +76,8 @@ def accuracy_figure(
     else:
         _amount_axis(axes, ends, budget, against)
     axes.set_ylabel("accuracy, mean over participants (%)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2), min(high, 102))  # intervals of two or three seeds reach beyond any accuracy
     axes.grid(alpha=0.25)
     if groups:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
@@ -227,11 +229,11 @@ def time_figure(rows: Sequence[Row]) -> Figure | None:
     places = list(range(len(known)))[::-1]
     local = [row["local_seconds"] for row in known]
     rest = [row["seconds"] - row["local_seconds"] for row in known]
-    axes.barh(places, local, color="C1", label="round 0: what participants do alone, and scoring")
+    axes.barh(places, local, color="C1", label="round 0: what participants\ndo alone, and scoring")
     axes.barh(places, rest, left=local, color="C0", label="federated rounds")
     axes.set_yticks(places, [row["method"] for row in known], fontsize=8)
     axes.set_xlabel("seconds a run (wall time, mean over seeds)")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     return figure
 
 

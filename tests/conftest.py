@@ -16,8 +16,11 @@ from tests.disturbed import TINY_SETTINGS, Lent, small, without_federation
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray come last: they share one Ray, which need not run beside the others."""
+    """Tests on Ray share one Ray: they come last, and where several processes test, one process has them all."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    for item in items:
+        if item.get_closest_marker("ray") is not None:
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")
