@@ -125,11 +125,12 @@ def finished_runs(results: Results) -> list[dict[str, Any]]:
     finished = [run for run in records(results.runs) if run["status"] == "finished"]
     runs = [run | {"parsed": json.loads(run["config"])} for run in finished]
     runs = [run | {"setting": setting} for run, setting in zip(runs, _settings(runs), strict=True)]
-    alike = defaultdict(list)
-    for run in runs:
-        alike[run["setting"], run["algorithm"], run["preset"]].append(run)
-    methods = {id(run): method for group in alike.values() for run, method in zip(group, _methods(group), strict=True)}
-    return [run | {"method": methods[id(run)]} for run in runs]
+    return [run | {"method": method} for run, method in zip(runs, _in_groups(runs, _methods), strict=True)]
+
+
+def variant_names(runs: Runs) -> list[str]:
+    """As the `method` of `finished_runs`, but runs that differ in learning rates alone have one name."""
+    return _in_groups(runs, functools.partial(_methods, rates=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -282,12 +283,21 @@ def method_name(run: Row) -> str:
     return f"{run['algorithm']} ({run['preset']})" if run["preset"] else run["algorithm"]
 
 
-def _methods(runs: Runs) -> list[str]:
+def _in_groups(runs: Runs, names_of: Callable[[Runs], list[str]]) -> list[str]:
+    """A name for each run, from those of one setting, algorithm and preset together."""
+    alike = defaultdict(list)
+    for run in runs:
+        alike[run["setting"], run["algorithm"], run["preset"]].append(run)
+    named = {id(run): name for group in alike.values() for run, name in zip(group, names_of(group), strict=True)}
+    return [named[id(run)] for run in runs]
+
+
+def _methods(runs: Runs, *, rates: bool = True) -> list[str]:
     """The names of runs of one algorithm and preset. Those that differ in more than the seed are told apart by what.
 
     A field is left out where it has the value that goes without saying: the default of its class if any of the runs
     has that, else the one that more runs have than any other. Learning rates, which are tuned for each variant, are
-    named only where nothing else tells two variants apart.
+    named only where nothing else tells two variants apart; without `rates` not even there.
     """
     configs = [_flat(run["parsed"]) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config if field not in NOT_A_VARIANT)
@@ -295,7 +305,7 @@ def _methods(runs: Runs) -> list[str]:
     usual = {field: _usual(field, runs, configs) for field in differing}
     names = _named(runs, configs, [field for field in differing if not _is_rate(field)], usual)
     variants = {tuple(config.get(field) for field in differing) for config in configs}
-    return names if len({*names}) == len(variants) else _named(runs, configs, differing, usual)
+    return names if len({*names}) == len(variants) or not rates else _named(runs, configs, differing, usual)
 
 
 def _named(

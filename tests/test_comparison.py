@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.comparison import differences, holm, interval, reference_of, to_target
 from benchmarks.readings import best_validated, read
 from benchmarks.tables import notes, summary
+from benchmarks.tune import best_of, grids_of, on_edge
 from fedsim.results import SCHEMAS, load, write_table
 from tests.test_report import add_run, row_of
 
@@ -187,3 +188,30 @@ def test_variants_are_named_by_what_does_not_go_without_saying(tmp_path: Path) -
     add_run(tmp_path, "fedgrow", [0.1, 0.5], 1, preset="paper", config={"algorithm": kind | {"lr": 0.2}})
     rates = {run["method"] for run in read(load(tmp_path)).runs}  # now a rate alone tells two of them apart
     assert {"fedgrow (paper)", "fedgrow (paper) lr=0.2", "fedgrow (paper) lr=0.3 draw=common"} < rates
+
+
+def test_rates_are_chosen_by_setting_and_variant_on_the_mean_over_seeds(tmp_path: Path) -> None:
+    def tried(lr: float, accuracy: float, **run: Any) -> None:
+        algorithm = {"class": "baselines.fedavg.FedAvg", "lr": lr, "epochs": run.pop("epochs", 1)}
+        about: dict[str, Any] = {
+            "config": {"seed": run.get("seed", 0), "algorithm": algorithm, "data": run.get("dataset", "digits")}
+        }
+        add_run(tmp_path, "fedavg", [0.1, accuracy], 1, **run, **about)
+
+    tried(0.1, 0.4)
+    tried(0.2, 0.7)
+    tried(0.2, 0.1, seed=1)  # 0.4 on average, as the smaller rate
+    tried(0.3, 0.3)
+    tried(0.1, 0.9, epochs=2)
+    tried(0.2, 0.8, epochs=2)
+    tried(0.3, 0.9, dataset="cifar10")
+    digits, cifar = (
+        grid
+        for dataset in ("digits", "cifar10")
+        for setting, grid in grids_of(load(tmp_path)).items()
+        if dataset in setting
+    )
+    assert {method: best_of(rates) for method, rates in digits.items()} == {"fedavg": 0.1, "fedavg epochs=2": 0.1}
+    assert digits["fedavg"] == {0.1: [0.4], 0.2: [0.7, 0.1], 0.3: [0.3]}
+    assert {method: best_of(rates) for method, rates in cifar.items()} == {"fedavg": 0.3}
+    assert on_edge(digits["fedavg"]) and not on_edge({0.1: [0.2], 0.2: [0.5], 0.3: [0.4]})
