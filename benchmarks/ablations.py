@@ -59,17 +59,16 @@ def ablations() -> list[Experiment]:
             for alpha in (0.1, 100.0)
             for experiment in each_of(
                 replace(base, partition=Partition("dirichlet", alpha=alpha, min_size=10)),
-                [*paper, *preserving, *common[2:], *(_aligned(each, 0) for each in aligned)],
+                [*paper, *preserving, *(_aligned(each, 0) for each in aligned)],
             )
         ),
         *(
             experiment
-            for participants in (3, 12, 24)
+            for participants in (3, 24)
             for experiment in each_of(
                 replace(base, participants=participants, partition=Partition("dirichlet", alpha=0.5, min_size=10)),
                 [
                     *preserving,
-                    *common[2:],
                     *(_aligned(each, 0) for each in aligned),
                     *methods({name: DIGITS[name] for name in _SMALL}),
                 ],
