@@ -32,7 +32,7 @@ def ablations() -> list[Experiment]:
     """One thing changed at a time around Fed-Grow's two presets, on digits and, where it matters most, on pydoc.
 
     What averaging Global adds is read off pairs: the same with and without federation, each at its own learning rate.
-    Not tuned: the rates of `fedgrow_joint (paper)`, of five epochs apart, and of all text.
+    Not tuned: the rates of `fedgrow_joint (paper)`, of five epochs apart, and on pydoc those of common starts.
     """
     base, text_base = replace(on_digits(), chunk=6, eval_every=2), on_pydoc()
     paper, preserving = (_pair(DIGITS, preset) for preset in ("paper", "preserving"))

@@ -53,13 +53,16 @@ def mean(values: Sequence[float]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="DIR")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
     for setting, grid in sorted(grids_of(load(parser.parse_args(arguments).directory)).items()):
         columns = sorted({rate for rates in grid.values() for rate in rates})
         table = Table(Column("method", no_wrap=True), *(f"{rate:g}" for rate in columns), "best", title=setting)
         for method, rates in sorted(grid.items()):
             cells = [percent(mean(rates.get(rate, []))) for rate in columns]
             table.add_row(method, *cells, f"{best_of(rates):g}{' (edge)' if on_edge(rates) else ''}")
-        Console().print(table)
+        console.print(table)
     return 0
 
 
