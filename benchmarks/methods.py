@@ -65,7 +65,7 @@ CIFAR = {
     "fedbrb_like": 3e-2,
     "fedit": 1e-3,
 }
-# Of the methods that train on text: sentences (SST-2, and untried AG News) and next tokens (pydoc), chosen on `text_grid`.
+# Of the methods in `text`, chosen on `text_grid`: sentences (SST-2; untried on AG News) and next tokens (pydoc).
 SENTENCES = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-2,
