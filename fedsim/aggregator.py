@@ -5,7 +5,7 @@ It reaches participants through one callable and cannot tell where they are. It 
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from fedsim import tree as trees
 from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, ServerContext
 from fedsim.checkpoint import Versions
+from fedsim.cohort import Turnout
+from fedsim.devices import Device, begun_seconds, busy_seconds
 from fedsim.experiment import Experiment
 from fedsim.participant import Reply
 from fedsim.runtime.base import Call, Failure
@@ -42,11 +44,17 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """Adds up the updates of one chunk, where they are. Picklable: it travels to the hosts."""
+    """Adds up the updates of one chunk, where they are. Picklable: it travels to the hosts.
+
+    - `devices`: by participant. - `deadline`: simulated seconds after which an update is left out; None: none is.
+    """
 
     algorithm: Algorithm
+    devices: Mapping[int, Device | None] = dataclasses.field(default_factory=dict)
+    deadline: float | None = None
 
     def __call__(self, replies: Sequence[tuple[int, Any]]) -> Chunk:
+        replies = [(id_, self._in_time(id_, reply)) for id_, reply in replies]
         updates = [reply.update for _, reply in replies if isinstance(reply, Reply) and reply.update is not None]
         partial = self.algorithm.combine(updates) if updates else None
         stripped = [
@@ -54,6 +62,18 @@ class Fold:
             for id_, reply in replies
         ]
         return Chunk([partial] if partial is not None else list(updates), stripped)
+
+    def _in_time(self, id_: int, reply: Any) -> Any:
+        """A reply without its update if that came too late."""
+        if self.deadline is None or not isinstance(reply, Reply):
+            return reply
+        seconds = busy_seconds(self.devices[id_], reply.row)
+        return late(reply) if seconds is not None and seconds > self.deadline else reply
+
+
+def late(reply: Reply) -> Reply:
+    """A reply whose update is left out, as it came when the round was over."""
+    return dataclasses.replace(reply, update=None, row=reply.row | {"late": True})
 
 
 class Aggregator:
@@ -66,13 +86,15 @@ class Aggregator:
     def __init__(
         self, experiment: Experiment, clients: Sequence[ClientInfo], data_dir: str | None, folder: str, call: Call
     ) -> None:
+        tiers = {tier.name: tier.simulated for tier in experiment.tiers}
+        self.devices = {client.id: tiers[client.tier] for client in clients}
         self.experiment, self.clients, self.data_dir, self.call = experiment, clients, data_dir, call
         self.versions = Versions(Path(folder), "server")
         self.round: int | None = None
         self.state: Tree = {}
         self.private: dict[int, str] = {}  # id -> hash of that participant's private state
 
-    def run_round(self, round: int, cohort: Sequence[int], scored: Sequence[int]) -> dict[str, Any]:
+    def run_round(self, round: int, turnout: Turnout, scored: Sequence[int]) -> dict[str, Any]:
         """One round: broadcast, local work, aggregation, checkpoint, scores. Round 0 makes the states and scores them.
 
         **Returns:** what the round's rows are made of: rows per participant, traffic, `state_sha256`; no tensors.
@@ -82,13 +104,15 @@ class Aggregator:
         context = self._context(round)
         if round == 0:
             self.state, self.private = trees.ordered(self.experiment.algorithm.server_init(context)), {}
-            chosen = sorted({*cohort, *scored})
+            chosen = sorted({*turnout.takes_part, *scored})
             for chunk in self.call("begin", round, {id_: {} for id_ in chosen}):
                 self._note(chunk, rows)
         else:
             self._enter(round)
-            payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(cohort), context)
-            arriving = self._updates(self.call("train", round, payloads, Fold(self.experiment.algorithm)), rows)
+            payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(turnout.reached), context)
+            for id_ in turnout.dropped_out:  # what it received is all that is ever known of its round
+                rows[id_] = nowhere() | {"bytes_down": trees.nbytes(payloads[id_]), "dropped_out": True}
+            arriving = self._updates(round, {id_: payloads[id_] for id_ in turnout.takes_part}, rows)
             state = self.experiment.algorithm.server_aggregate(self.state, arriving, context)
             for _ in arriving:
                 pass  # an algorithm that stopped early must not leave replies unread
@@ -97,8 +121,11 @@ class Aggregator:
         scores = self._scores(round, scored, rows) if scored else {}
         self.versions.save(round, self.state, {"private": json.dumps(self.private)})
         self.round = round
+        for id_ in turnout.excluded:
+            rows[id_] = nowhere() | {"excluded": True}
         return {
             "rows": rows,
+            "simulated_seconds": self._simulated(round, rows),
             "seam_bytes_up": trained.up,
             "seam_bytes_down": trained.down,
             "bytes_moved": self.call.moved(),
@@ -128,15 +155,55 @@ class Aggregator:
     def _infos(self, ids: Sequence[int]) -> list[ClientInfo]:
         return [self.clients[id_] for id_ in ids]
 
-    def _updates(self, chunks: Iterator[Chunk], rows: dict[int, dict[str, Any]]) -> Iterator[ClientUpdate | Partial]:
+    def _updates(
+        self, round: int, payloads: Mapping[int, Tree], rows: dict[int, dict[str, Any]]
+    ) -> Iterator[ClientUpdate | Partial]:
         """Updates in cohort order, one chunk in memory at a time; rows and hashes are noted as they pass."""
+        conditions = self.experiment.conditions
+        fold = Fold(self.experiment.algorithm, self.devices, conditions.deadline)
+        if conditions.over_selection:
+            chunks = map(fold, self._first(list(self.call("train", round, payloads))))
+        else:
+            chunks = self.call("train", round, payloads, fold)
         for chunk in chunks:
             self._note(chunk.replies, rows)
             yield from chunk.updates
 
+    def _first(self, chunks: Sequence[Sequence[tuple[int, Any]]]) -> Iterator[list[tuple[int, Any]]]:
+        """The same chunks of replies, with only so many updates as the cohort wants: those that are there first."""
+        times = {
+            id_: busy_seconds(self.devices[id_], reply.row)
+            for chunk in chunks
+            for id_, reply in chunk
+            if isinstance(reply, Reply)
+        }
+        wanted = self.experiment.cohort or self.experiment.participants
+        kept = {*sorted(times, key=lambda id_: (times[id_], id_))[:wanted]}
+        for chunk in chunks:
+            yield [(id_, late(reply) if id_ in times and id_ not in kept else reply) for id_, reply in chunk]
+
+    def _simulated(self, round: int, rows: dict[int, dict[str, Any]]) -> float | None:
+        """Simulated seconds that the server waited, noted for every participant as well; None if any is unknown."""
+        waited = []
+        for id_, row in rows.items():
+            if round and "bytes_up" not in row:
+                continue  # scored, or not heard of
+            device = self.devices[id_]
+            begun, busy = begun_seconds(device, row), busy_seconds(device, row)
+            row["simulated_seconds"] = None if begun is None or busy is None else begun + busy
+            waited.append((begun if round == 0 else busy, row))
+        deadline = self.experiment.conditions.deadline
+        gone = any("dropped_out" in row for row in rows.values())
+        if any(seconds is None for seconds, _ in waited):
+            return None
+        there = max((seconds for seconds, row in waited if "late" not in row), default=0.0)
+        missing = gone or any("late" in row for _, row in waited)
+        enough = sum("late" not in row for _, row in waited) >= (self.experiment.cohort or self.experiment.participants)
+        return deadline if deadline is not None and round and missing and not enough else there
+
     def _note(self, replies: Sequence[tuple[int, Reply | Failure]], rows: dict[int, dict[str, Any]]) -> None:
         for id_, reply in replies:
-            row = rows.setdefault(id_, {"host": None, "node": None, "retries": 0})
+            row = rows.setdefault(id_, nowhere())
             if isinstance(reply, Failure):
                 if self.experiment.on_error == "stop":
                     raise ParticipantError(id_, reply.text)
@@ -168,6 +235,11 @@ class Aggregator:
         return trees.sha256_of_text(f"{trees.sha256(self.state)}|{private}")
 
 
+def nowhere() -> dict[str, Any]:
+    """The row of a participant that has not been called yet."""
+    return {"host": None, "node": None, "retries": 0}
+
+
 def coverage(covered: Tree | None) -> dict[str, float | None]:
     """Share of all coordinates that were trained so far, and the smallest share of any matrix."""
     if not covered:
@@ -181,7 +253,7 @@ def coverage(covered: Tree | None) -> dict[str, float | None]:
 def combined_work(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """A participant's row after one more call in the same round: seconds and FLOPs add up, marks take the highest."""
     merged = row | {name: value for name, value in more.items() if value is not None or name not in row}
-    for name in ("flops", "trainable_params"):
+    for name in ("flops", "begun_flops", "trainable_params"):
         merged[name] = row.get(name, 0) + more.get(name, 0)
     if "accuracy" in more:
         merged["train_seconds"] = row.get("train_seconds", 0.0)  # scoring is not training

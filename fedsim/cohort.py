@@ -5,7 +5,7 @@ All of it depends on the seed, the data and the population alone, so every metho
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -82,12 +82,52 @@ def members(experiment: Experiment, task: Task) -> list[Member]:
 
 
 def cohort_of(experiment: Experiment, round: int) -> tuple[int, ...]:
-    """Who trains in a round, in order of id: uniform without replacement. Round 0 scores the state before round 1."""
-    everyone = np.arange(experiment.participants)
-    if experiment.cohort is None or experiment.cohort == experiment.participants:
+    """Who is asked to train in a round, in order of id: uniform without replacement, of those who are available.
+
+    Round 0 scores the state before round 1. Fewer than wanted, or nobody, where too few are available.
+    """
+    conditions, everyone = experiment.conditions, np.arange(experiment.participants)
+    if conditions.availability < 1:
+        draws = numpy_generator(experiment.seed, "availability", max(round, 1)).random(experiment.participants)
+        everyone = everyone[draws < conditions.availability]
+    wanted = conditions.sampled(experiment.cohort or experiment.participants, experiment.participants)
+    if wanted >= len(everyone):
         return tuple(everyone.tolist())
     rng = numpy_generator(experiment.seed, "cohort", max(round, 1))
-    return tuple(sorted(rng.choice(everyone, experiment.cohort, replace=False).tolist()))
+    return tuple(sorted(rng.choice(everyone, wanted, replace=False).tolist()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Turnout:
+    """What becomes of a round's cohort before anybody has trained, each in order of id.
+
+    - `takes_part`: who trains. - `dropped_out`: who received the payload and was not heard of again.
+    - `excluded`: whose device is too small for the method, so that nothing was sent to it.
+    """
+
+    takes_part: tuple[int, ...]
+    dropped_out: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """Who receives what the server sends."""
+        return tuple(sorted((*self.takes_part, *self.dropped_out)))
+
+
+def turnout_of(experiment: Experiment, round: int, too_small: Collection[int] = ()) -> Turnout:
+    """Who of a round's cohort takes part in it.
+
+    - `too_small`: participants whose device cannot hold what the method asks (`too_small`).
+    """
+    cohort = cohort_of(experiment, round)
+    excluded = tuple(id_ for id_ in cohort if id_ in too_small)
+    kept = [id_ for id_ in cohort if id_ not in too_small]
+    if not experiment.conditions.dropout or round == 0:
+        return Turnout(tuple(kept), (), excluded)
+    draws = numpy_generator(experiment.seed, "dropout", round).random(experiment.participants)
+    gone = draws < experiment.conditions.dropout
+    return Turnout(tuple(id_ for id_ in kept if not gone[id_]), tuple(id_ for id_ in kept if gone[id_]), excluded)
 
 
 def scored_in(experiment: Experiment, round: int) -> tuple[int, ...]:

@@ -15,7 +15,9 @@ from fedsim import tree as trees
 from fedsim.algorithm import ClientContext, ClientInfo, ClientUpdate, Payload, ServerContext
 from fedsim.cohort import check_checkpoints, tiers_of
 from fedsim.data.source import Split
-from fedsim.experiment import Experiment, Tier
+from fedsim.devices import MEBIBYTE
+from fedsim.experiment import Experiment, Tier, of_tier
+from fedsim.fields import refuse
 from fedsim.task import Task
 from fedsim.training import PRETRAIN, Meter, StepCost, Work
 from fedsim.tree import Tree
@@ -203,6 +205,34 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
         for tier, *calls in zip(experiment.tiers, begun, rehearsal.train(start, last), strict=True)
     ]
     return Cost(trees.numel(rehearsal.task.fresh(experiment.target, 0)), participants)
+
+
+def too_small(experiment: Experiment, cost: Cost) -> tuple[str, ...]:
+    """The tiers whose device cannot hold what the method asks of it, by count.
+
+    **Raises:** `ValueError` naming the tier and both numbers, if `conditions.memory` says that they are refused.
+    """
+    if experiment.conditions.memory == "ignore":
+        return ()
+    found = []
+    for tier, participant in zip(experiment.tiers, cost.participants, strict=True):
+        device = tier.simulated
+        if device is None or participant.peak_bytes <= device.memory_mb * MEBIBYTE:
+            continue
+        needed = participant.peak_bytes / MEBIBYTE
+        if experiment.conditions.memory == "refuse":
+            with of_tier(tier.name):
+                accepted = (
+                    f"at least the {needed:.1f} that {experiment.algorithm.name} needs in a training step, by count"
+                )
+                refuse(
+                    "device.memory_mb", device.memory_mb, f"{accepted} (or conditions.memory: 'exclude' or 'ignore')"
+                )
+        found.append(tier.name)
+    if len(found) == len(experiment.tiers):
+        accepted = f"another than 'exclude' for {experiment.algorithm.name}: no tier's device can hold what it needs"
+        refuse("conditions.memory", experiment.conditions.memory, accepted)
+    return tuple(found)
 
 
 def _participant(task: Task, tier: Tier, count: int, begun: Call, call: Call) -> ParticipantCost:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
+from fedsim.devices import Conditions, Device, device_named
 from fedsim.fields import check_range, check_types, matches, refuse
 from fedsim.models import Form, get_family
 from fedsim.pretrained import Checkpoint, form_of
@@ -33,6 +34,8 @@ class Tier:
     - `checkpoint`: the pretrained model its owners start from (`fedsim.pretrained`); None: each trains its own. Its
       form must be `form`: `from_pretrained` makes a tier from a checkpoint alone.
     - `share`: the tier's part of the population, relative to the other tiers'.
+    - `device`: what its owners compute with, in simulated time (`fedsim.devices`): the name of a profile, or a
+      `Device`; None: nothing is known of it, and it takes no time.
     - `num_cpus`, `num_gpus` (fractions allowed), `memory_mb`: resources of one participant's actor on Ray.
     """
 
@@ -40,6 +43,7 @@ class Tier:
     form: Form
     share: float = 1.0
     checkpoint: Checkpoint | None = None
+    device: str | Device | None = None
     num_cpus: float = dataclasses.field(default=1.0, metadata=PLACEMENT)
     num_gpus: float = dataclasses.field(default=0.0, metadata=PLACEMENT)
     memory_mb: float | None = dataclasses.field(default=None, metadata=PLACEMENT)
@@ -50,6 +54,13 @@ class Tier:
         check_range(self, "tiers", "num_cpus", "num_gpus", least=0)
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             refuse("tiers.num_gpus", self.num_gpus, "a fraction of one GPU, or a whole number of GPUs")
+        with of_tier(self.name):
+            _ = self.simulated
+
+    @property
+    def simulated(self) -> Device | None:
+        """The device itself, where one is named."""
+        return device_named(self.device) if isinstance(self.device, str) else self.device
 
 
 def from_pretrained(name: str, family: str, checkpoint: Checkpoint | str, **fields: Any) -> Tier:
@@ -82,6 +93,7 @@ class Experiment:
     - `chunk`: consecutive participants whose updates are added up before anything else: fixes the order of the sum.
     - `precision`: "fp32", or "bf16": training runs under autocast; weights, updates and scores stay fp32.
     - `on_error`: what a participant that raises does: "stop" the run, or be "drop"ped from the round.
+    - `conditions`: who is away, too slow or too small to take part.
     """
 
     algorithm: Algorithm
@@ -100,6 +112,7 @@ class Experiment:
     chunk: int = 4
     precision: Literal["fp32", "bf16"] = "fp32"
     on_error: Literal["stop", "drop"] = "stop"
+    conditions: Conditions = Conditions()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -112,6 +125,9 @@ class Experiment:
             refuse("tiers", self.tiers, "at least one tier")
         if len({tier.name for tier in self.tiers}) < len(self.tiers):
             refuse("tiers", [tier.name for tier in self.tiers], "tiers of different names")
+        if self.conditions.timed and not all(tier.device for tier in self.tiers):
+            nameless = [tier.name for tier in self.tiers if not tier.device]
+            refuse("tiers.device", None, f"given for every tier, as conditions ask for simulated time: {nameless}")
         if self.participants < len(self.tiers):
             refuse("participants", self.participants, f"at least the number of tiers, {len(self.tiers)}")
         for size in ("width", "depth", "inner"):
@@ -282,7 +298,7 @@ def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -
         part = _part(names[name], hints.get(name))
         if (name,) in changes:
             values[name] = changes[(name,)]
-            if part is not None and not (values[name] is None and matches(None, hints.get(name))):
+            if part is not None and not (name in hints and matches(values[name], hints[name])):
                 fields = ", ".join(f"{field}.{inner.name}" for inner in dataclasses.fields(part))
                 raise ValueError(f"{field}={values[name]!r}: set its fields instead: {fields}")
             if typing.get_origin(hints.get(name)) is tuple and isinstance(values[name], str | int | float):

@@ -48,6 +48,7 @@ class Participant:
         self.version: int | None = None
         self.state: Tree = {}
         self.sha256 = ""
+        self.begun_flops = 0  # of making the private state, within the current call
 
     # calls ----------------------------------------------------------------------------------------------------------
 
@@ -96,7 +97,9 @@ class Participant:
             self.state = trees.to(state, self.device)
             self.sha256 = trees.sha256(state)
             return
+        before = meter.flops
         self._keep(round, self.experiment.algorithm.client_init(self._context(0, meter)))
+        self.begun_flops = meter.flops - before
 
     def _keep(self, version: int, state: Tree) -> None:
         """Save before use: what a reply reports is already on disk."""
@@ -153,6 +156,7 @@ class Participant:
         """Run some work and note what it took. The payload is copied: nobody can write into what was sent."""
         meter = Meter.of(self.experiment.algorithm, self.counted)
         reset_peak_memory(self.device)
+        self.begun_flops = 0
         started = time.perf_counter()
         received = trees.to(trees.clone(payload), self.device)
         update = work(received, meter)
@@ -160,6 +164,7 @@ class Participant:
             "train_seconds": time.perf_counter() - started,
             "train_loss": meter.loss,
             "flops": meter.flops,
+            "begun_flops": self.begun_flops,
             "trainable_params": meter.trainable,
             "peak_memory_bytes": peak_memory(self.device),
             "small_sha256": meter.small_sha256,

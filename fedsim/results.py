@@ -104,6 +104,10 @@ ROUNDS = _schema(
     f1_mean="float?",
     coverage="float?",  # share of the target's parameters trained so far; null where every round trains all
     coverage_min="float?",  # the same, of the matrix of which the least was trained
+    simulated_seconds="float?",  # how long the server waited, by the devices of the cohort (`fedsim.devices`)
+    late="int?",  # of the cohort: those whose update came when the round was over
+    dropped_out="int?",  # those who received what was sent and were not heard of again
+    excluded="int?",  # those whose device is too small for the method
 )
 
 CLIENTS = _schema(
@@ -136,6 +140,8 @@ CLIENTS = _schema(
     recall="float?",
     f1="float?",
     small_sha256="str?",  # of the small model it trained for itself, in the round it did
+    simulated_seconds="float?",  # from the payload to the update, and making its private state where it did
+    outcome="str?",  # in_time | late | dropped_out | excluded | failed; null where it was only scored
 )
 
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.cohort import Member
+from fedsim.cohort import Member, Turnout
 from fedsim.cost import Cost, whole
 from fedsim.experiment import Experiment
 from fedsim.provenance import git_commit, hardware, versions
@@ -53,16 +53,26 @@ def client_rows(
                 "recall": note.get("recall"),
                 "f1": note.get("f1"),
                 "small_sha256": note.get("small_sha256"),
+                "simulated_seconds": note.get("simulated_seconds"),
+                "outcome": outcome(note),
             }
         )
     return rows
+
+
+def outcome(note: Mapping[str, Any]) -> str | None:
+    """What became of a participant's part in a round; None where it was only scored."""
+    for name in ("excluded", "dropped_out", "late"):
+        if name in note:
+            return name
+    return "failed" if "error" in note else "in_time" if "bytes_up" in note else None
 
 
 def round_row(
     experiment: Experiment,
     run_id: str,
     round: int,
-    cohort: Sequence[int],
+    turnout: Turnout,
     report: Mapping[str, Any],
     before: Row | None,
     wall_seconds: float,
@@ -98,7 +108,7 @@ def round_row(
         "flops": sum(note.get("flops") or 0 for note in noted.values()),
         "wall_seconds": wall_seconds,
         "retries": report["retries"],
-        "participants": len(cohort),
+        "participants": len(turnout.reached) + len(turnout.excluded),
         "state_sha256": report["state_sha256"],
         "bytes_moved": report["bytes_moved"],
         "seam_bytes_up": report["seam_bytes_up"],
@@ -111,6 +121,10 @@ def round_row(
         "precision_mean": precision[0],
         "recall_mean": recall[0],
         "f1_mean": f1[0],
+        "simulated_seconds": report["simulated_seconds"],
+        "late": sum("late" in note for note in noted.values()),
+        "dropped_out": len(turnout.dropped_out),
+        "excluded": len(turnout.excluded),
     }
 
 

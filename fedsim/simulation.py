@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedsim.aggregator import Aggregator, ParticipantError
-from fedsim.cohort import cohort_of, federation_sha256, label_histograms, members, scored_in
-from fedsim.cost import cost_of
+from fedsim.cohort import federation_sha256, label_histograms, members, scored_in, turnout_of
+from fedsim.cost import cost_of, too_small
 from fedsim.experiment import Experiment
 from fedsim.participant import Participant, last_line
 from fedsim.progress import Progress, Silent
@@ -65,8 +65,12 @@ def run(
     resources = {m.info.id: Resources(m.tier.num_cpus, m.tier.num_gpus, m.tier.memory_mb) for m in population}
     infos = [member.info for member in population]
     make_aggregator = functools.partial(_aggregator, experiment, infos, data_dir, str(folder))
+    if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
+        too_small(experiment, cost_of(experiment, COUNTED))
     runtime.start(make_aggregator, make_participants, resources, experiment.chunk)
     cost = cost_of(experiment, COUNTED)  # hosts come up meanwhile
+    left_out = too_small(experiment, cost)
+    outside = {member.info.id for member in population if member.info.tier in left_out}
 
     store = RunStore(out, run_id, code)
     first = store.open(resume)
@@ -86,10 +90,11 @@ def run(
     progress.begin(experiment, first)
     try:
         for round in range(first, experiment.rounds + 1):
-            started, cohort = time.perf_counter(), cohort_of(experiment, round)
-            report = runtime.ask("run_round", round, cohort, scored_in(experiment, round), watch=progress.within)
+            started, turnout = time.perf_counter(), turnout_of(experiment, round, outside)
+            scored = tuple(id_ for id_ in scored_in(experiment, round) if id_ not in outside)
+            report = runtime.ask("run_round", round, turnout, scored, watch=progress.within)
             before = store.rounds[-1] if store.rounds else None
-            row = round_row(experiment, run_id, round, cohort, report, before, time.perf_counter() - started)
+            row = round_row(experiment, run_id, round, turnout, report, before, time.perf_counter() - started)
             store.commit(round, row, client_rows(experiment, run_id, population, round, report["rows"]))
             progress.finished(row)
     except Exception as error:
