@@ -20,7 +20,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
@@ -258,7 +257,8 @@ def _last_rows(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         trained.append(part.select(hashed).filter(part["small_sha256"].is_valid()))
         part = part.select(DEPLOYED).filter(part["accuracy"].is_valid())
         if part.num_rows:
-            scored.append(part.filter(pc.equal(part["round"], pc.max(part["round"]))))
+            rounds = part["round"].to_numpy()
+            scored.append(part.filter(pa.array(rounds == rounds.max())))
     return pa.concat_tables(scored).to_pandas(), pa.concat_tables(trained).to_pandas()
 
 
