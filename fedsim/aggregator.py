@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedsim import tree as trees
-from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, ServerContext
+from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.checkpoint import Versions
 from fedsim.cohort import Turnout
 from fedsim.devices import Device, begun_seconds, busy_seconds
@@ -156,7 +156,7 @@ class Aggregator:
         return [self.clients[id_] for id_ in ids]
 
     def _updates(
-        self, round: int, payloads: Mapping[int, Tree], rows: dict[int, dict[str, Any]]
+        self, round: int, payloads: Mapping[int, Payload], rows: dict[int, dict[str, Any]]
     ) -> Iterator[ClientUpdate | Partial]:
         """Updates in cohort order, one chunk in memory at a time; rows and hashes are noted as they pass."""
         conditions = self.experiment.conditions

@@ -43,8 +43,8 @@ class Device:
         return 8 * down / (self.down_mbps * MEGABIT) + flops / self.flops + 8 * up / (self.up_mbps * MEGABIT)
 
 
-# Mobile and fixed lines: world averages of the Speedtest Global Index, September 2020 (mobile 35.96 Mbit/s down and 11.22
-# up, fixed 85.73 and 45.74). Memory: a quarter of what such a device has, as its owner uses it for other things.
+# Lines: world averages of the Speedtest Global Index, September 2020 (mobile 35.96 Mbit/s down and 11.22 up, fixed
+# 85.73 and 45.74). Memory: a quarter of what such a device has, as its owner uses it for other things.
 _MOBILE: dict[str, Any] = {"down_mbps": 35.96, "up_mbps": 11.22}
 _FIXED: dict[str, Any] = {"down_mbps": 85.73, "up_mbps": 45.74}
 PROFILES: Mapping[str, Device] = {

@@ -625,3 +625,10 @@ def test_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
     assert bool(trained) == (own is not None)
     if own:
         assert any(not torch.equal(trained[name], t) for name, t in under(case.private[0], own).items())
+
+
+def test_a_round_in_which_nobody_takes_part_changes_nothing(case: Case) -> None:
+    """All participants of a cohort may be away, too late or too small."""
+    assert dict(case.algorithm.server_broadcast(case.server_state, [], case.server())) == {}
+    after = case.algorithm.server_aggregate(clone(case.server_state), iter(()), case.server())
+    assert sha256(after) == sha256(case.server_state)
