@@ -1,4 +1,4 @@
-"""`fedsim run | inspect | export`. Exit status: 0 done, 1 a run failed, 2 the request was wrong, 130 interrupted."""
+"""`fedsim run | inspect | export | clean`. Exit status: 0 done, 1 a run failed, 2 a wrong request, 130 interrupted."""
 
 import argparse
 import gc
@@ -12,12 +12,14 @@ from rich.console import Console
 
 from fedsim import environment
 from fedsim.cost import Cost, cost_of
+from fedsim.devices import MEBIBYTE
 from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.export import export
 from fedsim.progress import label_of
 from fedsim.runner import check_data, check_folder, locked, run_all
 from fedsim.runtime import RUNTIMES, Choice
 from fedsim.simulation import RunFailed
+from fedsim.store import clean, runs_in
 from fedsim.training import StepCost
 
 
@@ -67,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--participant", type=int, required=True, metavar="I")
     exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     exporting.set_defaults(command=export_command)
+
+    cleaning = commands.add_parser("clean", help="delete checkpoints of finished runs; tables stay")
+    cleaning.add_argument("directory", type=Path, metavar="DIR", help="results folder")
+    cleaning.add_argument("--unfinished", action="store_true", help="also of runs that could be resumed")
+    cleaning.set_defaults(command=clean_command)
     return top
 
 
@@ -180,11 +187,32 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
         console.print(f"    {'trained':<26}{trained}", highlight=False, soft_wrap=True)
         console.print(f"    {'uploaded':<26}{tier.upload_params:,}", highlight=False)
         console.print(f"    {'MFLOP a step':<26}{flops}", highlight=False, soft_wrap=True)
+        device = next(each.simulated for each in experiment.tiers if each.name == tier.tier)
+        if device is not None:
+            steps = ", ".join(
+                f"{purpose} {device.seconds(down=0, flops=count, up=0):.3g}"
+                for purpose, count in tier.flops_per_step.items()
+            )
+            lines = device.seconds(down=tier.download_bytes, flops=0, up=tier.upload_bytes)
+            memory = f"{tier.peak_bytes / MEBIBYTE:.1f} MB of {device.memory_mb:g} MB (2^20 bytes)"
+            console.print(f"    {'seconds a step':<26}{steps} (simulated)", highlight=False, soft_wrap=True)
+            console.print(f"    {'seconds on the line':<26}{lines:.3g} a round (simulated)", highlight=False)
+            console.print(f"    {'memory of a step':<26}{memory}", highlight=False)
 
 
 def export_command(options: argparse.Namespace, console: Console) -> int:
     folder = export(options.directory, options.run, options.participant, options.to)
     console.print(f"written: {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def clean_command(options: argparse.Namespace, console: Console) -> int:
+    runs_in(options.directory)  # a folder without results is refused before a lock is made in it
+    with locked(options.directory):
+        freed = clean(options.directory, unfinished=options.unfinished)
+    console.print(f"freed {freed.bytes / 1e6:.1f} MB: checkpoints of {freed.runs} runs", highlight=False)
+    if freed.unfinished:
+        console.print(f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)", highlight=False)
     return 0
 
 

@@ -8,6 +8,7 @@ DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -131,3 +132,35 @@ def run_ids_in(directory: Path) -> set[str]:
 def runs_in(directory: Path) -> pd.DataFrame:
     """The `runs` table of a folder. **Raises:** `ValueError` if the folder holds no results."""
     return results.read_table(directory, "runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Freed:
+    """What `clean` deleted, and what it left: runs whose checkpoints went, bytes on disk, unfinished runs."""
+
+    runs: int
+    bytes: int
+    unfinished: int
+
+
+def clean(directory: Path, *, unfinished: bool = False) -> Freed:
+    """Delete the checkpoints of finished runs, and what killed processes left half-written; tables stay as they are.
+
+    A run without checkpoints is still known to be finished, but cannot be exported any more.
+
+    - `unfinished`: also those of runs that did not finish: they can then not be resumed.
+
+    **Raises:** `ValueError` if the folder holds no results.
+    """
+    runs = runs_in(directory)
+    finished = {*runs["run_id"][runs["status"] == "finished"]}
+    folders = [path for path in sorted((directory / "checkpoints").glob("*")) if path.is_dir()]
+    chosen = [path for path in folders if unfinished or path.name in finished]
+    leftovers = [path for table in results.SCHEMAS for path in (directory / table).glob(".*.tmp")]
+    freed = sum(file.stat().st_size for path in chosen for file in path.rglob("*") if file.is_file())
+    freed += sum(path.stat().st_size for path in leftovers)
+    for path in chosen:
+        shutil.rmtree(path)
+    for path in leftovers:
+        path.unlink()
+    return Freed(len(chosen), freed, len(folders) - len(chosen))

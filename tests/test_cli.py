@@ -197,3 +197,33 @@ def test_python_m_fedsim_is_the_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --set roundz: no such field; did you mean rounds?\n"
+
+
+def test_clean_frees_checkpoints_of_finished_runs_and_keeps_the_tables(
+    tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(tiny_run, out)
+    (run_id,) = load(out).runs.run_id
+    size = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*") if path.is_file())
+    cut = out / "checkpoints" / "0123456789abcdef"
+    shutil.copytree(out / "checkpoints" / run_id, cut)
+    (out / "rounds" / ".x.parquet.tmp").write_bytes(b"1234")
+    before = load(out).rounds
+
+    assert main(["clean", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"freed {(size + 4) / 1e6:.1f} MB: checkpoints of 1 runs" in said and "1 unfinished" in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [cut.name]
+    assert not (out / "rounds" / ".x.parquet.tmp").exists()
+    assert load(out).rounds.equals(before) and load(out).runs.status.tolist() == ["finished"]
+    assert main(["export", str(out), "--participant", "0", "--to", str(tmp_path / "model")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+    assert main(["clean", str(out), "--unfinished"]) == 0
+    assert not cut.exists() and load(out).rounds.equals(before)
+
+
+def test_clean_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clean", str(tmp_path)]) == 2
+    assert "holds no results" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -79,7 +79,7 @@ def test_rows_hold_simulated_time(tmp_path: Path) -> None:
         assert found == rows.simulated_seconds.max() > 100 * rows.simulated_seconds.min()
     assert results.rounds.set_index("round").simulated_seconds[0] == 0, "FedAvg's participants prepare nothing"
     counts = results.rounds[["late", "dropped_out", "excluded"]]
-    assert (counts == 0).all(axis=None)
+    assert (counts == 0).to_numpy().all()
 
 
 def test_the_local_stage_takes_its_time_before_the_first_round(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_who_is_late_is_left_out_and_counted(patient: Results, tmp_path: Path) -
 
 
 def test_over_selection_keeps_the_first(patient: Results, tmp_path: Path) -> None:
-    """Six are sampled for a cohort of three; the same three are left as with a deadline between the third and fourth."""
+    """Six are sampled for a cohort of three: the same three are left as with a deadline between third and fourth."""
     three = on_devices(SLOW, FAST, FAST, conditions=Conditions(over_selection=1.0), cohort=3)
     results = results_of(three, tmp_path / "first")
     times = of_round(patient, 1).simulated_seconds.sort_values()
