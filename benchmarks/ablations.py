@@ -23,6 +23,7 @@ _COMMON = {
     "fedgrow_no_federation preserving": 1e-4,
 }
 _ALIGNED = {"fedgrow preserving": 1e-2, "fedgrow_no_federation preserving": 3e-3}
+_ALIGNED_TOKENS = {"fedgrow preserving": 1e-2, "fedgrow_no_federation preserving": 1e-2}  # `LOG.md`, 2026-11-22
 _COPIES = ("net2net", "aki", "stacking", "interlacing", "zero-block")
 _WHOLE = ("grow_then_fedavg preserving", "fedavg")
 _SMALL = ("fedavg_small", "hetlora")
@@ -32,7 +33,8 @@ def ablations() -> list[Experiment]:
     """One thing changed at a time around Fed-Grow's two presets, on digits and, where it matters most, on pydoc.
 
     What averaging Global adds is read off pairs: the same with and without federation, each at its own learning rate.
-    Not tuned: the rates of `fedgrow_joint (paper)`, of five epochs apart, and on pydoc those of common starts.
+    Not tuned: the rates of `fedgrow_joint (paper)`, of five epochs apart, and on pydoc those of one epoch apart and of
+    common starts that are then trained for 15.
     """
     base, text_base = replace(on_digits(), chunk=6, eval_every=2), on_pydoc()
     paper, preserving = (_pair(DIGITS, preset) for preset in ("paper", "preserving"))
@@ -76,7 +78,9 @@ def ablations() -> list[Experiment]:
         ),
         *each_of(text_base, [*_pair(TOKENS, "paper"), *_pair(TOKENS, "preserving")]),
         *each_of(text_base, [replace(each, draw="common") for preset in _PRESETS for each in _pair(TOKENS, preset)]),
-        *each_of(text_base, [_aligned(each, epochs) for epochs in (0, 1) for each in _pair(TOKENS, "preserving")]),
+        *each_of(
+            text_base, [_aligned(each, epochs) for epochs in (0, 1) for each in _pair(_ALIGNED_TOKENS, "preserving")]
+        ),
         *each_of(text_base, [_joint(_pair(TOKENS, "preserving")[0], 3e-4)]),
         *each_of(text_base, methods({name: TOKENS[name] for name in ("fedavg", *_SMALL)})),
     ]

@@ -15,9 +15,10 @@ from fedsim.simulation import run
 from tests.disturbed import TINY_SETTINGS, Lent, small, without_federation
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray share one Ray: they come last, and where several processes test, one process has them all."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests on Ray share one Ray. They come last; of several processes that test, one has them all, and first."""
+    one_of_several = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is not None) != one_of_several)
     for item in items:
         if item.get_closest_marker("ray") is not None:
             item.add_marker(pytest.mark.xdist_group("ray"))
