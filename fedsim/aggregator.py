@@ -58,7 +58,7 @@ class Fold:
         updates = [reply.update for _, reply in replies if isinstance(reply, Reply) and reply.update is not None]
         partial = self.algorithm.combine(updates) if updates else None
         stripped = [
-            (id_, dataclasses.replace(reply, update=None) if isinstance(reply, Reply) else reply)
+            (id_, Reply(None, reply.row, reply.state_sha256) if isinstance(reply, Reply) else reply)
             for id_, reply in replies
         ]
         return Chunk([partial] if partial is not None else list(updates), stripped)
@@ -121,6 +121,8 @@ class Aggregator:
         scores = self._scores(round, scored, rows) if scored else {}
         self.versions.save(round, self.state, {"private": json.dumps(self.private)})
         self.round = round
+        for id_, place in self.call.places().items():
+            rows[id_].update(place)
         for id_ in turnout.excluded:
             rows[id_] = nowhere() | {"excluded": True}
         return {
@@ -212,9 +214,6 @@ class Aggregator:
             merged = combined_work(row, reply.row)
             row.update(merged)
             self.private[id_] = reply.state_sha256
-        for id_, place in self.call.places().items():
-            if id_ in rows:
-                rows[id_].update(place)
 
     def _scores(self, round: int, scored: Sequence[int], rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """Scores of participants, noted in their rows, and of the server's own model where there is one."""

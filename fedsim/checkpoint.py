@@ -85,6 +85,11 @@ class Versions:
             raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
 
 
+def private_of(folder: str | Path, participant: int) -> Versions:
+    """A participant's private state, in a folder of its own: saving lists a folder, and there may be thousands."""
+    return Versions(Path(folder) / str(participant), "state")
+
+
 def read_json(path: Path) -> dict | None:
     """A JSON object from a file; None if there is no such file. **Raises:** `ValueError` naming a file that is cut."""
     if not path.exists():

@@ -9,7 +9,7 @@ import torch
 
 from fedsim import card, results
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
-from fedsim.checkpoint import Versions, read_json
+from fedsim.checkpoint import Versions, private_of, read_json
 from fedsim.cohort import tiers_of
 from fedsim.data import bpe, text
 from fedsim.data.byte_tokenizer import byte_tokenizer
@@ -80,12 +80,13 @@ def deployed(
         raise ValueError(f"{folder}: holds no checkpoint of run {experiment.run_id}")
     last = int(manifest["round"])
     server = Versions(folder, "server").load(last + 1)
-    private = Versions(folder / "private", str(participant)).load(last + 1)
-    if server is None or private is None:
-        raise ValueError(f"--participant={participant}: took part in no round of run {experiment.run_id}")
-
+    private = private_of(folder / "private", participant).load(last + 1)
     clients = results.rows_of(results.read_run(directory, "clients", experiment.run_id), "clients")
     sizes = {row["client"]: row["num_examples"] for row in clients}
+    if server is None or (private is None and participant not in sizes):
+        raise ValueError(f"--participant={participant}: took part in no round of run {experiment.run_id}")
+    state = private[1] if private is not None else {}  # an empty one is not written
+
     population = [
         ClientInfo(id_, tier.name, tier.form, sizes.get(id_, 0), checkpoint=tier.checkpoint)
         for id_, tier in enumerate(tiers_of(experiment))
@@ -97,7 +98,7 @@ def deployed(
     meter, precision = Meter("", {}), experiment.precision
     at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision, experiment.forms)
     payload = algorithm.server_broadcast(server[1], [info], at_server)[participant]
-    model: Any = algorithm.client_model(payload, private[1], at_client)
+    model: Any = algorithm.client_model(payload, state, at_client)
     if not hasattr(model, "config"):
         raise ValueError(f"run {experiment.run_id}: {algorithm.name} deploys several models, which no folder can hold")
     told = card.Deployed(
@@ -108,7 +109,7 @@ def deployed(
         run=run,
         clients=sorted((row for row in clients if row["client"] == participant), key=lambda row: row["round"]),
         received=payload,
-        private=private[1],
+        private=state,
     )
     return model, told
 

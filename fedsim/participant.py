@@ -1,10 +1,13 @@
 """One participant: its shard, its private state, and the calls the aggregator makes of it."""
 
 import dataclasses
+import functools
+import os
 import resource
+import sys
 import time
 import traceback
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 
 from fedsim import tree as trees
 from fedsim.algorithm import ClientContext, ClientUpdate, Payload
-from fedsim.checkpoint import Versions
+from fedsim.checkpoint import private_of
 from fedsim.cohort import Member
 from fedsim.data.config import PER_TOKEN
 from fedsim.experiment import Experiment
@@ -30,6 +33,10 @@ class Reply:
     state_sha256: str
 
 
+# With the payload that was received: an update, and more for the row.
+Work = Callable[[Tree, Meter], tuple[ClientUpdate | None, dict[str, Any]]]
+
+
 class Participant:
     """A plain class: it runs wherever a runtime puts it.
 
@@ -42,7 +49,8 @@ class Participant:
     ) -> None:
         self.experiment, self.member, self.counted = experiment, member, counted
         self.data_dir = data_dir
-        self.versions = Versions(Path(folder), str(member.info.id))
+        self.key = Meter.of(experiment.algorithm, counted).key
+        self.versions = private_of(folder, member.info.id)
         gpu = member.tier.num_gpus > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if gpu else "cpu")
         self.version: int | None = None
@@ -50,40 +58,46 @@ class Participant:
         self.sha256 = ""
         self.begun_flops = 0  # of making the private state, within the current call
 
+    @property
+    def nbytes(self) -> int:
+        """Of what this object holds between calls."""
+        return trees.nbytes(self.state)
+
     # calls ----------------------------------------------------------------------------------------------------------
 
     def begin(self, round: int, payload: Payload) -> Reply:
         """Make the private state (Fed-Grow's local stage)."""
-        return self._measured(round, payload, lambda received, meter: self._enter(round, round, meter))
+
+        def work(received: Tree, meter: Meter) -> tuple[None, dict[str, Any]]:
+            self._enter(round, round, meter)
+            return None, {}
+
+        return self._measured(payload, work)
 
     def train(self, round: int, payload: Payload) -> Reply:
         """One round of local work; the update is what is sent."""
 
-        def work(received: Tree, meter: Meter) -> ClientUpdate:
+        def work(received: Tree, meter: Meter) -> tuple[ClientUpdate, dict[str, Any]]:
             self._enter(round, round, meter)
             algorithm, context = self.experiment.algorithm, self._context(round, meter)
             update, state = algorithm.client_update(received, self.state, context)
             if state is not self.state:
                 self._keep(round, state)
-            return dataclasses.replace(update, tree=trees.clone(trees.to(update.tree, "cpu")))
+            sent = trees.clone(trees.to(update.tree, "cpu"))
+            counted = {"bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
+            return ClientUpdate(update.client, sent, update.weight), counted | {"upload_params": trees.numel(sent)}
 
-        reply = self._measured(round, payload, work)
-        sent = reply.update.tree if reply.update else {}
-        counted = {"bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
-        return dataclasses.replace(reply, row=reply.row | counted | {"upload_params": trees.numel(sent)})
+        return self._measured(payload, work)
 
     def score(self, round: int, payload: Payload) -> Reply:
         """Accuracy and loss of the model this participant would deploy, after a round."""
-        scores: dict[str, Any] = {}
 
-        def work(received: Tree, meter: Meter) -> None:
+        def work(received: Tree, meter: Meter) -> tuple[None, dict[str, Any]]:
             self._enter(round + 1, round, meter)
             context = self._context(round, meter)
-            model = self.experiment.algorithm.client_model(received, self.state, context)
-            scores.update(self._scores(model))
+            return None, self._scores(self.experiment.algorithm.client_model(received, self.state, context))
 
-        reply = self._measured(round, payload, work)
-        return dataclasses.replace(reply, row=reply.row | scores)
+        return self._measured(payload, work)
 
     # state ----------------------------------------------------------------------------------------------------------
 
@@ -98,18 +112,21 @@ class Participant:
             self.sha256 = trees.sha256(state)
             return
         before = meter.flops
-        self._keep(round, self.experiment.algorithm.client_init(self._context(0, meter)))
+        state = self.experiment.algorithm.client_init(self._context(0, meter))
         self.begun_flops = meter.flops - before
+        # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
+        self._keep(round, state, on_disk=bool(state or self.begun_flops))
 
-    def _keep(self, version: int, state: Tree) -> None:
+    def _keep(self, version: int, state: Tree, on_disk: bool = True) -> None:
         """Save before use: what a reply reports is already on disk."""
         kept = trees.clone(state)
-        self.versions.save(version, kept)
+        if on_disk:
+            self.versions.save(version, kept)
         self.version, self.state, self.sha256 = version, kept, trees.sha256(kept)
 
     # parts ----------------------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def task(self) -> Task:
         """The task with its data, loaded once a process."""
         return load_task(self.experiment.task, self.data_dir)
@@ -152,14 +169,14 @@ class Participant:
             "f1": nullable(test.f1),
         }
 
-    def _measured(self, round: int, payload: Payload, work) -> Reply:
+    def _measured(self, payload: Payload, work: Work) -> Reply:
         """Run some work and note what it took. The payload is copied: nobody can write into what was sent."""
-        meter = Meter.of(self.experiment.algorithm, self.counted)
+        meter = Meter(self.key, self.counted)
         reset_peak_memory(self.device)
         self.begun_flops = 0
         started = time.perf_counter()
         received = trees.to(trees.clone(payload), self.device)
-        update = work(received, meter)
+        update, noted = work(received, meter)
         row = {
             "train_seconds": time.perf_counter() - started,
             "train_loss": meter.loss,
@@ -169,7 +186,7 @@ class Participant:
             "peak_memory_bytes": peak_memory(self.device),
             "small_sha256": meter.small_sha256,
         }
-        return Reply(update, row, self.sha256)
+        return Reply(update, row | noted, self.sha256)
 
 
 def nullable(number: float) -> float | None:
@@ -181,24 +198,25 @@ def reset_peak_memory(device: torch.device) -> None:
     """Start a new high-water mark, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # not Linux, or not allowed: the mark is then the process's own
+    elif (marks := _marks(os.getpid())) is not None:
+        os.pwrite(marks, b"5", 0)
 
 
 def peak_memory(device: torch.device) -> int | None:
     """High-water mark in bytes: of the device's allocations on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@functools.cache
+def _marks(process: int) -> int | None:
+    """What this process writes to for a new high-water mark, opened once; None where there is no such file."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        return os.open("/proc/self/clear_refs", os.O_WRONLY)
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return None
+        return None  # not Linux, or not allowed: the mark is then the process's own
 
 
 def last_line(error: BaseException) -> str:

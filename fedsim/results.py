@@ -191,11 +191,16 @@ def write_table(directory: Path, table: str, run_id: str, rows: Sequence[Mapping
 
     **Returns:** the file's path. Raises `OSError` naming it when it cannot be written; what lay there before stays.
     """
+    return replace_table(directory, table, run_id, arrow_of(table, run_id, rows))
+
+
+def replace_table(directory: Path, table: str, run_id: str, content: pa.Table) -> Path:
+    """`write_table` of rows that `arrow_of` has made."""
     path = Path(directory) / table / f"{run_id}.parquet"
     assert run_id and Path(run_id).name == run_id and run_id[0] not in "._", f"run_id {run_id!r} cannot name a file"
     # Serialised in memory, so that a disk that fills up fails in one plain write.
     buffer = pa.BufferOutputStream()
-    pq.write_table(_to_arrow(table, run_id, rows), buffer, write_page_checksum=True)
+    pq.write_table(content, buffer, write_page_checksum=True)
     # The name is fixed, so a leftover of a killed process is overwritten by the next attempt.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -211,6 +216,38 @@ def write_table(directory: Path, table: str, run_id: str, rows: Sequence[Mapping
         raise OSError(error.errno, f"results not written: {error.strerror or error}", str(path)) from error
     _sync_folder(path.parent)
     return path
+
+
+def arrow_of(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of one run as a table of the right schema, checked as `write_table` says."""
+    schema = SCHEMAS[table]
+    names = set(schema.names)
+    for row in rows:
+        if row.keys() != names:
+            missing, unknown = names - set(row), set(row) - names
+            assert not missing, f"{table}: a row lacks the columns {sorted(missing)}"
+            assert not unknown, f"{table}: a row has the unknown columns {sorted(unknown)}"
+        assert row["run_id"] == run_id, f"{table}: a row of run {row['run_id']!r} in the file of run {run_id!r}"
+    columns = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        assert field.nullable or None not in values, f"{table}: column {field.name!r} must not be null"
+        if field.type == pa.int64():  # pyarrow would cut 1.5 down to 1 without a word
+            whole = {kind for kind in set(map(type, values)) if issubclass(kind, Integral | type(None))}
+            odd = [value for value in values if type(value) not in whole]
+            assert not odd, f"{table}: column {field.name!r} must hold int64, got {odd[0]!r}"
+        try:
+            columns.append(pa.array(values, field.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise AssertionError(f"{table}: column {field.name!r} must hold {field.type}: {error}") from error
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def arrow_of_run(directory: Path, table: str, run_id: str, last: int) -> pa.Table:
+    """One run's rows of a table up to round `last`, as they lie on disk; empty if it has none yet."""
+    path, schema = Path(directory) / table / f"{run_id}.parquet", SCHEMAS[table]
+    part = _read_file(path, schema) if path.exists() else schema.empty_table()
+    return part.filter(pa.array(part["round"].to_numpy() <= last))
 
 
 def read_table(directory: Path, table: str) -> pd.DataFrame:
@@ -260,29 +297,6 @@ def _last_rows(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             rounds = part["round"].to_numpy()
             scored.append(part.filter(pa.array(rounds == rounds.max())))
     return pa.concat_tables(scored).to_pandas(), pa.concat_tables(trained).to_pandas()
-
-
-def _to_arrow(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    schema = SCHEMAS[table]
-    for row in rows:
-        missing, unknown = set(schema.names) - set(row), set(row) - set(schema.names)
-        assert not missing, f"{table}: a row lacks the columns {sorted(missing)}"
-        assert not unknown, f"{table}: a row has the unknown columns {sorted(unknown)}"
-        assert row["run_id"] == run_id, f"{table}: a row of run {row['run_id']!r} in the file of run {run_id!r}"
-    columns = []
-    for field in schema:
-        values = [row[field.name] for row in rows]
-        assert field.nullable or None not in values, f"{table}: column {field.name!r} must not be null"
-        # pyarrow would cut 1.5 down to 1 without a word.
-        fractions = [value for value in values if value is not None and not isinstance(value, Integral)]
-        assert field.type != pa.int64() or not fractions, (
-            f"{table}: column {field.name!r} must hold int64, got {fractions[0]!r}"
-        )
-        try:
-            columns.append(pa.array(values, field.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise AssertionError(f"{table}: column {field.name!r} must hold {field.type}: {error}") from error
-    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _sync_folder(folder: Path) -> None:

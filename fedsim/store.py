@@ -3,7 +3,7 @@
 DIR/runs | rounds | clients/<run_id>.parquet
 DIR/checkpoints/<run_id>/manifest.json       written last: what it does not vouch for never happened
 DIR/checkpoints/<run_id>/server.<r>.safetensors
-DIR/checkpoints/<run_id>/private/<participant>.<r>.safetensors
+DIR/checkpoints/<run_id>/private/<participant>/state.<r>.safetensors
 DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from fedsim import results
@@ -54,7 +55,7 @@ class RunStore:
         self.folder = directory / "checkpoints" / run_id
         self.private = self.folder / "private"
         self.rounds: list[Row] = []
-        self.clients: list[Row] = []
+        self.clients = results.arrow_of("clients", run_id, [])  # of every round so far: converted once
         self.last: int | None = None
 
     @property
@@ -85,7 +86,7 @@ class RunStore:
             return 0
         self.last = int(manifest["round"])
         self.rounds = self._rows("rounds", self.last)
-        self.clients = self._rows("clients", self.last)
+        self.clients = results.arrow_of_run(self.directory, "clients", self.run_id, self.last)
         if [row["round"] for row in self.rounds] != list(range(self.last + 1)):
             raise ValueError(
                 f"{self.directory}: rows of run {self.run_id} are missing; delete the folder to start anew"
@@ -95,8 +96,9 @@ class RunStore:
     def commit(self, round: int, round_row: Row, client_rows: list[Row]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""
         self.rounds.append(round_row)
-        self.clients += client_rows
-        results.write_table(self.directory, "clients", self.run_id, self.clients)
+        added = results.arrow_of("clients", self.run_id, client_rows)
+        self.clients = pa.concat_tables([self.clients, added])
+        results.replace_table(self.directory, "clients", self.run_id, self.clients)
         results.write_table(self.directory, "rounds", self.run_id, self.rounds)
         manifest = {"run_id": self.run_id, "code_sha256": self.code_sha256, "round": round}
         write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())

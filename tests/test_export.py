@@ -23,7 +23,7 @@ from baselines.fedavg import FedAvg
 from fedgrow_algo.dual_ligo import grown, operator_between
 from fedsim import card, export
 from fedsim.algorithm import ClientInfo
-from fedsim.checkpoint import Versions
+from fedsim.checkpoint import Versions, private_of
 from fedsim.cli import main
 from fedsim.data import text, vision
 from fedsim.data.byte_tokenizer import END, MASK, PADDING, byte_characters, byte_tokenizer
@@ -492,7 +492,7 @@ def test_export_writes_the_model_that_was_scored(
         assert main(["export", str(tiny_run), "--participant", str(participant), "--to", str(to)]) == 0
         assert str(to) in capsys.readouterr().out
         model = AutoModelForImageClassification.from_pretrained(to)
-        private = Versions(folder / "private", str(participant)).load(before=3)
+        private = private_of(folder / "private", participant).load(before=3)
         assert private is not None
         tree = grown(operator, server[1], under(private[1], "middle."))
         with torch.no_grad():

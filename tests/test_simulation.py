@@ -20,7 +20,7 @@ import fedsim.simulation
 import fedsim.store
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import ClientContext, ClientUpdate, weighted_mean, weighted_sum
-from fedsim.checkpoint import Versions
+from fedsim.checkpoint import Versions, private_of
 from fedsim.cohort import cohort_of, members
 from fedsim.cost import cost_of
 from fedsim.experiment import Experiment
@@ -186,7 +186,7 @@ def test_state_hash_is_over_the_servers_state_and_the_private_ones(undisturbed: 
         assert found is not None
         return sha256(found[1])
 
-    private = ";".join(f"{i}:{stored(Versions(folder / 'private', str(i)))}" for i in range(3))
+    private = ";".join(f"{i}:{stored(private_of(folder / 'private', i))}" for i in range(3))
     expected = sha256_of_text(f"{stored(Versions(folder, 'server'))}|{private}")
     assert load(out).rounds.state_sha256.iloc[-1] == expected
 

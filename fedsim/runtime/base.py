@@ -6,6 +6,8 @@ methods. A participant is any object; method `m` of participant `i` is called as
 
 import abc
 import dataclasses
+import functools
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,23 +16,62 @@ import torch
 
 
 Fold = Callable[[Sequence[tuple[int, Any]]], Any]  # replies of one chunk -> what is left of them
+Together = Callable[[Sequence[Callable[[], Any]]], list[Any]]  # calls of one chunk -> replies, or what they raised
 Watch = Callable[[str, int, int], None]  # method, participants done, participants in all
+# Where a host's time goes: payloads arrive, participants compute, updates are added up, what is left is written.
+PHASES = ("broadcast", "compute", "sum", "write")
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one participant asks of the machine."""
+    """What one participant asks of the machine.
+
+    - `custom`: further resources by name, as nodes of a cluster were started with.
+    - `kind`, `size`: calls of participants of one kind are expected to take time by a straight line over the size.
+    """
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     memory_mb: float | None = None
+    custom: tuple[tuple[str, float], ...] = ()
+    kind: str = dataclasses.field(default="", compare=False)
+    size: float = dataclasses.field(default=1.0, compare=False)
+
+    def covers(self, other: "Resources") -> bool:
+        """Whether a host that asked for this may compute a participant that asks for the other."""
+        custom = dict(self.custom)
+        return (
+            self.num_cpus >= other.num_cpus
+            and self.num_gpus >= other.num_gpus
+            and (other.memory_mb is None or (self.memory_mb or 0.0) >= other.memory_mb)
+            and all(custom.get(name, 0.0) >= amount for name, amount in other.custom)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What takes the place of a reply when a participant raised: its traceback as text."""
+    """What takes the place of a reply when a participant raised: its traceback as text.
+
+    - `out_of_memory`: the device had too little.
+    """
 
     text: str
+    out_of_memory: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How a call treats participants.
+
+    - `again`: whether one that raises is asked once more; after running out of memory, when nobody else computes.
+    - `together`: computes the members of a chunk side by side in one process; None: one after another.
+    """
+
+    again: bool = False
+    together: Together | None = None
+
+
+PLAIN = Policy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +85,14 @@ class Traffic:
 class Call(Protocol):
     """How the aggregator calls participants; one object a run, with its own count of what passed through it."""
 
-    def __call__(self, method: str, round: int, payloads: Mapping[int, Any], fold: Fold | None = None) -> Iterator[Any]:
+    def __call__(
+        self,
+        method: str,
+        round: int,
+        payloads: Mapping[int, Any],
+        fold: Fold | None = None,
+        policy: Policy = PLAIN,
+    ) -> Iterator[Any]:
         """Call `method` of every participant in `payloads`.
 
         The participants are cut, in the order of `payloads`, into fixed chunks. **Yields**, in order, for each chunk
@@ -66,11 +114,15 @@ class Call(Protocol):
         ...
 
     def retries(self) -> int:
-        """Calls that had to be repeated since the last reset, because their host was lost."""
+        """Calls that had to be repeated since the last reset: their host was lost, or the policy says so."""
         ...
 
     def places(self) -> Mapping[int, Mapping[str, Any]]:
         """Participant -> `host`, `node` and `retries` of its last call."""
+        ...
+
+    def spent(self) -> Mapping[str, Mapping[str, float]]:
+        """Host -> seconds since the last reset: `PHASES`, by name."""
         ...
 
 
@@ -101,11 +153,19 @@ class Runtime(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A host's answer for some participants: the folded (or plain) replies, and what passed the seam."""
+    """A host's answer for some participants: the folded (or plain) replies, and what passed the seam.
+
+    - `seconds`: what each participant's call took, `sum_seconds` the fold.
+    - `repeated`: those who were asked twice. - `out_of_memory`: the whole is to be asked again, by itself.
+    """
 
     content: Any
     traffic: Traffic
     moved: int
+    seconds: Mapping[int, float]
+    sum_seconds: float
+    repeated: tuple[int, ...] = ()
+    out_of_memory: bool = False
 
 
 def answered(
@@ -114,34 +174,84 @@ def answered(
     round: int,
     payloads: Mapping[int, Any],
     fold: Fold | None,
+    policy: Policy = PLAIN,
+    alone: bool = True,
     done: Callable[[], None] = lambda: None,
 ) -> Answer:
-    """Call a method of some participants, one after another, in the process that holds them."""
-    replies: list[tuple[int, Any]] = []
+    """Call a method of some participants, one after another or together, in the process that holds them.
+
+    - `alone`: nobody else computes meanwhile, so that asking again after a lack of memory is worth while now.
+    """
+
     down = up = 0
-    for id_, payload in payloads.items():
-        down += tensor_bytes(payload)
-        try:
-            reply = getattr(participants[id_], method)(round, payload)
-        except Exception:  # whatever it was: the aggregator's policy decides, and the text says it all
-            reply = Failure(traceback.format_exc())
-        up += tensor_bytes(reply)
+    repeated, seconds, replies = list[int](), dict[int, float](), list[tuple[int, Any]]()
+    calls = [functools.partial(getattr(participants[id_], method), round, payloads[id_]) for id_ in payloads]
+    received = {key: tensor_bytes(payload) for key, payload in {id(p): p for p in payloads.values()}.items()}
+    results = one_by_one(calls) if policy.together is None else side_by_side(calls, policy.together)
+    for id_, call, (reply, took) in zip(payloads, calls, results, strict=True):
+        down += received[id(payloads[id_])]
+        if isinstance(reply, Failure) and policy.again:
+            if reply.out_of_memory and not alone:
+                return Answer([], Traffic(), 0, {}, 0.0, out_of_memory=True)
+            if reply.out_of_memory and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            repeated.append(id_)
+            reply, more = next(one_by_one([call]))
+            took += more
         replies.append((id_, reply))
+        seconds[id_] = took
+        up += tensor_bytes(reply)
         done()
+    started = time.perf_counter()
     content = replies if fold is None else fold(replies)
-    return Answer(content, Traffic(down, up), tensor_bytes(content))
+    moved = up if fold is None else tensor_bytes(content)
+    return Answer(content, Traffic(down, up), moved, seconds, time.perf_counter() - started, tuple(repeated))
+
+
+def one_by_one(calls: Sequence[Callable[[], Any]]) -> Iterator[tuple[Any, float]]:
+    """Each call's reply, or the `Failure` that stands for it, and the seconds it took; made as they are asked for."""
+    for call in calls:
+        started = time.perf_counter()
+        try:
+            reply = call()
+        except Exception as error:  # whatever it was: the aggregator's policy decides, and the text says it all
+            reply = failed(error)
+        yield reply, time.perf_counter() - started
+
+
+def side_by_side(calls: Sequence[Callable[[], Any]], together: Together) -> Iterator[tuple[Any, float]]:
+    """The same of calls that are made together; each is said to have taken an equal part of the time."""
+    started = time.perf_counter()
+    replies = together(calls)
+    each = (time.perf_counter() - started) / len(calls)
+    for reply in replies:
+        yield failed(reply) if isinstance(reply, Exception) else reply, each
+
+
+def failed(error: Exception) -> Failure:
+    """What stands for the reply of a participant that raised."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+        cause = cause.__cause__
+    return Failure("".join(traceback.format_exception(error)), cause is not None)
+
+
+SCALARS = (str, int, float, bool, type(None))
 
 
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors inside containers and dataclasses. Knows nothing of what they mean."""
+    kind = type(value)
+    if kind in SCALARS:
+        return 0
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(map(tensor_bytes, value.values()))
-    if isinstance(value, list | tuple):
+    if kind is dict or isinstance(value, Mapping):
+        return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
+    if kind is list or kind is tuple:
         return sum(map(tensor_bytes, value))
     if dataclasses.is_dataclass(value):
-        return sum(tensor_bytes(getattr(value, field.name)) for field in dataclasses.fields(value))
+        return sum([tensor_bytes(each) for each in vars(value).values() if type(each) not in SCALARS])
     return 0
 
 
@@ -155,12 +265,35 @@ class Ledger:
         self._traffic: dict[str, Traffic] = {}
         self._moved = self._retries = 0
         self._places: dict[int, dict[str, Any]] = {}
-        self.progress = ("", 0, 0)
+        self._spent: dict[str, dict[str, float]] = {}
+        self.progress: tuple[str, int, int] = ("", 0, 0)
 
-    def note(self, method: str, answer: Answer, moved: int) -> None:
+    def note(self, method: str, answer: Answer, moved: int, ids: Sequence[int], host: int, node: str) -> None:
+        """An answer for some participants has come from a host."""
         before = self._traffic.get(method, Traffic())
         self._traffic[method] = Traffic(before.down + answer.traffic.down, before.up + answer.traffic.up)
         self._moved += moved
+        for id_ in ids:
+            place = self._places.setdefault(id_, {"retries": 0})
+            place |= {"host": host, "node": node}
+        self.repeated(answer.repeated)
+        self.spend(host, compute=sum(answer.seconds.values()), sum=answer.sum_seconds)
+
+    def count_moved(self, moved: int) -> None:
+        """Bytes went from one process to another."""
+        self._moved += moved
+
+    def repeated(self, ids: Sequence[int]) -> None:
+        """Calls of these participants are repeated."""
+        self._retries += len(ids)
+        for id_ in ids:
+            self._places.setdefault(id_, {"host": None, "node": None, "retries": 0})["retries"] += 1
+
+    def spend(self, host: int, **seconds: float) -> None:
+        """A host spent so many seconds on some of the `PHASES`."""
+        spent = self._spent.setdefault(str(host), dict.fromkeys(PHASES, 0.0))
+        for phase, more in seconds.items():
+            spent[phase] += more
 
     def traffic(self, method: str) -> Traffic:
         return self._traffic.get(method, Traffic())
@@ -173,6 +306,9 @@ class Ledger:
 
     def places(self) -> Mapping[int, Mapping[str, Any]]:
         return self._places
+
+    def spent(self) -> Mapping[str, Mapping[str, float]]:
+        return self._spent
 
 
 def chunks(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:

@@ -6,7 +6,19 @@ from typing import Any
 
 import torch
 
-from fedsim.runtime.base import Call, Fold, Ledger, Resources, Runtime, Watch, answered, chunks, pin_threads
+from fedsim.runtime.base import (
+    PLAIN,
+    Call,
+    Fold,
+    Ledger,
+    Policy,
+    Resources,
+    Runtime,
+    Watch,
+    answered,
+    chunks,
+    pin_threads,
+)
 
 
 class InlineCall(Ledger):
@@ -15,13 +27,19 @@ class InlineCall(Ledger):
         self.participants, self.chunk = participants, chunk
         self.watch: Watch | None = None
 
-    def __call__(self, method: str, round: int, payloads: Mapping[int, Any], fold: Fold | None = None) -> Iterator[Any]:
+    def __call__(
+        self,
+        method: str,
+        round: int,
+        payloads: Mapping[int, Any],
+        fold: Fold | None = None,
+        policy: Policy = PLAIN,
+    ) -> Iterator[Any]:
         self.progress = (method, 0, len(payloads))
         for ids in chunks(list(payloads), self.chunk):
-            self._places.update({id_: {"host": 0, "node": socket.gethostname(), "retries": 0} for id_ in ids})
             chosen = {id_: payloads[id_] for id_ in ids}
-            answer = answered(self.participants, method, round, chosen, fold, self._one_done)
-            self.note(method, answer, moved=0)
+            answer = answered(self.participants, method, round, chosen, fold, policy, done=self._one_done)
+            self.note(method, answer, 0, ids, host=0, node=socket.gethostname())
             yield answer.content
 
     def _one_done(self) -> None:

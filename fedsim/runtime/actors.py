@@ -1,0 +1,145 @@
+"""The two actors: `Host` holds participants, `Server` holds the aggregator. Plain classes, placed by `ray_runtime`."""
+
+import socket
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from fedsim.runtime.base import Answer, Call, Fold, Policy, answered, pin_threads
+from fedsim.runtime.metrics import Metrics
+
+
+HELD_BYTES = 512 * 2**20  # private states that a host keeps in memory; others are read from disk when they are needed
+FLUSH_BYTES = 4 * 2**20  # answers are sent when so much has gathered
+FLUSH_SECONDS = 0.25  # or so much time has passed
+
+# Number of a unit, its participants, those of them who were elsewhere before, and whether they are a whole chunk.
+Share = tuple[int, Sequence[int], Sequence[int], bool]
+Batch = tuple[list[tuple[int, Answer]], str, float, float]  # by unit; node, seconds of broadcast, and of writing
+
+
+class Host:
+    """A process that holds participants of one run at a time and answers for them, one push of work after another."""
+
+    def __init__(self) -> None:
+        use_tensor_views()
+        pin_threads()
+        self.token, self.participants = "", OrderedDict[int, Any]()
+
+    @ray.method(max_task_retries=-1)
+    def ready(self) -> None:
+        """Answers once the process is up, also when it has to be started again."""
+
+    def answer(
+        self,
+        token: str,
+        makers: list,
+        method: str,
+        round: int,
+        shares: Sequence[Share],
+        payloads: tuple[dict[int, int], list[list]],
+        fold: Fold | None,
+        policy: Policy,
+        alone: bool,
+        at_once: bool,
+    ) -> Iterator[Batch]:
+        """Call `method` of some participants, unit by unit. **Yields** answers, as many at a time as are worth sending.
+
+        - `makers`: a reference inside a list. - `payloads`: participant -> place in the list of such references.
+        - `alone`: nobody else computes meanwhile. - `at_once`: send every answer by itself.
+        """
+        pin_threads()
+        started = time.perf_counter()
+        if token != self.token:
+            self.participants.clear()
+            self.makers = ray.get(makers[0])
+            self.token = token
+        which, boxes = payloads
+        received = ray.get([box[0] for box in boxes])
+        broadcast, write = time.perf_counter() - started, 0.0
+        node, flushed = socket.gethostname(), time.perf_counter()
+        batch: list[tuple[int, Answer]] = []
+        for number, ids, strangers, whole in shares:
+            for id_ in strangers:  # what is held of them, if anything, is not their newest state
+                self.participants.pop(id_, None)
+            chosen = {id_: received[which[id_]] for id_ in ids}
+            held = {id_: self._participant(id_) for id_ in ids}
+            batch.append((number, answered(held, method, round, chosen, fold if whole else None, policy, alone)))
+            self._let_go()
+            now = time.perf_counter()
+            gathered = sum(answer.moved for _, answer in batch)
+            if at_once or now - flushed > FLUSH_SECONDS or gathered > FLUSH_BYTES:
+                yield batch, node, broadcast, write
+                flushed, batch = time.perf_counter(), []
+                broadcast, write = 0.0, flushed - now
+        yield batch, node, broadcast, write
+
+    def _participant(self, id_: int) -> Any:
+        if id_ not in self.participants:
+            self.participants[id_] = self.makers[id_]()
+        self.participants.move_to_end(id_)
+        return self.participants[id_]
+
+    def _let_go(self) -> None:
+        """Keep the participants used last, as far as their states fit."""
+        held = sum(participant.nbytes for participant in self.participants.values())
+        while held > HELD_BYTES and len(self.participants) > 1:
+            held -= self.participants.popitem(last=False)[1].nbytes
+
+
+class Server:
+    """The process that holds the aggregator of one run at a time."""
+
+    def __init__(self) -> None:
+        use_tensor_views()
+        self.token, self.aggregator, self.call = "", None, None
+        self.metrics = Metrics()
+
+    def invoke(self, token: str, made_of: list, method: str, args: tuple) -> Any:
+        """Call a method of the aggregator, made first if this process does not hold it.
+
+        - `made_of`: a reference, inside a list, to what makes the aggregator and to the call it is given.
+        """
+        pin_threads()
+        if token != self.token:
+            make: Callable[[Call], Any]
+            make, self.call = ray.get(made_of[0])
+            self.aggregator, self.token = make(self.call), token
+        started = time.perf_counter()
+        answer = getattr(self.aggregator, method)(*args)
+        self.metrics.note(self.call, time.perf_counter() - started)
+        return answer
+
+    def progress(self) -> tuple[str, int, int]:
+        """Method, participants done, participants in all. Answered while `invoke` is at work."""
+        return self.call.progress if self.call is not None else ("", 0, 0)
+
+    @ray.method(max_task_retries=-1)
+    def ready(self) -> None:
+        """Answers once the process is up, also when it has to be started again."""
+
+
+# tensors in the object store ---------------------------------------------------------------------------------------
+
+
+def use_tensor_views() -> None:
+    """Let this process write CPU tensors as raw buffers and read them as views of shared memory (no copy)."""
+    ray.util.register_serializer(torch.Tensor, serializer=_raw, deserializer=_view)
+
+
+def _raw(tensor: torch.Tensor) -> tuple[np.ndarray, torch.dtype, tuple[int, ...]]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape)
+
+
+def _view(raw: tuple[np.ndarray, torch.dtype, tuple[int, ...]]) -> torch.Tensor:
+    data, dtype, shape = raw
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "not writable": payloads are copied before anybody could write
+        return torch.from_numpy(data).view(dtype).reshape(shape)
