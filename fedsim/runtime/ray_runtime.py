@@ -68,17 +68,15 @@ class RayRuntime(Runtime):
         self._connect(wanted)
         if self.plan is None or self.plan.requests != wanted.requests:
             self._place(wanted)
-        self.plan = wanted
-        self.token = uuid.uuid4().hex
-        makers = ray.put(dict(make_participants))
-        alone = {group[0]: host for host, group in enumerate(wanted.groups) if len(group) == 1}
-        fixed = alone if len(alone) == len(resources) else {}
-        call = RayCall(self.token, self.actors, wanted.requests, dict(resources), makers, chunk, fixed)
-        self.made_of = [ray.put((make_aggregator, call))]
+        self.plan, self.token = wanted, uuid.uuid4().hex
+        self.made_of = []
+        self.to_make = (make_aggregator, make_participants, resources, chunk)
 
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         if self.starting:
             self._wait_for_hosts()
+        if not self.made_of:
+            self.made_of = [self._put()]
         for attempt in range(1, ATTEMPTS + 1):
             reference = self.server.invoke.remote(self.token, self.made_of, method, args)
             try:
@@ -111,6 +109,19 @@ class RayRuntime(Runtime):
             ray.shutdown()
 
     # parts ----------------------------------------------------------------------------------------------------------
+
+    def _put(self) -> Any:
+        """Reference to what makes the aggregator, and its call.
+
+        Put when first needed, not at the start: what was counted while hosts came up, factories then carry along.
+        """
+        assert self.plan is not None
+        make_aggregator, make_participants, resources, chunk = self.to_make
+        alone = {group[0]: host for host, group in enumerate(self.plan.groups) if len(group) == 1}
+        fixed = alone if len(alone) == len(resources) else {}
+        makers = ray.put(dict(make_participants))
+        call = RayCall(self.token, self.actors, self.plan.requests, dict(resources), makers, chunk, fixed)
+        return ray.put((make_aggregator, call))
 
     def _progress(self) -> tuple[str, int, int]:
         with contextlib.suppress(RayActorError, GetTimeoutError):  # it is being restarted, or busy: no news
