@@ -24,8 +24,10 @@ from benchmarks.tables import print_summary  # noqa: E402
 from fedsim import environment, load  # noqa: E402
 from fedsim.cli import add_runtime, add_settings, exit_status, report_failures, runtime_maker  # noqa: E402
 from fedsim.experiment import Experiment, nearest, with_settings  # noqa: E402
+from fedsim.profile import print_profile  # noqa: E402
 from fedsim.progress import label_of, overview_for  # noqa: E402
 from fedsim.runner import check_data, locked, run_all  # noqa: E402
+from fedsim.tensorboard import Boards, check_tensorboard  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +72,8 @@ def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -
         return 0
 
     make_runtime, typed = runtime_maker(options, console), shlex.join(["python", "benchmarks/sweep.py", *words])
+    if options.tensorboard:
+        check_tensorboard()
     for experiments in wanted.values():
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
@@ -83,12 +87,15 @@ def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -
                 suite=suite,
                 data_dir=data_dir,
                 console=console,
-                overview=overview_for(console),
+                overview=Boards(overview_for(console), out) if options.tensorboard else overview_for(console),
                 jobs=options.jobs,
                 command=typed,
+                profile=options.profile,
             )
         if any((out / "runs").glob("*.parquet")):  # not even one row is left of a run whose process died early
             results = load(out)
+            if options.profile:
+                print_profile(results.profile, console)
             print_summary(results, directory=out, report=write_report(out, results=results), console=console)
     report_failures(failures, typed, console)
     return 1 if failures else 0

@@ -3,11 +3,13 @@
 It reaches participants through one callable and cannot tell where they are. It reports numbers only: models stay here.
 """
 
+import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,9 +20,13 @@ from fedsim.cohort import Turnout
 from fedsim.devices import Device, begun_seconds, busy_seconds
 from fedsim.experiment import Experiment
 from fedsim.participant import Reply
-from fedsim.runtime.base import Call, Failure
+from fedsim.runtime.base import PHASES, Call, Failure, Policy
 from fedsim.task import Task, load_task
+from fedsim.together import together
 from fedsim.tree import Tree
+
+
+T = TypeVar("T")
 
 
 class ParticipantError(RuntimeError):
@@ -91,6 +97,8 @@ class Aggregator:
         self.experiment, self.clients, self.data_dir, self.call = experiment, clients, data_dir, call
         self.versions = Versions(Path(folder), "server")
         self.round: int | None = None
+        self.spent: dict[str, float] = dict.fromkeys((*PHASES, "idle"), 0.0)  # seconds of the round under way
+        self.policy = Policy(experiment.on_error == "retry", together if experiment.batched else None)
         self.state: Tree = {}
         self.private: dict[int, str] = {}  # id -> hash of that participant's private state
 
@@ -100,26 +108,32 @@ class Aggregator:
         **Returns:** what the round's rows are made of: rows per participant, traffic, `state_sha256`; no tensors.
         """
         self.call.reset()
+        self.spent = dict.fromkeys(self.spent, 0.0)
         rows: dict[int, dict[str, Any]] = {}
         context = self._context(round)
         if round == 0:
             self.state, self.private = trees.ordered(self.experiment.algorithm.server_init(context)), {}
             chosen = sorted({*turnout.takes_part, *scored})
-            for chunk in self.call("begin", round, {id_: {} for id_ in chosen}):
+            nothing: Payload = {}
+            for chunk in self._awaited(self.call("begin", round, dict.fromkeys(chosen, nothing), policy=self.policy)):
                 self._note(chunk, rows)
         else:
             self._enter(round)
-            payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(turnout.reached), context)
+            with self._spending("broadcast"):
+                payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(turnout.reached), context)
             for id_ in turnout.dropped_out:  # what it received is all that is ever known of its round
                 rows[id_] = nowhere() | {"bytes_down": trees.nbytes(payloads[id_]), "dropped_out": True}
             arriving = self._updates(round, {id_: payloads[id_] for id_ in turnout.takes_part}, rows)
-            state = self.experiment.algorithm.server_aggregate(self.state, arriving, context)
-            for _ in arriving:
-                pass  # an algorithm that stopped early must not leave replies unread
+            with self._spending("sum"):
+                state = self.experiment.algorithm.server_aggregate(self.state, arriving, context)
+                for _ in arriving:
+                    pass  # an algorithm that stopped early must not leave replies unread
             self.state = trees.ordered(state)
         trained = self.call.traffic("train")
         scores = self._scores(round, scored, rows) if scored else {}
-        self.versions.save(round, self.state, {"private": json.dumps(self.private)})
+        with self._spending("write"):
+            self.versions.save(round, self.state, {"private": json.dumps(self.private)})
+            state_sha256 = self._sha256()
         self.round = round
         for id_, place in self.call.places().items():
             rows[id_].update(place)
@@ -132,12 +146,38 @@ class Aggregator:
             "seam_bytes_down": trained.down,
             "bytes_moved": self.call.moved(),
             "retries": self.call.retries(),
-            "state_sha256": self._sha256(),
+            "state_sha256": state_sha256,
+            "spent": {
+                "aggregator": self.spent,
+                **{f"host {host}": phases for host, phases in self.call.spent().items()},
+            },
             **coverage(self.experiment.algorithm.server_covered(self.state)),
             **scores,
         }
 
     # parts ----------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _spending(self, phase: str) -> Iterator[None]:
+        """Count the seconds of something, but for those of waiting within it."""
+        started, idle = time.perf_counter(), self.spent["idle"]
+        yield
+        self.spent[phase] += time.perf_counter() - started - (self.spent["idle"] - idle)
+
+    def _awaited(self, answers: Iterator[T]) -> Iterator[T]:
+        """The same, with the seconds of waiting for them counted."""
+        while True:
+            started, folded = time.perf_counter(), self.call.folded()
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return
+            finally:
+                folding = self.call.folded() - folded
+                self.spent["idle"] += time.perf_counter() - started
+                self.spent["sum"] += folding
+                self.spent["idle"] -= folding
+            yield answer
 
     def _enter(self, round: int) -> None:
         if self.round == round - 1:
@@ -164,9 +204,11 @@ class Aggregator:
         conditions = self.experiment.conditions
         fold = Fold(self.experiment.algorithm, self.devices, conditions.deadline)
         if conditions.over_selection:
-            chunks = map(fold, self._first(list(self.call("train", round, payloads))))
+            chunks = map(
+                fold, self._first(list(self._awaited(self.call("train", round, payloads, policy=self.policy))))
+            )
         else:
-            chunks = self.call("train", round, payloads, fold)
+            chunks = self._awaited(self.call("train", round, payloads, fold, self.policy))
         for chunk in chunks:
             self._note(chunk.replies, rows)
             yield from chunk.updates
@@ -207,26 +249,29 @@ class Aggregator:
         for id_, reply in replies:
             row = rows.setdefault(id_, nowhere())
             if isinstance(reply, Failure):
-                if self.experiment.on_error == "stop":
+                if self.experiment.on_error != "drop":
                     raise ParticipantError(id_, reply.text)
                 row["error"] = reply.text.strip().splitlines()[-1]
                 continue
-            merged = combined_work(row, reply.row)
-            row.update(merged)
+            noted = reply.row
+            if self.experiment.batched and "accuracy" not in noted:  # all of them took the time that they took together
+                noted = noted | {"train_seconds": noted["train_seconds"] / len(replies)}
+            row.update(combined_work(row, noted))
             self.private[id_] = reply.state_sha256
 
     def _scores(self, round: int, scored: Sequence[int], rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """Scores of participants, noted in their rows, and of the server's own model where there is one."""
         context = self._context(round)
         payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(scored), context)
-        for replies in self.call("score", round, payloads):
+        for replies in self._awaited(self.call("score", round, payloads)):
             self._note(replies, rows)
-        model = self.experiment.algorithm.server_model(self.state, context)
-        if model is None:
-            return {"accuracy_global": None}
-        task = load_task(self.experiment.task, self.data_dir)
-        assert task.dataset is not None
-        return {"accuracy_global": task.score(model, task.dataset.test).accuracy}
+        with self._spending("compute"):
+            model = self.experiment.algorithm.server_model(self.state, context)
+            if model is None:
+                return {"accuracy_global": None}
+            task = load_task(self.experiment.task, self.data_dir)
+            assert task.dataset is not None
+            return {"accuracy_global": task.score(model, task.dataset.test).accuracy}
 
     def _sha256(self) -> str:
         """Over the server's state and, in order of id, the hash of each participant's private state."""

@@ -15,11 +15,14 @@ from fedsim.cost import Cost, cost_of
 from fedsim.devices import MEBIBYTE
 from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.export import export
-from fedsim.progress import label_of
+from fedsim.profile import print_profile
+from fedsim.progress import OneByOne, label_of
+from fedsim.results import load
 from fedsim.runner import check_data, check_folder, locked, run_all
 from fedsim.runtime import RUNTIMES, Choice
 from fedsim.simulation import RunFailed
 from fedsim.store import clean, runs_in
+from fedsim.tensorboard import Boards
 from fedsim.training import StepCost
 
 
@@ -101,6 +104,8 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gpus", type=int, metavar="N", help="logical GPUs of a private Ray (default: those there are)"
     )
+    command.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")
+    command.add_argument("--profile", action="store_true", help="also write and print where every round's time went")
 
 
 def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
@@ -109,9 +114,12 @@ def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
         raise ValueError(f"--hosts={options.hosts}: must be at least 1")
     if options.gpus is not None and options.gpus < 0:
         raise ValueError(f"--gpus={options.gpus}: must be at least 0")
+    address = options.address or environment.ray_address()
+    if address is not None:
+        environment.use_ray_token()
     return Choice(
         options.runtime,
-        address=options.address or environment.ray_address(),
+        address=address,
         hosts=options.hosts,
         gpus=options.gpus,
         say=lambda text: console.print(text, highlight=False),
@@ -122,6 +130,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
     out = options.out or Path("results") / options.target.partition(":")[2]
     make, data_dir, typed = runtime_maker(options, console), environment.data_dir(), ["fedsim", *options.words]
+    overview = Boards(OneByOne(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
     with locked(out):
         check_folder(out, experiments, options.resume)
@@ -133,8 +142,12 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
             suite=suite,
             data_dir=data_dir,
             console=console,
+            overview=overview,
             command=shlex.join(typed),
+            profile=options.profile,
         )
+        if options.profile:
+            print_profile(load(out).profile, console)
     report_failures(failures, shlex.join(typed if options.resume else [*typed, "--resume"]), console)
     if not failures:
         console.print(f"results: {out}/runs, {out}/rounds, {out}/clients", highlight=False, soft_wrap=True)

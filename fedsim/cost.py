@@ -124,11 +124,11 @@ class Rehearsal:
 
     Everything is built, sent and averaged as in a run, and nothing is trained, sampled, scored or stored.
 
-    - `counted`: receives the cost of a training step, for every shape.
+    - `counted`: receives the cost of a training step, for every shape. - `device`: where participants compute.
     """
 
-    def __init__(self, experiment: Experiment, counted: dict[tuple, StepCost]) -> None:
-        self.experiment, self.counted = experiment, counted
+    def __init__(self, experiment: Experiment, counted: dict[tuple, StepCost], device: str = "cpu") -> None:
+        self.experiment, self.counted, self.device = experiment, counted, torch.device(device)
         self.task = Task(experiment.task)
         # One example each, by which means are weighted.
         self.infos = [ClientInfo(id_, t.name, t.form, 1, t.checkpoint) for id_, t in enumerate(experiment.tiers)]
@@ -151,7 +151,8 @@ class Rehearsal:
         algorithm, calls = self.experiment.algorithm, []
         payloads = algorithm.server_broadcast(standing.server, self.infos, self.server(round))
         for info, private in zip(self.infos, standing.private, strict=True):
-            meter, started, payload = self._meter(info.tier in timed), time.perf_counter(), payloads[info.id]
+            meter, started = self._meter(info.tier in timed), time.perf_counter()
+            payload, private = trees.to(payloads[info.id], self.device), trees.to(private, self.device)
             update, state = algorithm.client_update(payload, private, self.client(info, round, meter))
             calls.append(Call(tuple(meter.work), payload, update, state, time.perf_counter() - started))
         return calls
@@ -178,7 +179,7 @@ class Rehearsal:
             target=self.experiment.target,
             info=info,
             train=Split({}, torch.zeros(0, dtype=torch.long)),
-            device=torch.device("cpu"),
+            device=self.device,
             meter=meter or self._meter(False),
             precision=self.experiment.precision,
             forms=self.experiment.forms,

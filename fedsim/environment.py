@@ -12,3 +12,11 @@ def data_dir() -> str | None:
 def ray_address() -> str | None:
     """A cluster to join without being told on the command line: `RAY_ADDRESS`."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def use_ray_token() -> None:
+    """Have Ray send its token, if this user has one, to the cluster that is joined: by itself it does so only where it
+    is told to (`RAY_AUTH_MODE`). A cluster that asks for none does not mind."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    if os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(named):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -37,6 +37,9 @@ class Tier:
     - `device`: what its owners compute with, in simulated time (`fedsim.devices`): the name of a profile, or a
       `Device`; None: nothing is known of it, and it takes no time.
     - `num_cpus`, `num_gpus` (fractions allowed), `memory_mb`: resources of one participant's actor on Ray.
+    - `resources`: further ones, as nodes were started with: `(("phone_rack", 1.0),)`.
+    - `gpu_fraction`: "auto" measures one participant on a GPU, and asks for the fraction that it needs (`fedsim.gpu`);
+      None: `num_gpus` says it.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Tier:
     num_cpus: float = dataclasses.field(default=1.0, metadata=PLACEMENT)
     num_gpus: float = dataclasses.field(default=0.0, metadata=PLACEMENT)
     memory_mb: float | None = dataclasses.field(default=None, metadata=PLACEMENT)
+    resources: tuple[tuple[str, float], ...] = dataclasses.field(default=(), metadata=PLACEMENT)
+    gpu_fraction: Literal["auto"] | None = dataclasses.field(default=None, metadata=PLACEMENT)
 
     def __post_init__(self) -> None:
         check_types(self, "tiers")
@@ -54,6 +59,12 @@ class Tier:
         check_range(self, "tiers", "num_cpus", "num_gpus", least=0)
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             refuse("tiers.num_gpus", self.num_gpus, "a fraction of one GPU, or a whole number of GPUs")
+        if self.gpu_fraction is not None and self.num_gpus:
+            refuse("tiers.num_gpus", self.num_gpus, f"left out where gpu_fraction={self.gpu_fraction!r} measures it")
+        own = {"CPU", "GPU", "memory", "object_store_memory"}
+        if any(not name or name in own or amount <= 0 for name, amount in self.resources):
+            accepted = f"pairs of a name (none of {', '.join(sorted(own))}) and an amount above 0"
+            refuse("tiers.resources", self.resources, accepted)
         with of_tier(self.name):
             _ = self.simulated
 
@@ -92,7 +103,10 @@ class Experiment:
     - `scored`: who is scored: "everyone", the round's "cohort", or "auto": everyone in populations of at most 100.
     - `chunk`: consecutive participants whose updates are added up before anything else: fixes the order of the sum.
     - `precision`: "fp32", or "bf16": training runs under autocast; weights, updates and scores stay fp32.
-    - `on_error`: what a participant that raises does: "stop" the run, or be "drop"ped from the round.
+    - `on_error`: what a participant that raises does: "stop" the run, be "drop"ped from the round, or "retry" once and
+      then stop. Where a device had too little memory, the participant tries again when nobody else computes.
+    - `batched`: participants of a chunk whose trainings are alike are trained in one batched computation
+      (`fedsim.together`): the same results to rounding, not bit by bit.
     - `conditions`: who is away, too slow or too small to take part.
     """
 
@@ -111,7 +125,8 @@ class Experiment:
     scored: Literal["auto", "everyone", "cohort"] = "auto"
     chunk: int = 4
     precision: Literal["fp32", "bf16"] = "fp32"
-    on_error: Literal["stop", "drop"] = "stop"
+    on_error: Literal["stop", "drop", "retry"] = "stop"
+    batched: bool = False
     conditions: Conditions = Conditions()
 
     def __post_init__(self) -> None:

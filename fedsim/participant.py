@@ -33,6 +33,10 @@ class Reply:
     state_sha256: str
 
 
+class DeviceMemoryError(RuntimeError):
+    """A participant's device has too little memory left. Says whose, and the sizes; its cause is torch's error."""
+
+
 # With the payload that was received: an update, and more for the row.
 Work = Callable[[Tree, Meter], tuple[ClientUpdate | None, dict[str, Any]]]
 
@@ -175,8 +179,15 @@ class Participant:
         reset_peak_memory(self.device)
         self.begun_flops = 0
         started = time.perf_counter()
-        received = trees.to(trees.clone(payload), self.device)
-        update, noted = work(received, meter)
+        try:
+            received = trees.to(trees.clone(payload), self.device)
+            update, noted = work(received, meter)
+        except torch.OutOfMemoryError as error:
+            info, tier = self.member.info, self.member.tier
+            raise DeviceMemoryError(
+                f"participant {info.id} of tier {tier.name!r} ({info.form}, num_gpus={tier.num_gpus:g}) found too "
+                f"little memory on {self.device}: {error}"
+            ) from error
         row = {
             "train_seconds": time.perf_counter() - started,
             "train_loss": meter.loss,

@@ -145,7 +145,21 @@ CLIENTS = _schema(
 
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
 
+PROFILE = _schema(
+    run_id="str",
+    algorithm="str",
+    seed="int",
+    round="int",
+    place="str",  # driver | aggregator | host N
+    broadcast_seconds="float",  # payloads are made, or arrive
+    compute_seconds="float",  # participants train and are scored; at the aggregator: its own model is scored
+    sum_seconds="float",  # updates are added up
+    write_seconds="float",  # states and hashes; at the driver: tables; at a host: what is left of its updates is sent
+    idle_seconds="float",  # the rest of the round
+)
+
 SCHEMAS: Mapping[str, pa.Schema] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS}
+TABLES = SCHEMAS | {"profile": PROFILE}  # and the one that is written only when it is asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +177,11 @@ class Results:
     def clients(self) -> pd.DataFrame:
         """One row a participant and round."""
         return read_table(self.directory, "clients")
+
+    @functools.cached_property
+    def profile(self) -> pd.DataFrame:
+        """One row a place and round: where its time went. Empty unless a run was asked for it."""
+        return read_table(self.directory, "profile")
 
     @functools.cached_property
     def deployed(self) -> pd.DataFrame:
@@ -220,7 +239,7 @@ def replace_table(directory: Path, table: str, run_id: str, content: pa.Table) -
 
 def arrow_of(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Rows of one run as a table of the right schema, checked as `write_table` says."""
-    schema = SCHEMAS[table]
+    schema = TABLES[table]
     names = set(schema.names)
     for row in rows:
         if row.keys() != names:
@@ -245,7 +264,7 @@ def arrow_of(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.T
 
 def arrow_of_run(directory: Path, table: str, run_id: str, last: int) -> pa.Table:
     """One run's rows of a table up to round `last`, as they lie on disk; empty if it has none yet."""
-    path, schema = Path(directory) / table / f"{run_id}.parquet", SCHEMAS[table]
+    path, schema = Path(directory) / table / f"{run_id}.parquet", TABLES[table]
     part = _read_file(path, schema) if path.exists() else schema.empty_table()
     return part.filter(pa.array(part["round"].to_numpy() <= last))
 
@@ -255,7 +274,7 @@ def read_table(directory: Path, table: str) -> pd.DataFrame:
 
     Raises `ValueError` for a folder without any results, a file that cannot be read, or one of a newer schema.
     """
-    schema = SCHEMAS[table]
+    schema = TABLES[table]
     _check_has_results(Path(directory))
     parts = [_read_file(path, schema) for path in _files(Path(directory), table)]
     return pa.concat_tables([schema.empty_table(), *parts]).to_pandas()

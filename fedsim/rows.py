@@ -10,6 +10,7 @@ from fedsim.cohort import Member, Turnout
 from fedsim.cost import Cost, whole
 from fedsim.experiment import Experiment
 from fedsim.provenance import git_commit, hardware, versions
+from fedsim.runtime.base import PHASES
 
 
 Row = dict[str, Any]
@@ -126,6 +127,19 @@ def round_row(
         "dropped_out": len(turnout.dropped_out),
         "excluded": len(turnout.excluded),
     }
+
+
+def profile_rows(
+    experiment: Experiment, run_id: str, round: int, spent: Mapping[str, Mapping[str, float]], seconds: float
+) -> list[Row]:
+    """One row a place: where the `seconds` of a round went there. What is not accounted for was waited."""
+    rows = []
+    for place, phases in spent.items():
+        known = {phase: phases.get(phase, 0.0) for phase in PHASES}
+        about = {"run_id": run_id, "algorithm": experiment.algorithm.name, "seed": experiment.seed, "round": round}
+        busy = {f"{phase}_seconds": taken for phase, taken in known.items()}
+        rows.append(about | {"place": place} | busy | {"idle_seconds": max(0.0, seconds - sum(known.values()))})
+    return rows
 
 
 def run_row(

@@ -58,6 +58,7 @@ def run_all(
     overview: Overview | None = None,
     jobs: int = 1,
     command: str | None = None,
+    profile: bool = False,
 ) -> list[RunFailed]:
     """Compute what is missing, in order: here, or, with `jobs` above 1, so many runs at once, each in its own process.
 
@@ -65,7 +66,7 @@ def run_all(
       must do so under `if __name__ == "__main__"`, for the processes import it.
     - `progress`: is told of every run. - `overview`: is told of all runs instead. Without either, one job has one
       display after another, and several have `overview_for(console)`.
-    - `command`: what was typed, for the runs table.
+    - `command`: what was typed, for the runs table. - `profile`: write the table `profile` as well.
 
     **Returns:** the runs that failed. The caller holds the folder's lock (`locked`) and has made its checks.
 
@@ -78,7 +79,7 @@ def run_all(
         raise ValueError(f"jobs={jobs}: the runtimes of several jobs are made from a fedsim.runtime.Choice")
     if overview is None:
         overview = OneByOne(console, progress) if jobs == 1 or progress is not None else overview_for(console)
-    compute = functools.partial(run, out=out, suite=suite, data_dir=data_dir, command=command)
+    compute = functools.partial(run, out=out, suite=suite, data_dir=data_dir, command=command, profile=profile)
 
     stores = {one.run_id: RunStore(out, one.run_id, code_sha256(one.algorithm)) for one in experiments}
     found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]

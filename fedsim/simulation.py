@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedsim.aggregator import Aggregator, ParticipantError
-from fedsim.cohort import federation_sha256, label_histograms, members, scored_in, turnout_of
+from fedsim.cohort import Member, federation_sha256, label_histograms, members, scored_in, turnout_of
 from fedsim.cost import cost_of, too_small
 from fedsim.experiment import Experiment
+from fedsim.gpu import with_gpu_fractions
 from fedsim.participant import Participant, last_line
 from fedsim.progress import Progress, Silent
 from fedsim.provenance import code_sha256
-from fedsim.rows import client_rows, round_row, run_row
+from fedsim.rows import client_rows, profile_rows, round_row, run_row
 from fedsim.runtime.base import Call, Resources, Runtime
 from fedsim.store import TOKENIZER, RunStore
 from fedsim.task import load_task
@@ -45,13 +46,17 @@ def run(
     data_dir: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    profile: bool = False,
 ) -> str:
     """Run one experiment into a results folder that the caller has locked; the runtime stays open for the next.
+
+    - `profile`: write down where the time of every round went, as one more table.
 
     **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
     `RunFailed` for a run that broke, with everything finished so far on disk and a row saying why.
     """
     progress = progress or Silent()
+    experiment = with_gpu_fractions(experiment, runtime.probe)
     run_id = experiment.run_id
     task = load_task(experiment.task, data_dir)
     population = members(experiment, task)
@@ -62,7 +67,7 @@ def run(
         member.info.id: functools.partial(Participant, experiment, member, data_dir, str(folder / "private"), COUNTED)
         for member in population
     }
-    resources = {m.info.id: Resources(m.tier.num_cpus, m.tier.num_gpus, m.tier.memory_mb) for m in population}
+    resources = {member.info.id: _asked_by(member) for member in population}
     infos = [member.info for member in population]
     make_aggregator = functools.partial(_aggregator, experiment, infos, data_dir, str(folder))
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
@@ -94,8 +99,13 @@ def run(
             scored = tuple(id_ for id_ in scored_in(experiment, round) if id_ not in outside)
             report = runtime.ask("run_round", round, turnout, scored, watch=progress.within)
             before = store.rounds[-1] if store.rounds else None
-            row = round_row(experiment, run_id, round, turnout, report, before, time.perf_counter() - started)
+            asked = time.perf_counter() - started
+            row = round_row(experiment, run_id, round, turnout, report, before, asked)
             store.commit(round, row, client_rows(experiment, run_id, population, round, report["rows"]))
+            if profile:
+                seconds = time.perf_counter() - started
+                spent = {"driver": {"write": seconds - asked}} | report["spent"]
+                store.add_profile(profile_rows(experiment, run_id, round, spent, seconds))
             progress.finished(row)
     except Exception as error:
         reason = error.text if isinstance(error, ParticipantError) else last_line(error)
@@ -107,6 +117,12 @@ def run(
     store.finish(about(wall_seconds=store.wall_seconds, error=None))
     progress.end()
     return run_id
+
+
+def _asked_by(member: Member) -> Resources:
+    tier = member.tier
+    size = float(member.info.num_examples)
+    return Resources(tier.num_cpus, tier.num_gpus, tier.memory_mb, tier.resources, kind=tier.name, size=size)
 
 
 def _aggregator(experiment: Experiment, infos, data_dir: str | None, folder: str, call: Call) -> Aggregator:

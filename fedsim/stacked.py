@@ -9,11 +9,13 @@ size. Letters: K participants in all, k in a pass, P parameters of one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.func import vmap
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -98,14 +100,14 @@ class Stack:
             for member, loss in zip(moving, losses, strict=True):
                 self.courses[member].note(upcoming[member], loss)
 
-        results: list[Tree | FloatingPointError] = []
-        for member in sorted(range(len(rest)), key=lambda member: self.order[member]):
-            if member in errors:
-                results.append(errors[member])
-                continue
-            self.courses[member].account()
-            results.append({name: t[0] for name, t in clone(self._tensors(self.matrix_KP[[member]])).items()})
-        return results
+        results: dict[int, Tree | FloatingPointError] = {}
+        for member, at in enumerate(self.order):
+            views = self._tensors(self.matrix_KP[member : member + 1])
+            results[at] = errors.get(member) or {name: tensor[0] for name, tensor in clone(views).items()}
+        for member, course in enumerate(self.courses):
+            if member not in errors:
+                course.account()
+        return [results[at] for at in range(len(results))]
 
     def _step(self, active: Sequence[int], batches: Sequence[Batch]) -> list[float]:
         """One step of some participants on batches of one size. **Returns:** their losses."""
@@ -141,8 +143,7 @@ class Stack:
         else:
             batch = {name: torch.stack([each[name] for each in batches]) for name in batches[0]}
             captured = [tensor[some] for tensor in self.stacked.values()]
-            # There is no rule for stacking fused attention on a CPU.
-            with autocast(ctx), sdpa_kernel(SDPBackend.MATH), _Questions(k):
+            with autocast(ctx), _Rules(k):
                 losses_k = vmap(self._loss)(leaves, batch, captured)
         found = torch.autograd.grad(losses_k.sum(), list(leaves.values()), allow_unused=True)
         self._check_read({name for name, gradient in zip(leaves, found, strict=True) if gradient is None})
@@ -157,8 +158,8 @@ class Stack:
         return filled(self.objective, tensors)(tree, batch)
 
     def _check_read(self, unread: set[str]) -> None:
-        """AdamW leaves out a tensor without a gradient. Here it has one of zeros, which does nothing either, if it always
-        has and its weights do not decay."""
+        """AdamW leaves out a tensor without a gradient. Here it has one of zeros: the same if it always has, and if its
+        weights do not decay."""
         if unread and self.first.weight_decay:
             raise Unlike(f"weights decay, and {min(unread)} is not read")
         if self.unread not in (None, unread):
@@ -171,11 +172,8 @@ class Stack:
         return {name: part.view(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
-class _Questions(TorchFunctionMode):
-    """Lets Python branch on a stacked tensor of k answers.
-
-    Models ask whether a mask hides anything, to leave it out if not; `vmap` by itself answers no question.
-    """
+class _Rules(TorchFunctionMode):
+    """What `vmap` alone refuses or does badly, for k participants: branches, and attention without fused kernels."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -183,12 +181,27 @@ class _Questions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.__bool__ and is_batchedtensor(args[0]):
+            # Models ask whether a mask hides anything, to leave it out if not.
             answers = [bool(answer) for answer in get_unwrapped(args[0]).flatten().tolist()]
-            if len({*answers}) == 1:
-                return answers[0]
-            if len(answers) == self.k:
+            if len(answers) == self.k and len({*answers}) > 1:
                 raise Differing(answers)
+            if len(answers) == self.k:
+                return answers[0]
+        if func is F.scaled_dot_product_attention:
+            return attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` on its unfused path, and shorter where nobody is kept from seeing anything.
+
+    - `query`, `key`, `value`: `(..., T, D)`.
+    """
+    scale = settings.get("scale") or query.shape[-1] ** -0.5
+    if attn_mask is None and not any(settings.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+        return ((query * scale) @ key.mT).softmax(-1) @ value
+    with sdpa_kernel(SDPBackend.MATH):  # there is no rule for stacking the fused ones on a CPU
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **settings)
 
 
 def _full_steps(training: Training) -> int:

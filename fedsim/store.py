@@ -56,6 +56,7 @@ class RunStore:
         self.private = self.folder / "private"
         self.rounds: list[Row] = []
         self.clients = results.arrow_of("clients", run_id, [])  # of every round so far: converted once
+        self.profile = results.arrow_of("profile", run_id, [])
         self.last: int | None = None
 
     @property
@@ -80,13 +81,14 @@ class RunStore:
         manifest = self._manifest() if resume else None
         if manifest is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            for table in results.SCHEMAS:
+            for table in results.TABLES:
                 (self.directory / table / f"{self.run_id}.parquet").unlink(missing_ok=True)
             self.private.mkdir(parents=True, exist_ok=True)
             return 0
         self.last = int(manifest["round"])
         self.rounds = self._rows("rounds", self.last)
         self.clients = results.arrow_of_run(self.directory, "clients", self.run_id, self.last)
+        self.profile = results.arrow_of_run(self.directory, "profile", self.run_id, self.last)
         if [row["round"] for row in self.rounds] != list(range(self.last + 1)):
             raise ValueError(
                 f"{self.directory}: rows of run {self.run_id} are missing; delete the folder to start anew"
@@ -103,6 +105,11 @@ class RunStore:
         manifest = {"run_id": self.run_id, "code_sha256": self.code_sha256, "round": round}
         write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
         self.last = round
+
+    def add_profile(self, rows: list[Row]) -> None:
+        """Where the time of a round that is finished went."""
+        self.profile = pa.concat_tables([self.profile, results.arrow_of("profile", self.run_id, rows)])
+        results.replace_table(self.directory, "profile", self.run_id, self.profile)
 
     def finish(self, run_row: Row) -> None:
         """The run finished or failed: the row that says so."""
@@ -127,7 +134,7 @@ class RunStore:
 
 def run_ids_in(directory: Path) -> set[str]:
     """Every run that left something in a results folder."""
-    tables = {path.stem for table in results.SCHEMAS for path in (directory / table).glob("*.parquet")}
+    tables = {path.stem for table in results.TABLES for path in (directory / table).glob("*.parquet")}
     return tables | {path.parent.name for path in (directory / "checkpoints").glob("*/manifest.json")}
 
 
@@ -158,7 +165,7 @@ def clean(directory: Path, *, unfinished: bool = False) -> Freed:
     finished = {*runs["run_id"][runs["status"] == "finished"]}
     folders = [path for path in sorted((directory / "checkpoints").glob("*")) if path.is_dir()]
     chosen = [path for path in folders if unfinished or path.name in finished]
-    leftovers = [path for table in results.SCHEMAS for path in (directory / table).glob(".*.tmp")]
+    leftovers = [path for table in results.TABLES for path in (directory / table).glob(".*.tmp")]
     freed = sum(file.stat().st_size for path in chosen for file in path.rglob("*") if file.is_file())
     freed += sum(path.stat().st_size for path in leftovers)
     for path in chosen:

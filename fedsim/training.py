@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -186,59 +187,133 @@ def minimise(
 
     **Returns:** the trained tree, detached. **Raises:** `FloatingPointError` if the loss is not finite.
     """
-    leaves = {name: tensor.requires_grad_() for name, tensor in clone(parameters).items()}
-    optimizer = torch.optim.AdamW(_groups(leaves, lr, lr_under or {}), weight_decay=weight_decay, fused=True)
-    names = [purpose, *(f"{purpose}/{number}" for number in range(1, len(objectives)))]
-    costs = [ctx.meter.cost(ctx, each, leaves, name) for each, name in zip(objectives, names, strict=True)]
-    generator, examples = ctx.generator(f"{purpose}/order"), len(ctx.train.labels)
-    masking, choosing = ctx.generator(f"{purpose}/mask"), ctx.generator(f"{purpose}/objective")
-    flops, steps, loss = 0, 0, float("nan")
-
-    for _ in range(epochs if examples else 0):
-        total = 0.0
-        for index in torch.randperm(examples, generator=generator).split(batch_size):
-            batch = ctx.task.batch(ctx.train, index, ctx.device, masking)
-            drawn = int(torch.randint(len(objectives), (), generator=choosing)) if len(objectives) > 1 else 0
-            with autocast(ctx):
-                value = objectives[drawn](leaves, batch)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(leaves.values(), clip)
-            optimizer.step()
-            total += float(value.detach()) * len(index)
-            steps += 1
-            flops += costs[drawn].flops(len(index))
-        loss = total / examples
-        if not math.isfinite(loss):
-            rates = "".join(f", {prefix}*: {rate}" for prefix, rate in (lr_under or {}).items())
-            raise FloatingPointError(
-                f"{purpose}: the training loss became {loss} after {steps} steps with lr={lr}{rates}"
-            )
-
-    seconds = None
-    if ctx.meter.timing:
-        times = [seconds_of_step(ctx, objective, leaves, batch_size) for objective in objectives]
-        seconds = sum(times) / len(times)
-    trainable = sum(tensor.numel() for tensor in leaves.values())
-    per_step = round(sum(cost.flops(batch_size) for cost in costs) / len(costs))
-    activations = max(cost.activation_bytes(batch_size) for cost in costs)
-    ctx.meter.work.append(
-        Work(
-            purpose,
-            trainable,
-            examples * epochs,
-            steps,
-            flops,
-            per_step,
-            activations,
-            loss,
-            epochs,
-            batch_size,
-            seconds,
-        )
+    asked = Training(
+        ctx,
+        tuple(objectives),
+        parameters,
+        purpose=purpose,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        clip=clip,
+        lr_under=lr_under or {},
     )
+    return (MEETING.get() or alone)(asked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One call of `minimise`, before its first step; the fields are its arguments."""
+
+    ctx: ClientContext
+    objectives: tuple[Objective, ...]
+    parameters: Mapping[str, Tensor]
+    purpose: str
+    lr: float
+    epochs: int
+    batch_size: int
+    weight_decay: float
+    clip: float | None
+    lr_under: Mapping[str, float]
+
+    def rate(self, name: str) -> float:
+        """The learning rate of a tensor."""
+        return next((rate for prefix, rate in self.lr_under.items() if name.startswith(prefix)), self.lr)
+
+
+# Where trainings meet that are to be computed together (`fedsim.together`); None: each is computed where it is asked.
+MEETING: ContextVar[Callable[[Training], Tree] | None] = ContextVar("MEETING", default=None)
+
+
+def alone(asked: Training) -> Tree:
+    """One training by itself: what `minimise` returns and raises."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in clone(asked.parameters).items()}
+    optimizer = torch.optim.AdamW(_groups(asked, leaves), weight_decay=asked.weight_decay, fused=True)
+    course = Course(asked, leaves)
+    for step in course.steps():
+        with autocast(asked.ctx):
+            value = asked.objectives[step.drawn](leaves, step.batch)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        if asked.clip is not None:
+            torch.nn.utils.clip_grad_norm_(leaves.values(), asked.clip)
+        optimizer.step()
+        course.note(step, float(value.detach()))
+    course.account()
     return {name: tensor.detach() for name, tensor in leaves.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step is taken on: which of the objectives, how many examples, and these."""
+
+    drawn: int
+    size: int
+    batch: Batch
+
+
+class Course:
+    """The steps of one training in order, and its accounts. Whoever takes a step notes it before the next.
+
+    - `leaves`: what is trained, with its names in order.
+    """
+
+    def __init__(self, asked: Training, leaves: Tree) -> None:
+        self.asked, self.leaves = asked, leaves
+        ctx, purpose, objectives = asked.ctx, asked.purpose, asked.objectives
+        names = [purpose, *(f"{purpose}/{number}" for number in range(1, len(objectives)))]
+        self.costs = [ctx.meter.cost(ctx, each, leaves, name) for each, name in zip(objectives, names, strict=True)]
+        self.examples = len(ctx.train.labels)
+        self.taken, self.flops, self.total, self.loss = 0, 0, 0.0, float("nan")
+
+    def steps(self) -> Iterator[Step]:
+        """**Raises:** `FloatingPointError`, at the end of an epoch, if its mean loss is not finite."""
+        asked, ctx, examples = self.asked, self.asked.ctx, self.examples
+        order, masking, choosing = (ctx.generator(f"{asked.purpose}/{what}") for what in ("order", "mask", "objective"))
+        several = len(asked.objectives) if len(asked.objectives) > 1 else 0
+        for _ in range(asked.epochs if examples else 0):
+            self.total = 0.0
+            for index in torch.randperm(examples, generator=order).split(asked.batch_size):
+                batch = ctx.task.batch(ctx.train, index, ctx.device, masking)
+                drawn = int(torch.randint(several, (), generator=choosing)) if several else 0
+                yield Step(drawn, len(index), batch)
+            self.loss = self.total / examples
+            if not math.isfinite(self.loss):
+                rates = "".join(f", {prefix}*: {rate}" for prefix, rate in asked.lr_under.items())
+                raise FloatingPointError(
+                    f"{asked.purpose}: the training loss became {self.loss} after {self.taken} steps "
+                    f"with lr={asked.lr}{rates}"
+                )
+
+    def note(self, step: Step, loss: float) -> None:
+        """A step was taken, and this was its mean loss."""
+        self.total += loss * step.size
+        self.taken += 1
+        self.flops += self.costs[step.drawn].flops(step.size)
+
+    def account(self) -> None:
+        """Note the whole training, once it is over."""
+        asked, ctx, costs = self.asked, self.asked.ctx, self.costs
+        seconds = None
+        if ctx.meter.timing:
+            times = [seconds_of_step(ctx, objective, self.leaves, asked.batch_size) for objective in asked.objectives]
+            seconds = sum(times) / len(times)
+        ctx.meter.work.append(
+            Work(
+                asked.purpose,
+                trainable=sum(tensor.numel() for tensor in self.leaves.values()),
+                examples=self.examples * asked.epochs,
+                steps=self.taken,
+                flops=self.flops,
+                flops_per_step=round(sum(cost.flops(asked.batch_size) for cost in costs) / len(costs)),
+                activation_bytes=max(cost.activation_bytes(asked.batch_size) for cost in costs),
+                loss=self.loss,
+                epochs=asked.epochs,
+                batch_size=asked.batch_size,
+                seconds_per_step=seconds,
+            )
+        )
 
 
 def seconds_of_step(ctx: ClientContext, objective: Objective, parameters: Tree, size: int) -> float:
@@ -263,12 +338,11 @@ def autocast(ctx: ClientContext) -> torch.autocast:
     return torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.precision == "bf16")
 
 
-def _groups(leaves: Tree, lr: float, lr_under: Mapping[str, float]) -> list[dict[str, Any]]:
+def _groups(asked: Training, leaves: Tree) -> list[dict[str, Any]]:
     """AdamW's parameter groups: one a learning rate, names in the order of `leaves`."""
     groups: dict[float, list[Tensor]] = {}
     for name, leaf in leaves.items():
-        rate = next((rate for prefix, rate in lr_under.items() if name.startswith(prefix)), lr)
-        groups.setdefault(rate, []).append(leaf)
+        groups.setdefault(asked.rate(name), []).append(leaf)
     return [{"params": members, "lr": rate} for rate, members in groups.items()]
 
 

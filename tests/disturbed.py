@@ -98,6 +98,9 @@ class Lent(Runtime):
     def start(self, *args) -> None:
         self.runtime.start(*args)
 
+    def probe(self, call):
+        return self.runtime.probe(call)
+
     def ask(self, method, *args, watch=None):
         return self.runtime.ask(method, *args, watch=watch)
 

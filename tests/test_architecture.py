@@ -152,7 +152,7 @@ def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
     if path.parent.name == "baselines":
         assert lines < 150
     if path.name == "inline.py":
-        assert lines <= 60
+        assert lines <= 80
     assert path.stem not in ("utils", "helpers", "common", "misc")
     if text.strip():
         assert ast.get_docstring(ast.parse(text))

@@ -28,7 +28,7 @@ from fedsim.store import locked
 from fedsim.task import TaskConfig
 
 
-PLACEMENT = {"num_cpus", "num_gpus", "memory_mb"}
+PLACEMENT = {"num_cpus", "num_gpus", "memory_mb", "resources", "gpu_fraction"}
 
 
 def fields_of(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -195,7 +195,7 @@ def test_a_path_may_hold_equals_signs() -> None:
         ("task.data.limits=1", "limit"),
         ("tiers.0.form.widht=8", "width"),
         ("tiers.7.name=x", "0, 1, 2"),
-        ("nothing_like_it=1", "algorithm, chunk"),
+        ("nothing_like_it=1", "algorithm, batched, chunk"),
     ],
 )
 def test_an_unknown_field_suggests_the_nearest(setting: str, suggestion: str) -> None:

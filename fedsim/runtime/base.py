@@ -125,6 +125,10 @@ class Call(Protocol):
         """Host -> seconds since the last reset: `PHASES`, by name."""
         ...
 
+    def folded(self) -> float:
+        """Seconds since the last reset in which chunks were folded in the aggregator's own process."""
+        ...
+
 
 class Runtime(abc.ABC):
     """Where the aggregator and the participants of a run live. Several runs may follow one another."""
@@ -141,6 +145,10 @@ class Runtime(abc.ABC):
 
         **Raises:** `ValueError`, before anything is started, for a request that cannot be met, with both numbers.
         """
+
+    @abc.abstractmethod
+    def probe(self, call: Callable[[], Any]) -> Any:
+        """What a picklable call returns, made where it has a whole GPU to itself; None if there is no GPU."""
 
     @abc.abstractmethod
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
@@ -266,6 +274,7 @@ class Ledger:
         self._moved = self._retries = 0
         self._places: dict[int, dict[str, Any]] = {}
         self._spent: dict[str, dict[str, float]] = {}
+        self._folded = 0.0
         self.progress: tuple[str, int, int] = ("", 0, 0)
 
     def note(self, method: str, answer: Answer, moved: int, ids: Sequence[int], host: int, node: str) -> None:
@@ -309,6 +318,9 @@ class Ledger:
 
     def spent(self) -> Mapping[str, Mapping[str, float]]:
         return self._spent
+
+    def folded(self) -> float:
+        return self._folded
 
 
 def chunks(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:

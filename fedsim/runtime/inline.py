@@ -65,6 +65,9 @@ class InlineRuntime(Runtime):
         self.call = InlineCall({id_: make() for id_, make in make_participants.items()}, chunk)
         self.aggregator = make_aggregator(self.call)
 
+    def probe(self, call: Callable[[], Any]) -> Any:
+        return call() if torch.cuda.is_available() else None
+
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         self.call.watch = watch
         return getattr(self.aggregator, method)(*args)

@@ -8,7 +8,6 @@ of times, counted), and the objects it needs are built from the factories that c
 """
 
 import contextlib
-import logging
 import math
 import os
 import uuid
@@ -22,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
+from fedsim.runtime.joining import join
 from fedsim.runtime.placement import Capacity, Plan, part_of, plan
 from fedsim.runtime.private_ray import start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
@@ -71,6 +71,16 @@ class RayRuntime(Runtime):
         self.plan, self.token = wanted, uuid.uuid4().hex
         self.made_of = []
         self.to_make = (make_aggregator, make_participants, resources, chunk)
+
+    def probe(self, call: Callable[[], Any]) -> Any:
+        if not self._capacity().gpus:
+            return None
+        self._connect(Plan(((),), (Resources(num_cpus=0.0, num_gpus=1.0),)))
+        probing = ray.remote(_probed).options(num_cpus=0, num_gpus=1, max_calls=1, max_retries=0)
+        reference = probing.remote(call)
+        if not ray.wait([reference], timeout=START_SECONDS)[0]:
+            raise RuntimeError(f"no whole GPU has become free within {START_SECONDS} s")
+        return ray.get(reference)
 
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         if self.starting:
@@ -153,11 +163,7 @@ class RayRuntime(Runtime):
         if ray.is_initialized():
             use_tensor_views()
             return
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        try:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError) as error:
-            raise ValueError(f"--address={self.address!r}: no Ray cluster answers there ({error})") from error
+        join(self.address)
         self.connected = True
         use_tensor_views()
 
@@ -193,6 +199,10 @@ class RayRuntime(Runtime):
             )
         ray.get(ready)
         self.starting = []
+
+
+def _probed(call: Callable[[], Any]) -> Any:
+    return call()
 
 
 def options(request: Resources) -> dict[str, Any]:
