@@ -9,6 +9,7 @@ import fedsim
 from fedsim.experiment import Experiment
 from fedsim.results import Results
 from fedsim.runner import run_all
+from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.ray_runtime import RayRuntime
 from tests.disturbed import small, without_federation
 
@@ -54,6 +55,19 @@ def test_runtime_counts_the_bytes_that_participants_count(inline):
     assert (rounds.bytes_up == rounds.seam_bytes_up).all() and (rounds.bytes_down == rounds.seam_bytes_down).all()
     assert rounds[(rounds.algorithm == "fedgrow") & (rounds["round"] > 0)].bytes_up.gt(0).all()
     assert rounds[rounds.algorithm == "fedgrow_no_federation"].bytes_up.eq(0).all()
+
+
+def test_batched_participants_give_equal_bits_everywhere_and_the_others_to_rounding(on_hosts, tmp_path):
+    alike = dataclasses.replace(small(), tiers=small().tiers[:1], chunk=3, rounds=2)
+    together = dataclasses.replace(alike, batched=True)
+    apart = results_of([alike], tmp_path / "apart", InlineRuntime).rounds
+    here = results_of([together], tmp_path / "here", InlineRuntime)
+    there = results_of([together], tmp_path / "there", on_hosts(2))
+    assert sha256s(here) == sha256s(there)
+    assert not set(here.rounds.state_sha256) & set(apart.state_sha256)
+    assert here.rounds.train_loss.tolist() == pytest.approx(apart.train_loss.tolist(), rel=1e-3)
+    assert here.rounds.flops.tolist() == apart.flops.tolist()
+    assert here.clients.train_seconds.sum() <= here.rounds.wall_seconds.sum(), "a second is counted once"
 
 
 def test_participants_are_actors_with_a_fraction_of_a_gpu_and_share_hosts_when_they_do_not_all_fit(cluster, tmp_path):

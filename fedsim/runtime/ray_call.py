@@ -15,7 +15,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fedsim.runtime.actors import Share
 from fedsim.runtime.base import PLAIN, Answer, Fold, Ledger, Policy, Resources, chunks, tensor_bytes
-from fedsim.runtime.schedule import Durations, Unit, assigned, cut_where_it_pays
+from fedsim.runtime.schedule import Durations, Unit, assigned, cut_where_it_pays, merged
 
 
 ATTEMPTS = 3  # times a host may die at the same participants before the run gives up
@@ -79,8 +79,11 @@ class RayCall(Ledger):
             self._folded += time.perf_counter() - started
             yield content
 
-    def units(self, method: str, cut: Sequence[Sequence[int]]) -> list[Unit]:
-        """What is pushed as one piece each, with what it is expected to take."""
+    def units(self, method: str, cut: Sequence[Sequence[int]], policy: Policy) -> list[Unit]:
+        """What is pushed as one piece each, with what it is expected to take.
+
+        Those who compute together do so in one place, whoever has a host of its own: who is with whom changes bits.
+        """
         kinds = {(one.kind, one.size) for ids in cut for one in (self.resources[id_] for id_ in ids)}
         known = {each: self.durations.expected(method, *each) for each in kinds}
         sure = [(size, seconds) for (_, size), seconds in known.items() if seconds is not None]
@@ -88,14 +91,19 @@ class RayCall(Ledger):
         sizes = sum(size for size, _ in sure)
         rate = sum(seconds for _, seconds in sure) / sizes if sizes else 1.0  # of kinds that nobody has met yet
 
+        fixed = self.fixed if policy.together is None else {}
+
         def single(chunk: int, id_: int) -> Unit:
             one = self.resources[id_]
             seconds = known[one.kind, one.size]
-            home = self.fixed.get(id_, self.last.get(id_))
-            hosts = frozenset([self.fixed[id_]]) if id_ in self.fixed else self.able[id_]
+            home = fixed.get(id_, self.last.get(id_))
+            hosts = frozenset([fixed[id_]]) if id_ in fixed else self.able[id_]
             return Unit(chunk, (id_,), rate * one.size if seconds is None else seconds, hosts, home)
 
         members = [[single(place, id_) for id_ in ids] for place, ids in enumerate(cut)]
+        if policy.together is not None:
+            whole = [merged(chunk) for chunk in members]
+            return [each for chunk, one in zip(members, whole, strict=True) for each in ([one] if one else chunk)]
         return cut_where_it_pays(members, range(len(self.hosts)), self.slowness())
 
     def slowness(self) -> dict[int, float]:
@@ -136,7 +144,7 @@ class _Asking:
         cut: Sequence[Sequence[int]],
     ) -> None:
         self.call, self.method, self.round, self.fold, self.policy = call, method, round, fold, policy
-        self.units = call.units(method, cut)
+        self.units = call.units(method, cut, policy)
         whole = {place: len(ids) for place, ids in enumerate(cut)}
         self.whole = [len(unit.ids) == whole[unit.chunk] for unit in self.units]
         first = {id(payload): payload for payload in payloads.values()}
