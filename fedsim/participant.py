@@ -17,11 +17,14 @@ from fedsim import tree as trees
 from fedsim.algorithm import ClientContext, ClientUpdate, Payload
 from fedsim.checkpoint import private_of
 from fedsim.cohort import Member
-from fedsim.data.config import PER_TOKEN
+from fedsim.data.config import PER_TOKEN, Split
 from fedsim.experiment import Experiment
 from fedsim.task import Task, load_task, subset
 from fedsim.training import Meter, StepCost
 from fedsim.tree import Tree
+
+
+SMALL_SHARD = 2**18  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +63,14 @@ class Participant:
         self.version: int | None = None
         self.state: Tree = {}
         self.sha256 = ""
+        self.shard: Split | None = None  # held where it is small: cutting it out anew takes longer than a small model
+        self.shard_bytes = 0
         self.begun_flops = 0  # of making the private state, within the current call
 
     @property
     def nbytes(self) -> int:
         """Of what this object holds between calls."""
-        return trees.nbytes(self.state)
+        return self.shard_bytes + sum([tensor.nbytes for tensor in self.state.values()])
 
     # calls ----------------------------------------------------------------------------------------------------------
 
@@ -145,12 +150,22 @@ class Participant:
             intermediate=self.experiment.intermediate,
             target=self.experiment.target,
             info=self.member.info,
-            train=subset(task.dataset.train, self.member.train),
+            train=self._shard(task.dataset.train),
             device=self.device,
             meter=meter,
             precision=self.experiment.precision,
             forms=self.experiment.forms,
         )
+
+    def _shard(self, everybodys: Split) -> Split:
+        """This participant's part of the training data."""
+        if self.shard is not None:
+            return self.shard
+        shard = subset(everybodys, self.member.train)
+        size = shard.labels.nbytes + sum(tensor.nbytes for tensor in shard.inputs.values())
+        if size <= SMALL_SHARD:
+            self.shard, self.shard_bytes = shard, size
+        return shard
 
     def _scores(self, model: torch.nn.Module) -> dict[str, Any]:
         dataset = self.task.dataset

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,11 @@ class RunStore:
         self.rounds.append(round_row)
         added = results.arrow_of("clients", self.run_id, client_rows)
         self.clients = pa.concat_tables([self.clients, added])
-        results.replace_table(self.directory, "clients", self.run_id, self.clients)
-        results.write_table(self.directory, "rounds", self.run_id, self.rounds)
+        tables = {"clients": self.clients, "rounds": results.arrow_of("rounds", self.run_id, self.rounds)}
+        with ThreadPoolExecutor(len(tables)) as pool:  # most of it is waiting for the disk
+            written = [pool.submit(results.replace_table, self.directory, n, self.run_id, t) for n, t in tables.items()]
+        for each in written:
+            each.result()
         manifest = {"run_id": self.run_id, "code_sha256": self.code_sha256, "round": round}
         write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
         self.last = round

@@ -31,6 +31,8 @@ class Host:
         use_tensor_views()
         pin_threads()
         self.token, self.participants = "", OrderedDict[int, Any]()
+        self.held: dict[int, int] = {}  # bytes of each participant that is kept
+        self.held_bytes = 0
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> None:
@@ -57,7 +59,7 @@ class Host:
         pin_threads()
         started = time.perf_counter()
         if token != self.token:
-            self.participants.clear()
+            self._let_go(list(self.participants))
             self.makers = ray.get(makers[0])
             self.token = token
         which, boxes = payloads
@@ -66,12 +68,11 @@ class Host:
         node, flushed = socket.gethostname(), time.perf_counter()
         batch: list[tuple[int, Answer]] = []
         for number, ids, strangers, whole in shares:
-            for id_ in strangers:  # what is held of them, if anything, is not their newest state
-                self.participants.pop(id_, None)
+            self._let_go(strangers)  # what is held of them, if anything, is not their newest state
             chosen = {id_: received[which[id_]] for id_ in ids}
             held = {id_: self._participant(id_) for id_ in ids}
             batch.append((number, answered(held, method, round, chosen, fold if whole else None, policy, alone)))
-            self._let_go()
+            self._keep(ids)
             now = time.perf_counter()
             gathered = sum(answer.moved for _, answer in batch)
             if at_once or now - flushed > FLUSH_SECONDS or gathered > FLUSH_BYTES:
@@ -86,11 +87,19 @@ class Host:
         self.participants.move_to_end(id_)
         return self.participants[id_]
 
-    def _let_go(self) -> None:
-        """Keep the participants used last, as far as their states fit."""
-        held = sum(participant.nbytes for participant in self.participants.values())
-        while held > HELD_BYTES and len(self.participants) > 1:
-            held -= self.participants.popitem(last=False)[1].nbytes
+    def _keep(self, ids: Sequence[int]) -> None:
+        """Keep these participants, and of the others those used last, as far as their states fit."""
+        for id_ in ids:
+            size = self.participants[id_].nbytes
+            self.held_bytes += size - self.held.get(id_, 0)
+            self.held[id_] = size
+        while self.held_bytes > HELD_BYTES and len(self.participants) > 1:
+            self._let_go([next(iter(self.participants))])
+
+    def _let_go(self, ids: Sequence[int]) -> None:
+        for id_ in ids:
+            self.participants.pop(id_, None)
+            self.held_bytes -= self.held.pop(id_, 0)
 
 
 class Server:

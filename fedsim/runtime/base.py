@@ -252,14 +252,18 @@ def tensor_bytes(value: Any) -> int:
     kind = type(value)
     if kind in SCALARS:
         return 0
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if kind is dict or isinstance(value, Mapping):
+    if kind is torch.Tensor:
+        return value.nbytes
+    if kind is dict:
         return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
     if kind is list or kind is tuple:
         return sum(map(tensor_bytes, value))
-    if dataclasses.is_dataclass(value):
+    if hasattr(kind, "__dataclass_fields__"):
         return sum([tensor_bytes(each) for each in vars(value).values() if type(each) not in SCALARS])
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
     return 0
 
 
