@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,9 +132,9 @@ class Aggregator:
             self.state = trees.ordered(state)
         trained = self.call.traffic("train")
         scores = self._scores(round, scored, rows) if scored else {}
-        with self._spending("write"):
+        with self._spending("write"), ThreadPoolExecutor(1) as pool:  # one waits for the disk, the other computes
+            state_sha256 = pool.submit(self._sha256)
             self.versions.save(round, self.state, {"private": json.dumps(self.private)})
-            state_sha256 = self._sha256()
         self.round = round
         for id_, place in self.call.places().items():
             rows[id_].update(place)
@@ -146,7 +147,7 @@ class Aggregator:
             "seam_bytes_down": trained.down,
             "bytes_moved": self.call.moved(),
             "retries": self.call.retries(),
-            "state_sha256": state_sha256,
+            "state_sha256": state_sha256.result(),
             "spent": {
                 "aggregator": self.spent,
                 **{f"host {host}": phases for host, phases in self.call.spent().items()},

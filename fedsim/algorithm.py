@@ -205,8 +205,9 @@ def weighted_mean(updates: Iterable[ClientUpdate | Partial], like: Tree) -> Tree
 
     One accumulator, in the order of the iterator; `like` gives the dtypes and is returned if nobody contributed.
     """
-    total, weight = None, 0.0
+    total: Tree | None = None
+    weight = 0.0
     for update in updates:
         partial = update if isinstance(update, Partial) else weighted_sum([update])
-        total, weight = trees.added(total, partial.tree), weight + partial.weight
-    return like if total is None else trees.divided(total, weight, like)
+        total, weight = trees.accumulated(total, partial.tree), weight + partial.weight
+    return like if total is None else trees.quotient(total, weight, like)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 
 Tree = dict[str, Tensor]
+PIECE = 2**16  # elements
 
 
 def numel(tree: Mapping[str, Tensor]) -> int:
@@ -45,33 +46,43 @@ def under(tree: Mapping[str, Tensor], prefix: str) -> Tree:
     return {name[len(prefix) :]: tensor for name, tensor in tree.items() if name.startswith(prefix)}
 
 
-def scaled_sum(sum_: Mapping[str, Tensor] | None, tree: Mapping[str, Tensor], weight: float) -> Tree:
-    """`sum + weight * tree` in float64; `sum=None` starts a sum.
+def scaled_sum(sum_: Tree | None, tree: Mapping[str, Tensor], weight: float) -> Tree:
+    """`sum_ + weight * tree` in float64, written into `sum_`, which nobody else may hold; None starts a sum.
 
     Integers times float32 are exact in float64, so the mean of one tree, or of equal trees, is that tree bit by bit.
     """
     if sum_ is None:
-        return {name: tensor.detach().double() * weight for name, tensor in tree.items()}
+        return {name: tensor.detach().to(torch.float64, copy=True).mul_(weight) for name, tensor in tree.items()}
     _check_same_names(sum_, tree)
-    return {name: torch.add(sum_[name], tree[name].detach().double(), alpha=weight) for name in sum_}
+    for name, total in sum_.items():
+        # In pieces that stay in the cache: what is converted need not be written to memory and read again.
+        pieces = zip(total.view(-1).split(PIECE), tree[name].detach().reshape(-1).split(PIECE), strict=True)
+        for into, piece in pieces:
+            into.add_(piece.double(), alpha=weight)
+    return sum_
 
 
-def added(left: Mapping[str, Tensor] | None, right: Mapping[str, Tensor]) -> Tree:
-    """`left + right`; `left=None` stands for zero."""
+def accumulated(left: Tree | None, right: Mapping[str, Tensor]) -> Tree:
+    """`left + right`, written into `left`, which nobody else may hold; `left=None` starts with a copy of `right`.
+
+    One accumulator in memory, however many are added.
+    """
     if left is None:
-        return dict(right)
+        return {name: tensor.detach().clone() for name, tensor in right.items()}
     _check_same_names(left, right)
-    return {name: left[name] + right[name] for name in left}
+    for name, tensor in left.items():
+        tensor.add_(right[name])
+    return left
+
+
+def quotient(sum_: Tree, weight: float, like: Mapping[str, Tensor]) -> Tree:
+    """`sum_ / weight`, in the dtype of `like`. Empties `sum_`: tensor by tensor its memory is free again."""
+    return {name: sum_.pop(name).div_(weight).to(like[name].dtype) for name in list(sum_)}
 
 
 def _check_same_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
     if left.keys() != right.keys():
         raise ValueError(f"trees of different names cannot be added: {sorted(left.keys() ^ right.keys())[:4]}")
-
-
-def divided(sum_: Mapping[str, Tensor], weight: float, like: Mapping[str, Tensor]) -> Tree:
-    """`sum / weight`, in the dtype of `like`."""
-    return {name: (tensor / weight).to(like[name].dtype) for name, tensor in sum_.items()}
 
 
 def sha256(tree: Mapping[str, Tensor]) -> str:
