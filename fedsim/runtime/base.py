@@ -333,7 +333,12 @@ def chunks(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:
 
 
 def pin_threads() -> int:
-    """One thread of computation in this process, so that sums do not depend on the machine. Returns what was set."""
+    """One thread of computation in this process, so that sums do not depend on the machine. Returns what was set.
+
+    On a GPU: kernels that give the same bits again, where torch has them; it warns where it has none.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return before

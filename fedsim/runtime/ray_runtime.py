@@ -208,6 +208,8 @@ def _probed(call: Callable[[], Any]) -> Any:
 def options(request: Resources) -> dict[str, Any]:
     """What a host actor asks of Ray."""
     memory = {} if request.memory_mb is None else {"memory": int(request.memory_mb * 2**20)}
+    # cuBLAS gives the same bits again only with a workspace of fixed size, which it is told as a process begins.
+    repeatable = {"runtime_env": {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}} if request.num_gpus else {}
     return {
         "num_cpus": request.num_cpus,
         "num_gpus": request.num_gpus,
@@ -215,4 +217,5 @@ def options(request: Resources) -> dict[str, Any]:
         "max_task_retries": 0,
         "resources": dict(request.custom),
         **memory,
+        **repeatable,
     }
