@@ -264,7 +264,8 @@ class Aggregator:
         """Scores of participants, noted in their rows, and of the server's own model where there is one."""
         context = self._context(round)
         payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(scored), context)
-        for replies in self._awaited(self.call("score", round, payloads)):
+        again = dataclasses.replace(self.policy, together=None)  # nobody trains
+        for replies in self._awaited(self.call("score", round, payloads, policy=again)):
             self._note(replies, rows)
         with self._spending("compute"):
             model = self.experiment.algorithm.server_model(self.state, context)

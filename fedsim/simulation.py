@@ -109,7 +109,10 @@ def run(
             progress.finished(row)
     except Exception as error:
         reason = error.text if isinstance(error, ParticipantError) else last_line(error)
-        store.finish(about(wall_seconds=store.wall_seconds, error=_short(error)))
+        try:
+            store.finish(about(wall_seconds=store.wall_seconds, error=_short(error)))
+        except OSError as also:  # what came first is what is raised
+            reason = f"{reason}\nand the row that says so is missing: {also}"
         progress.failed(reason)
         raise RunFailed(run_id, _short(error)) from error
     finally:

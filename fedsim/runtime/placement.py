@@ -18,6 +18,7 @@ class Capacity:
     cpus: float | None
     gpus: Sequence[float]  # free part of each GPU
     memory_mb: float
+    custom: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the whole, by name
     share: int = 1  # runs at once: this is what there is for each of them
 
 
@@ -42,7 +43,8 @@ def part_of(capacity: Capacity, share: int) -> Capacity:
     else:
         gpus = [1.0 / math.ceil(share / devices)] if devices else []
     cpus = None if capacity.cpus is None else capacity.cpus / share
-    return Capacity(cpus, gpus, capacity.memory_mb / share, share)
+    custom = {name: amount / share for name, amount in capacity.custom.items()}
+    return Capacity(cpus, gpus, capacity.memory_mb / share, custom, share)
 
 
 def most_cpus(participants: int, num_cpus: float, hosts: int | None, cores: int) -> float:
@@ -84,10 +86,12 @@ def grouped(resources: Mapping[int, Resources], ids: Sequence[int], hosts: int) 
 def largest(requests: Sequence[Resources]) -> Resources:
     """The request that covers each of several, one at a time."""
     memory = [request.memory_mb for request in requests if request.memory_mb is not None]
+    names = sorted({name for request in requests for name, _ in request.custom})
     return Resources(
         max(request.num_cpus for request in requests),
         max(request.num_gpus for request in requests),
         max(memory) if memory else None,
+        tuple((name, max(dict(request.custom).get(name, 0.0) for request in requests)) for name in names),
     )
 
 
@@ -100,6 +104,10 @@ def misfit(requests: Sequence[Resources], capacity: Capacity) -> str | None:
     memory = sum(max(request.memory_mb or 0.0, HOST_MB) for request in requests)
     if memory > capacity.memory_mb:
         return f"{len(requests)} hosts need {memory:.0f} MB of memory, but {capacity.memory_mb:.0f} MB are free{each}"
+    for name in sorted({name for request in requests for name, _ in request.custom}):
+        amount, there = sum(dict(request.custom).get(name, 0.0) for request in requests), capacity.custom.get(name, 0.0)
+        if amount > there + 1e-9:
+            return f"{len(requests)} hosts ask for {amount:g} of the resource {name!r}, but there are {there:g}{each}"
     if not packs([request.num_gpus for request in requests], capacity.gpus):
         asked = ", ".join(f"{request.num_gpus:g}" for request in requests)
         return (
@@ -114,7 +122,9 @@ def refuse_what_cannot_fit(requests: Sequence[Resources], capacity: Capacity) ->
     reason = misfit(requests, capacity)
     if reason is not None:
         fewer = "--hosts" if capacity.share == 1 else "--hosts or --jobs"
-        raise ValueError(f"{reason}: ask for less per participant (tiers.N.num_gpus, num_cpus) or for fewer {fewer}")
+        raise ValueError(
+            f"{reason}: ask for less per participant (tiers.N.num_gpus, num_cpus, resources) or for fewer {fewer}"
+        )
 
 
 def packs(requests: Sequence[float], devices: Sequence[float]) -> bool:

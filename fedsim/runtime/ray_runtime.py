@@ -155,7 +155,7 @@ class RayRuntime(Runtime):
             if self.share == 1:  # with others beside it, what is free says nothing of what is this run's part
                 own = self.plan.requests if self.plan is not None else ()
                 cpus = ray.available_resources().get("CPU", 0.0) + sum(request.num_cpus for request in own)
-            return Capacity(cpus, [1.0] * int(total.get("GPU", 0.0)), total.get("memory", 0.0) / 2**20)
+            return Capacity(cpus, [1.0] * int(total.get("GPU", 0.0)), total.get("memory", 0.0) / 2**20, total)
         gpus = torch.cuda.device_count() if self.num_gpus is None else self.num_gpus
         return Capacity(None, [1.0] * gpus, psutil.virtual_memory().total / 2**20)
 
