@@ -1,0 +1,36 @@
+"""How many hosts there are and what each asks for: by hand, and refused with both numbers."""
+
+import pytest
+
+from fedsim.runtime.base import Resources
+from fedsim.runtime.placement import Capacity, largest, part_of, plan
+
+
+FARM = Resources(custom=(("farm", 1.0),))
+
+
+def test_a_host_asks_for_the_most_that_any_of_its_participants_asks_for() -> None:
+    several = [Resources(1.0, 0.5, 100.0), Resources(2.0, custom=(("rack", 1.0),)), FARM]
+    one = largest(several)
+    assert one == Resources(2.0, 0.5, 100.0, (("farm", 1.0), ("rack", 1.0)))
+    assert all(one.covers(each) for each in several)
+
+
+def test_custom_resources_decide_how_many_hosts_fit() -> None:
+    four, there = dict.fromkeys(range(4), FARM), Capacity(8.0, [], 1e5, {"farm": 2.0, "CPU": 8.0})
+    fits = plan(four, None, there, 8)
+    assert fits.groups == ((0, 1), (2, 3)) and all(request.custom == FARM.custom for request in fits.requests)
+    with pytest.raises(ValueError, match=r"4 hosts ask for 4 of the resource 'farm', but there are 2"):
+        plan(four, 4, there, 8)
+
+
+def test_resources_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 hosts ask for 1 of the resource 'farm', but there are 0"):
+        plan({0: FARM}, 1, Capacity(None, [], 1e5), 2)
+
+
+def test_several_runs_share_them() -> None:
+    part = part_of(Capacity(None, [], 1e5, {"farm": 2.0}), 2)
+    assert part.custom == {"farm": 1.0}
+    with pytest.raises(ValueError, match=r"'farm', but there are 1 for each of 2 jobs"):
+        plan(dict.fromkeys(range(2), FARM), 2, part, 2)
