@@ -225,6 +225,9 @@ class _Asking:
         if not self.pushes and self.later:
             self._push([self.later.pop(0)], alone=True)
         waited_for = [*self.pushes, *self.call.returning]
+        if not waited_for:
+            ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)
+            raise RuntimeError(f"no host asked for what participants {ids} ask for")
         ready, _ = ray.wait(waited_for, num_returns=1, timeout=START_SECONDS if not self.pushes else None)
         if not ready:
             ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)

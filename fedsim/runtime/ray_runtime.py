@@ -10,6 +10,7 @@ of times, counted), and the objects it needs are built from the factories that c
 import contextlib
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,9 @@ from fedsim.runtime.joining import join
 from fedsim.runtime.placement import Capacity, Plan, part_of, plan
 from fedsim.runtime.private_ray import start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
+
+
+RELEASE_SECONDS = 10.0  # in which Ray lets go of what actors held that were killed
 
 
 class RayRuntime(Runtime):
@@ -140,19 +144,29 @@ class RayRuntime(Runtime):
 
     def _planned(self, resources: Mapping[int, Resources]) -> Plan:
         cores = max(1, (os.cpu_count() or 1) // self.share)
-        capacity = part_of(self._capacity(), self.share)
-        result = plan(resources, self.hosts, capacity, cores)
+        whole = part_of(self._capacity(free=False), self.share)
+        result = plan(resources, self.hosts, whole, cores)  # what does not fit at all is refused at once
+        end = time.monotonic() + RELEASE_SECONDS
+        while True:  # what runs before this one held may not have been let go of yet
+            try:
+                result = plan(resources, self.hosts, part_of(self._capacity(), self.share), cores)
+                break
+            except ValueError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
         largest_host = max(len(group) for group in result.groups)
         if largest_host > 1 and result != self.plan:
             self.say(f"{len(resources)} participants share {len(result.groups)} hosts, up to {largest_host} on each")
         return result
 
-    def _capacity(self) -> Capacity:
+    def _capacity(self, free: bool = True) -> Capacity:
+        """What there is; of CPUs those that are `free`, or all of them."""
         if not self.private:
             self._join()
             total = ray.cluster_resources()
             cpus = total.get("CPU", 0.0)
-            if self.share == 1:  # with others beside it, what is free says nothing of what is this run's part
+            if free and self.share == 1:  # with others beside it, what is free says nothing of what is this run's part
                 own = self.plan.requests if self.plan is not None else ()
                 cpus = ray.available_resources().get("CPU", 0.0) + sum(request.num_cpus for request in own)
             return Capacity(cpus, [1.0] * int(total.get("GPU", 0.0)), total.get("memory", 0.0) / 2**20, total)
