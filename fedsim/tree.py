@@ -52,7 +52,11 @@ def scaled_sum(sum_: Tree | None, tree: Mapping[str, Tensor], weight: float) -> 
     Integers times float32 are exact in float64, so the mean of one tree, or of equal trees, is that tree bit by bit.
     """
     if sum_ is None:
-        return {name: tensor.detach().to(torch.float64, copy=True).mul_(weight) for name, tensor in tree.items()}
+        # Contiguous, as a transposed tensor is not: the pieces below are views of it.
+        first = {
+            name: torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device) for name, tensor in tree.items()
+        }
+        return {name: total.copy_(tree[name].detach()).mul_(weight) for name, total in first.items()}
     _check_same_names(sum_, tree)
     for name, total in sum_.items():
         # In pieces that stay in the cache: what is converted need not be written to memory and read again.

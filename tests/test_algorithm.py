@@ -80,6 +80,17 @@ def test_weighted_sum_by_hand() -> None:
     assert_equal(partial.tree, {"w": torch.tensor([16.0, 8.0]).double(), "b": torch.tensor(4.0).double()})
 
 
+def test_how_a_tensor_lies_in_memory_does_not_matter_to_a_sum() -> None:
+    """A grown matrix may come out transposed: its strides are not those of the matrix written row by row."""
+    rows = torch.arange(6.0).reshape(2, 3)
+    columns = rows.t().contiguous().t()
+    assert columns.equal(rows)
+    assert not columns.is_contiguous()
+    for first, second in ((rows, columns), (columns, rows), (columns, columns)):
+        partial = weighted_sum([ClientUpdate(0, {"w": first}, 1), ClientUpdate(1, {"w": second}, 2)])
+        assert_equal(partial.tree, {"w": 3 * rows.double()})
+
+
 @pytest.mark.parametrize("algorithm", AVERAGING, ids=lambda algorithm: algorithm.name)
 def test_algorithms_that_average_do_so_over_the_cohort(algorithm: Algorithm) -> None:
     updates = [update(0, [1.0, 8.0], -2.0, 1), update(1, [5.0, 0.0], 2.0, 3)]

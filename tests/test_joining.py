@@ -11,7 +11,7 @@ from ray.exceptions import AuthenticationError
 
 from fedsim.cli import main
 from fedsim.runtime import joining
-from fedsim.runtime.joining import join
+from fedsim.runtime.joining import expect_connected, join
 
 
 @pytest.fixture
@@ -97,6 +97,15 @@ def test_what_ray_refuses(
     answering(listening, b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
     with pytest.raises(ValueError, match=said):
         join(address_of(listening))
+
+
+@pytest.mark.ray
+def test_a_process_is_in_one_cluster_only(cluster: None, listening: socket.socket) -> None:
+    here = ray.get_runtime_context().gcs_address
+    for same in (None, "auto", here):
+        expect_connected(same)
+    with pytest.raises(ValueError, match=f"this process is connected to {here} already"):
+        expect_connected(address_of(listening))
 
 
 def test_the_command_ends_with_2_before_anything_starts(listening: socket.socket, tmp_path, capsys) -> None:

@@ -53,6 +53,26 @@ def join(address: str | None) -> None:
     raise ValueError(f"--address={address!r}: no Ray cluster answers there ({reason})") from reason
 
 
+def expect_connected(address: str | None) -> None:
+    """**Raises:** `ValueError` if HOST:PORT is not the cluster this process is connected to: it can be in one only."""
+    if address in (None, "auto"):
+        return
+    there = ray.get_runtime_context().gcs_address
+    if _resolved(address) != _resolved(there):
+        raise ValueError(
+            f"--address={address!r}: this process is connected to {there} already; disconnect it (ray.shutdown()), or "
+            "leave the address out to use that cluster"
+        )
+
+
+def _resolved(address: str) -> str:
+    """IP:PORT of HOST:PORT, where its name is known."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError):
+        host = socket.gethostbyname(host)
+    return f"{host}:{port}"
+
+
 def _expect_rpc(address: str) -> None:
     """**Raises:** `ValueError` if nothing that speaks Ray's protocol answers at HOST:PORT within `ANSWER_SECONDS`."""
     host, _, port = address.rpartition(":")

@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
-from fedsim.runtime.joining import join
+from fedsim.runtime.joining import expect_connected, join
 from fedsim.runtime.placement import Capacity, Plan, part_of, plan
 from fedsim.runtime.private_ray import start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
@@ -174,11 +174,11 @@ class RayRuntime(Runtime):
         return Capacity(None, [1.0] * gpus, psutil.virtual_memory().total / 2**20)
 
     def _join(self) -> None:
-        if ray.is_initialized():
-            use_tensor_views()
-            return
-        join(self.address)
-        self.connected = True
+        if not ray.is_initialized():
+            join(self.address)
+            self.connected = True
+        elif not self.connected:
+            expect_connected(self.address)
         use_tensor_views()
 
     def _connect(self, wanted: Plan) -> None:
