@@ -20,6 +20,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # speed is measu
 hypothesis.settings.load_profile("untimed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests on Ray share one Ray. They come last; of several processes that test, one has them all, and first."""
     one_of_several = hasattr(config, "workerinput")
