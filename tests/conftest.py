@@ -30,6 +30,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Several processes that test must not start a Ray each: pytest-xdist names the group at the end of a test's id."""
+    if hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup"):
+        marked = [item.nodeid for item in session.items if item.get_closest_marker("ray") is not None]
+        assert all(nodeid.endswith("@ray") for nodeid in marked), "pytest-xdist does not group tests"
+
+
 @pytest.fixture(scope="session")
 def tiny_settings() -> list[str]:
     """Words for `--set` that turn `benchmarks.suites:tiny` into `tiny_experiment`."""
