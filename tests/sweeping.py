@@ -34,7 +34,7 @@ FORKING = multiprocessing.get_context("forkserver")
 
 def start_server() -> None:
     """Start the server that forks sweeps, their workers, and those of this process. It ends with this process."""
-    FORKING.set_forkserver_preload([__name__, "transformers.models.vit.modeling_vit", "sklearn.datasets"])
+    FORKING.set_forkserver_preload([__name__, "transformers.models.vit.modeling_vit"])
     forkserver.ensure_running()
 
 

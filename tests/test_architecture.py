@@ -127,7 +127,7 @@ def test_roles_know_the_seam_but_no_runtime(module: str) -> None:
 
 def test_ray_stays_out_until_it_is_chosen() -> None:
     program = (
-        "import sys, fedsim, fedgrow_algo.fedgrow, baselines.fedavg, fedsim.simulation, fedsim.cli, benchmarks.suites; "
+        "import sys, fedgrow_algo.fedgrow, baselines.fedavg, fedsim.commands, fedsim.simulation, benchmarks.suites; "
         "from fedsim.runtime import make_runtime; make_runtime('inline').close(); "
         "sys.exit('ray' in sys.modules)"
     )

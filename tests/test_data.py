@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fedsim.data import config as config_module
-from fedsim.data import files, text
+from fedsim.data import embedded, files, text
 from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, Dataset, cifar10, digits, load, pydoc, sst2
 
@@ -305,6 +305,16 @@ def test_tokens_outside_the_promised_vocabulary_are_refused(tmp_path, monkeypatc
 )
 def test_kind_is_known_without_data(config, kind, vocab_size):
     assert (config.kind, config.vocab_size) == (kind, vocab_size)
+
+
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    theirs: Any = load_digits()
+    images, labels, is_test = embedded.digits()
+    assert labels.tolist() == theirs.target.tolist()
+    assert is_test.sum() == sum(round(0.2 * number) for number in np.bincount(theirs.target))
+    assert images.tolist() == np.rint(theirs.images * 255 / 16).tolist()
 
 
 def test_every_embedded_set_has_a_constructor_of_its_kind():

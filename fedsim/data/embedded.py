@@ -3,6 +3,9 @@
 Both return plain tensors with the examples in a fixed order and say which of them are test examples.
 """
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,11 +24,9 @@ def digits(test_share: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
     **Returns:** images, uint8 `(N, 8, 8)` (the set's 0..16 scaled to 0..255 and rounded); labels, int64 `(N,)`; test
     flags, bool `(N,)`, set on the same share of each class.
     """
-    from sklearn.datasets import load_digits
-
-    bunch: dict = load_digits()  # pyright: ignore[reportAssignmentType]
-    images_NHW = np.rint(bunch["images"] * (255 / 16)).astype(np.uint8)
-    labels_N = bunch["target"].astype(np.int64)
+    table = np.loadtxt(_digits_file(), delimiter=",")
+    images_NHW = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels_N = table[:, -1].astype(np.int64)
 
     rng = numpy_generator(SPLIT_SEED, "embedded_digits")
     test_N = np.zeros(len(labels_N), dtype=bool)
@@ -34,6 +35,14 @@ def digits(test_share: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
         held = min(max(1, round(test_share * len(members))), len(members) - 1)
         test_N[members[:held]] = True
     return torch.from_numpy(images_NHW), torch.from_numpy(labels_N), torch.from_numpy(test_N)
+
+
+def _digits_file() -> Path:
+    """What `sklearn.datasets.load_digits` reads: 64 pixels and the label a line. Every host reads it, and to import
+    scikit-learn takes ten times as long."""
+    package = find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations is not None, "a dependency of this package"
+    return Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
 
 
 def pydoc(max_length: int, test_share: float = 0.2) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from fedsim.runtime.base import Runtime
 
+if TYPE_CHECKING:
+    from fedsim.runtime.base import Runtime
 
 RUNTIMES = ("ray", "inline")
 
@@ -23,7 +25,7 @@ def make_runtime(
     gpus: int | None = None,
     share: int = 1,
     say: Callable[[str], None] = silent,
-) -> Runtime:
+) -> "Runtime":
     """A runtime by name; all but `name` concerns Ray alone.
 
     - `gpus`: logical GPUs of a private Ray. - `share`: runs at once, each with an equal part of what there is.
@@ -57,9 +59,23 @@ class Choice:
         """
         return "forkserver" if self.name == "inline" else "spawn"
 
-    def __call__(self) -> Runtime:
+    def __call__(self) -> "Runtime":
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return make_runtime(**arguments)
+
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """If it will be a private Ray, that comes up meanwhile; it is ended with the context if nobody has taken it."""
+        if self.name == "inline" or self.address is not None:
+            yield
+            return
+        from fedsim.runtime import rising
+
+        rising.rise(max(os.cpu_count() or 1, self.hosts or 0), self.gpus)
+        try:
+            yield
+        finally:
+            rising.give_up()
 
     @contextlib.contextmanager
     def shared(self, jobs: int, demands: Sequence[tuple[int, float]]) -> Iterator["Choice"]:

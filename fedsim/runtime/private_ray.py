@@ -8,12 +8,24 @@ from collections.abc import Iterator
 import psutil
 import ray
 
+from fedsim.runtime.rising import is_rising, take
+
 
 def start_private(cpus: float, gpus: int | None) -> None:
-    """Start a Ray and connect this process to it; `ray.shutdown()` ends it.
+    """Start a Ray, or take the one that was begun (`rising`), and connect this process; `ray.shutdown()` ends it.
 
-    - `cpus`: logical CPUs. - `gpus`: logical GPUs; None: those there are.
+    - `cpus`: logical CPUs, at least. - `gpus`: logical GPUs; None: those there are.
     """
+    begun = take()
+    if begun is not None and begun.up():
+        if begun.cpus >= cpus and begun.gpus == gpus:
+            return
+        ray.shutdown()
+    connect_private(cpus, gpus)
+
+
+def connect_private(cpus: float, gpus: int | None) -> None:
+    """Start a Ray and connect this process to it."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
         address="local",
@@ -30,7 +42,7 @@ def start_private(cpus: float, gpus: int | None) -> None:
 def shared_ray(cpus: float, gpus: int | None) -> Iterator[str]:
     """The address of a Ray that processes of this user can join: the one this process is connected to, if it is, else
     a private Ray (`start_private`) that ends with the context."""
-    own = not ray.is_initialized()
+    own = is_rising() or not ray.is_initialized()
     if own:
         start_private(cpus, gpus)
     try:

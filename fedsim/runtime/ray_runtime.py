@@ -26,6 +26,7 @@ from fedsim.runtime.joining import expect_connected, join
 from fedsim.runtime.placement import Capacity, Plan, part_of, plan
 from fedsim.runtime.private_ray import start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
+from fedsim.runtime.rising import is_rising
 
 
 RELEASE_SECONDS = 10.0  # in which Ray lets go of what actors held that were killed
@@ -59,7 +60,7 @@ class RayRuntime(Runtime):
         self.server: Any = None
         self.plan: Plan | None = None
         self.connected = False  # by this object, which then also disconnects
-        self.private = address is None and not ray.is_initialized()
+        self.private = address is None and (is_rising() or not ray.is_initialized())
 
     def start(
         self,

@@ -1,0 +1,61 @@
+"""A private Ray that comes up while its process is still importing: of the seconds to the first round, a fourth."""
+
+import threading
+
+
+class Rising:
+    """A private Ray, started in a thread of its own.
+
+    The thread lives as long as the process: Ray ties what it starts to the life of the thread that started it.
+    """
+
+    def __init__(self, cpus: float, gpus: int | None) -> None:
+        self.cpus, self.gpus = cpus, gpus
+        self.error: BaseException | None = None
+        self.settled = threading.Event()
+        threading.Thread(target=self._start, daemon=True).start()
+
+    def _start(self) -> None:
+        try:
+            from fedsim.runtime.private_ray import connect_private  # imports ray, beside what the others import
+
+            connect_private(self.cpus, self.gpus)
+        except BaseException as error:
+            self.error = error  # whoever needs a Ray tries again, and is told
+        self.settled.set()
+        threading.Event().wait()
+
+    def up(self) -> bool:
+        """Wait for it. **Returns:** whether it is there."""
+        self.settled.wait()
+        return self.error is None
+
+
+_rising: Rising | None = None  # until somebody takes it
+
+
+def rise(cpus: float, gpus: int | None) -> None:
+    """Begin to start a private Ray with these logical CPUs and GPUs (None: those there are)."""
+    global _rising
+    _rising = Rising(cpus, gpus)
+
+
+def is_rising() -> bool:
+    """Whether one was begun that nobody has taken."""
+    return _rising is not None
+
+
+def take() -> Rising | None:
+    """The one that was begun; the caller ends it, once it is up."""
+    global _rising
+    taken, _rising = _rising, None
+    return taken
+
+
+def give_up() -> None:
+    """End what was begun, unless somebody took it."""
+    left = take()
+    if left is not None and left.up():
+        import ray
+
+        ray.shutdown()
