@@ -164,9 +164,13 @@ class Lent(Runtime):
         """Its owner closes it."""
 
 
-def small() -> Experiment:
-    """The tiny experiment for three rounds and six participants: chunks of two meet one, two and four hosts unlike."""
-    return replace(with_settings(tiny(), TINY_SETTINGS), participants=6, rounds=3)
+def small(family: str = "tests.light_family") -> Experiment:
+    """The tiny experiment for three rounds and six participants: chunks of two meet one, two and four hosts unlike.
+
+    Its family is one that hosts, of which many are killed, need not import Hugging Face for.
+    """
+    settings = [*TINY_SETTINGS, f"task.family={family}"]
+    return replace(with_settings(tiny(), settings), participants=6, rounds=3)
 
 
 def without_federation() -> Experiment:

@@ -34,12 +34,12 @@ FORKING = multiprocessing.get_context("forkserver")
 
 def start_server() -> None:
     """Start the server that forks sweeps, their workers, and those of this process. It ends with this process."""
-    FORKING.set_forkserver_preload([__name__, "transformers.models.vit.modeling_vit"])
+    FORKING.set_forkserver_preload([__name__, "tests.light_family"])
     forkserver.ensure_running()
 
 
 def growing() -> Experiment:
-    return with_settings(tiny(), TINY_SETTINGS)
+    return with_settings(tiny(), [*TINY_SETTINGS, "task.family=tests.light_family"])
 
 
 def averaging(rounds: int = 2) -> Experiment:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from fedsim.models import Family, Form, Inputs, families, get_family
+from fedsim.models.declare import stacked
 from fedsim.submodel import join_fused, split_fused, split_specs
 from fedsim.task import Task
 from fedsim.tree import Tree
@@ -391,3 +392,8 @@ def test_a_config_of_another_family_has_no_form(name: str):
         if other != ROWS[name].config.family:
             with pytest.raises(ValueError, match=f"config.model_type='{config.model_type}': must be '{other}'"):
                 get_family(other).form(config)
+
+
+def test_a_name_outside_the_stack_and_within_a_block_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"norm\.weight: outside the stack and within a block"):
+        stacked(Form(8, 2), {"norm.weight": ("*embed",)}, "blocks.", {"norm.weight": ("*embed",)})

@@ -21,7 +21,7 @@ from fedsim.algorithm import Algorithm, ClientUpdate, weighted_mean
 from fedsim.experiment import Experiment
 from fedsim.runner import run_all
 from fedsim.runtime.inline import InlineRuntime
-from tests.disturbed import TINY_SETTINGS, Disturbed, Lent, marks, small
+from tests.disturbed import Disturbed, Lent, marks, small
 
 
 pytestmark = pytest.mark.ray
@@ -171,28 +171,40 @@ def test_node_removed_in_a_round_and_another_added(clustered, undisturbed):
     assert met(clustered) and hashes(clustered / "losing") == undisturbed
 
 
+@pytest.mark.slow
+def test_object_store_that_is_too_small_spills(clustered, tmp_path):
+    assert "Spilled" in (clustered / "memory").read_text()
+    assert run_all([echoing()], out=tmp_path, make_runtime=InlineRuntime) == []
+    assert hashes(clustered / "echoing") == hashes(tmp_path) and len(hashes(tmp_path)) == 2
+
+
 def on_a_cluster(folder: str) -> None:
-    """Two runs on a Ray of a head and another node: four hosts, two on each; then two, on a node that is removed."""
+    """Runs on a Ray of a head and another node with small object stores: two with four hosts, two on each node, of
+    which the second sends more than the stores can hold; then one with two hosts on a node that is removed."""
     import ray
     from ray._private import state
+    from ray._private.internal_api import memory_summary
     from ray.cluster_utils import Cluster
 
     from fedsim.runtime.ray_runtime import RayRuntime
 
     here = Path(folder)
     missed = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 3}
-    head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "_system_config": missed}
-    farm: dict[str, Any] = {"num_cpus": 2, "num_gpus": 0, "resources": {"farm": 2}}
+    little: dict[str, Any] = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20}
+    head: dict[str, Any] = little | {"include_dashboard": False, "_system_config": missed}
+    farm: dict[str, Any] = little | {"resources": {"farm": 2}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     node = cluster.add_node(**farm)
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         runtime = RayRuntime(hosts=4)
         with contextlib.closing(runtime):
-            tiers = tuple(replace(tier, num_cpus=1.0) for tier in small().tiers)
-            experiment = replace(small(), tiers=tiers)
-            failures = run_all([experiment], out=here / "four", make_runtime=lambda: Lent(runtime))
-            assert failures == [], failures
+            for name, experiment in (("four", small()), ("echoing", echoing())):
+                tiers = tuple(replace(tier, num_cpus=1.0) for tier in experiment.tiers)
+                experiment = replace(experiment, tiers=tiers)
+                failures = run_all([experiment], out=here / name, make_runtime=lambda: Lent(runtime))
+                assert failures == [], failures
+            (here / "memory").write_text(memory_summary(address=cluster.address, stats_only=True))
             where = [state.actors(actor._actor_id.hex())["Address"]["NodeID"] for actor in runtime.actors]
             (here / "nodes").write_text(" ".join(map(str, sorted(sorted({*where}).index(one) + 1 for one in where))))
 
@@ -208,39 +220,6 @@ def on_a_cluster(folder: str) -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
-
-
-@pytest.mark.slow
-def test_object_store_that_is_too_small_spills(tmp_path):
-    said = elsewhere("in_a_small_store", tmp_path)
-    assert "Spilled" in said, said
-    assert hashes(tmp_path / "ray") == hashes(tmp_path / "inline")
-    assert len(hashes(tmp_path / "ray")) == 2
-
-
-def in_a_small_store(folder: str) -> None:
-    """A run of large payloads and updates, inline and on a Ray with little room for them. Prints Ray's accounts."""
-    import ray
-    from ray._private.internal_api import memory_summary
-
-    from fedsim.runtime.ray_runtime import RayRuntime
-
-    base = replace(small(), participants=8, rounds=1, algorithm=Echo(4 * 10**6))
-    assert run_all([base], out=Path(folder) / "inline", make_runtime=InlineRuntime) == []
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        object_store_memory=80 * 1024**2,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    try:
-        failures = run_all([base], out=Path(folder) / "ray", make_runtime=lambda: RayRuntime(hosts=2))
-        print(memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True))
-        assert failures == [], failures
-    finally:
-        ray.shutdown()
 
 
 @dataclass(frozen=True)
@@ -267,6 +246,11 @@ class Echo(Algorithm):
 
     def client_model(self, payload, state, ctx):
         return ctx.task.module(ctx.info.form, ctx.task.fresh(ctx.info.form, 0))
+
+
+def echoing() -> Experiment:
+    """A run of large payloads and updates."""
+    return replace(small(), participants=8, rounds=1, algorithm=Echo(4 * 10**6))
 
 
 # disks and neighbours -------------------------------------------------------------------------------------------------
@@ -307,7 +291,7 @@ def test_two_runs_at_the_same_time_leave_nothing_behind(tmp_path):
         working.mkdir()
         places = {"TMPDIR": temporary, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         outs = [tmp_path / "first", tmp_path / "second"]
-        words = ("run", "benchmarks.suites:tiny", "--hosts", "1", "--set", *TINY_SETTINGS, "rounds=1")
+        words = ("run", "tests.disturbed:small", "--hosts", "1", "--set", "rounds=1")
         running = [
             subprocess.Popen(
                 [sys.executable, "-m", "fedsim", *words, "--out", str(out)],

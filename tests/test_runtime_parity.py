@@ -32,6 +32,13 @@ def inline(reference) -> Results:
     return fedsim.load(reference)
 
 
+def test_models_of_hugging_face_give_the_same_bits_too(on_hosts, tmp_path):
+    experiment = dataclasses.replace(small("vit"), rounds=2)
+    here = results_of([experiment], tmp_path / "here", InlineRuntime)
+    there = results_of([experiment], tmp_path / "there", on_hosts(2))
+    assert sha256s(here) == sha256s(there) and len(sha256s(there)) == 3
+
+
 @pytest.mark.parametrize("hosts", [2, 4, 1])
 def test_state_is_equal_bit_by_bit_in_every_round(on_hosts, inline, tmp_path, hosts):
     results = results_of([small(), without_federation()], tmp_path, on_hosts(hosts))
@@ -58,7 +65,7 @@ def test_runtime_counts_the_bytes_that_participants_count(inline):
 
 
 def test_batched_participants_give_equal_bits_everywhere_and_the_others_to_rounding(on_hosts, tmp_path):
-    alike = dataclasses.replace(small(), tiers=small().tiers[:1], chunk=3, rounds=2)
+    alike = dataclasses.replace(small("vit"), tiers=small().tiers[:1], chunk=3, rounds=2)
     together = dataclasses.replace(alike, batched=True)
     apart = results_of([alike], tmp_path / "apart", InlineRuntime).rounds
     here = results_of([together], tmp_path / "here", InlineRuntime)

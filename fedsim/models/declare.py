@@ -69,7 +69,12 @@ def chosen(inputs: Inputs, accepted: Mapping[str, Accepted]) -> dict[str, Any]:
 
 
 def stacked(form: Form, outside: Dims, prefix: str, block: Dims) -> dict[str, ParamSpec]:
-    """The named axes of a model: parameters outside the stack, then `prefix + number + "." + role` in every block."""
+    """The named axes of a model: parameters outside the stack, then `prefix + number + "." + role` in every block.
+
+    **Raises:** `ValueError` for a name that is in both tables: parameters of one role are grown as one.
+    """
+    if both := sorted(outside.keys() & block.keys()):
+        raise ValueError(f"{', '.join(both)}: outside the stack and within a block; names must differ")
     specs = {name: ParamSpec(dims, None, name) for name, dims in outside.items()}
     for layer in range(form.depth):
         specs |= {f"{prefix}{layer}.{role}": ParamSpec(dims, layer, role) for role, dims in block.items()}
