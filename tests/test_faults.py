@@ -57,6 +57,7 @@ def test_aggregator_killed_in_a_round(two_hosts, undisturbed, tmp_path, make):
     failures = run_all([experiment], out=tmp_path / "out", make_runtime=two_hosts)
     assert failures == [] and (tmp_path / "happened").exists()
     assert hashes(tmp_path / "out") == undisturbed[experiment.algorithm.name]
+    assert fedsim.load(tmp_path / "out").rounds.retries.tolist() == [0, 0, 1, 0]
 
 
 def test_host_that_keeps_dying_ends_the_run_and_loses_nothing(two_hosts, undisturbed, tmp_path):

@@ -2,9 +2,13 @@
 
 import importlib.util
 import io
+import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from rich.console import Console
 
 import fedsim
@@ -15,6 +19,7 @@ from fedsim.progress import OneByOne
 from fedsim.runner import run_all
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.tensorboard import SCALARS, Boards
+from tests.disturbed import small
 
 
 PHASES = [f"{phase}_seconds" for phase in ("broadcast", "compute", "sum", "write", "idle")]
@@ -77,6 +82,40 @@ def test_the_command_prints_and_writes_both(tiny_settings: list[str], tmp_path: 
     assert main([*words, "--profile", "--tensorboard"]) == 0
     assert "seconds of a round" in capsys.readouterr().out
     assert len(list((tmp_path / "tensorboard").glob("*/events*"))) == 1
+
+
+def told_to_ray() -> dict[str, float]:
+    """What this machine's Ray exports for Prometheus of runs: each series, with its labels, and its value."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    series = (line.rpartition(" ") for line in lines if line.startswith("ray_fedsim_"))
+    return {name: float(value) for name, _, value in series}
+
+
+@pytest.mark.ray
+def test_ray_is_told_of_rounds_bytes_and_how_busy_hosts_were(two_hosts: Any, tmp_path: Path) -> None:
+    (before, wanted), seen = (told_to_ray(), small().rounds + 1), dict[str, float]()
+    assert run_all([small()], out=tmp_path, make_runtime=two_hosts) == []
+
+    def risen(metric: str, *labels: str) -> float:
+        """By how much a metric is higher now, in series that have these labels."""
+        names = [name for name in seen if name.startswith(metric + "{") and all(label in name for label in labels)]
+        return sum(seen[name] - before.get(name, 0.0) for name in names)
+
+    end = time.monotonic() + 60
+    while risen("ray_fedsim_rounds_total") < wanted and time.monotonic() < end:
+        time.sleep(0.2)
+        seen = told_to_ray()
+    rounds = fedsim.load(tmp_path).rounds
+    assert risen("ray_fedsim_rounds_total") == wanted
+    assert risen("ray_fedsim_bytes_total", 'direction="up"') == rounds.bytes_up.sum() > 0
+    assert risen("ray_fedsim_bytes_total", 'direction="down"') == rounds.bytes_down.sum() > 0
+    assert risen("ray_fedsim_bytes_moved_total") == rounds.bytes_moved.sum()
+    assert risen("ray_fedsim_retries_total") == 0
+    (utilisation,) = {value for name, value in seen.items() if name.startswith("ray_fedsim_utilisation{")}
+    assert 0 < utilisation <= 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -107,19 +107,22 @@ class Server:
 
     def __init__(self) -> None:
         use_tensor_views()
-        self.token, self.aggregator, self.call = "", None, None
+        self.token, self.aggregator = "", None
+        self.call: Any = None
         self.metrics = Metrics()
 
-    def invoke(self, token: str, made_of: list, method: str, args: tuple) -> Any:
+    def invoke(self, token: str, made_of: list, method: str, args: tuple, lost: int) -> Any:
         """Call a method of the aggregator, made first if this process does not hold it.
 
         - `made_of`: a reference, inside a list, to what makes the aggregator and to the call it is given.
+        - `lost`: times that this was asked of an aggregator that was then lost.
         """
         pin_threads()
         if token != self.token:
             make: Callable[[Call], Any]
             make, self.call = ray.get(made_of[0])
             self.aggregator, self.token = make(self.call), token
+        self.call.lost = lost
         started = time.perf_counter()
         answer = getattr(self.aggregator, method)(*args)
         self.metrics.note(self.call, time.perf_counter() - started)

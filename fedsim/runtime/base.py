@@ -114,7 +114,8 @@ class Call(Protocol):
         ...
 
     def retries(self) -> int:
-        """Calls that had to be repeated since the last reset: their host was lost, or the policy says so."""
+        """Calls that had to be repeated since the last reset: their host was lost, or the policy says so; and one for
+        each time that the aggregator was lost, which calls everybody again."""
         ...
 
     def places(self) -> Mapping[int, Mapping[str, Any]]:
@@ -271,6 +272,7 @@ class Ledger:
     """The counts a `Call` keeps."""
 
     def __init__(self) -> None:
+        self.lost = 0  # times that the aggregator was lost in the round under way, with what it had counted
         self.reset()
 
     def reset(self) -> None:
@@ -315,7 +317,7 @@ class Ledger:
         return self._moved
 
     def retries(self) -> int:
-        return self._retries
+        return self._retries + self.lost
 
     def places(self) -> Mapping[int, Mapping[str, Any]]:
         return self._places

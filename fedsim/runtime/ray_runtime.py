@@ -93,7 +93,7 @@ class RayRuntime(Runtime):
         if not self.made_of:
             self.made_of = [self._put()]
         for attempt in range(1, ATTEMPTS + 1):
-            reference = self.server.invoke.remote(self.token, self.made_of, method, args)
+            reference = self.server.invoke.remote(self.token, self.made_of, method, args, attempt - 1)
             try:
                 while not ray.wait([reference], timeout=0.25)[0]:
                     if watch is not None:
