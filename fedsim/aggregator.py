@@ -298,12 +298,15 @@ def coverage(covered: Tree | None) -> dict[str, float | None]:
 
 def combined_work(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """A participant's row after one more call in the same round: seconds and FLOPs add up, marks take the highest."""
+    if "train_seconds" not in row:  # its first
+        scored_only = {"train_seconds": 0.0} if "accuracy" in more else {}
+        return {"flops": 0, "begun_flops": 0, "trainable_params": 0} | row | more | scored_only
     merged = row | {name: value for name, value in more.items() if value is not None or name not in row}
     for name in ("flops", "begun_flops", "trainable_params"):
         merged[name] = row.get(name, 0) + more.get(name, 0)
     if "accuracy" in more:
-        merged["train_seconds"] = row.get("train_seconds", 0.0)  # scoring is not training
+        merged["train_seconds"] = row["train_seconds"]  # scoring is not training
     else:
-        merged["train_seconds"] = row.get("train_seconds", 0.0) + more["train_seconds"]
+        merged["train_seconds"] = row["train_seconds"] + more["train_seconds"]
     merged["peak_memory_bytes"] = max(row.get("peak_memory_bytes") or 0, more["peak_memory_bytes"] or 0) or None
     return merged

@@ -239,27 +239,38 @@ def replace_table(directory: Path, table: str, run_id: str, content: pa.Table) -
 
 def arrow_of(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Rows of one run as a table of the right schema, checked as `write_table` says."""
-    schema = TABLES[table]
-    names = set(schema.names)
+    names = set(TABLES[table].names)
     for row in rows:
         if row.keys() != names:
-            missing, unknown = names - set(row), set(row) - names
-            assert not missing, f"{table}: a row lacks the columns {sorted(missing)}"
-            assert not unknown, f"{table}: a row has the unknown columns {sorted(unknown)}"
-        assert row["run_id"] == run_id, f"{table}: a row of run {row['run_id']!r} in the file of run {run_id!r}"
-    columns = []
+            _check_names(table, set(row))
+    return arrow_of_columns(table, run_id, {name: [row[name] for row in rows] for name in names})
+
+
+def arrow_of_columns(table: str, run_id: str, columns: Mapping[str, Sequence]) -> pa.Table:
+    """The same from columns."""
+    schema = TABLES[table]
+    _check_names(table, set(columns))
+    others = {run for run in columns["run_id"] if run != run_id}
+    assert not others, f"{table}: a row of run {min(others)!r} in the file of run {run_id!r}"
+    arrays = []
     for field in schema:
-        values = [row[field.name] for row in rows]
+        values = columns[field.name]
         assert field.nullable or None not in values, f"{table}: column {field.name!r} must not be null"
         if field.type == pa.int64():  # pyarrow would cut 1.5 down to 1 without a word
-            whole = {kind for kind in set(map(type, values)) if issubclass(kind, Integral | type(None))}
-            odd = [value for value in values if type(value) not in whole]
-            assert not odd, f"{table}: column {field.name!r} must hold int64, got {odd[0]!r}"
+            odd = {kind for kind in set(map(type, values)) if not issubclass(kind, Integral | type(None))}
+            first = next((value for value in values if type(value) in odd), None) if odd else None
+            assert not odd, f"{table}: column {field.name!r} must hold int64, got {first!r}"
         try:
-            columns.append(pa.array(values, field.type))
+            arrays.append(pa.array(values, field.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise AssertionError(f"{table}: column {field.name!r} must hold {field.type}: {error}") from error
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _check_names(table: str, found: set[str]) -> None:
+    names = set(TABLES[table].names)
+    assert not names - found, f"{table}: a row lacks the columns {sorted(names - found)}"
+    assert not found - names, f"{table}: a row has the unknown columns {sorted(found - names)}"
 
 
 def arrow_of_run(directory: Path, table: str, run_id: str, last: int) -> pa.Table:

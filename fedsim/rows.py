@@ -16,49 +16,52 @@ from fedsim.runtime.base import PHASES
 Row = dict[str, Any]
 
 
-def client_rows(
+def client_columns(
     experiment: Experiment, run_id: str, population: Sequence[Member], round: int, noted: Mapping[int, Mapping]
-) -> list[Row]:
-    """One row a participant that trained or was scored in this round."""
-    rows = []
-    for id_ in sorted(noted):
-        note, info = noted[id_], population[id_].info
-        rows.append(
-            {
-                "run_id": run_id,
-                "algorithm": experiment.algorithm.name,
-                "seed": experiment.seed,
-                "round": round,
-                "client": id_,
-                "tier": info.tier,
-                "num_examples": info.num_examples,
-                "num_test_examples": note.get("num_test_examples"),
-                "accuracy": note.get("accuracy"),
-                "accuracy_local": note.get("accuracy_local"),
-                "accuracy_val": note.get("accuracy_val"),
-                "loss": note.get("loss"),
-                "train_loss": note.get("train_loss"),
-                "bytes_up": note.get("bytes_up", 0),
-                "bytes_down": note.get("bytes_down", 0),
-                "train_seconds": note.get("train_seconds"),
-                "flops": note.get("flops"),
-                "peak_memory_bytes": note.get("peak_memory_bytes"),
-                "host": None if note.get("host") is None else str(note["host"]),
-                "node": note.get("node"),
-                "retries": note.get("retries", 0),
-                "stage": stage_of(experiment, round),
-                "model": str(info.form),
-                "trainable_params": note.get("trainable_params"),
-                "upload_params": note.get("upload_params"),
-                "precision": note.get("precision"),
-                "recall": note.get("recall"),
-                "f1": note.get("f1"),
-                "small_sha256": note.get("small_sha256"),
-                "simulated_seconds": note.get("simulated_seconds"),
-                "outcome": outcome(note),
-            }
-        )
-    return rows
+) -> dict[str, list]:
+    """The participants that trained or were scored in this round, column by column: there may be thousands."""
+    ids = sorted(noted)
+    notes, infos = [noted[id_] for id_ in ids], [population[id_].info for id_ in ids]
+
+    def each(name: str, otherwise: int | None = None) -> list:
+        return [note.get(name, otherwise) for note in notes]
+
+    def all_alike(value: Any) -> list:
+        return [value] * len(ids)
+
+    return {
+        "run_id": all_alike(run_id),
+        "algorithm": all_alike(experiment.algorithm.name),
+        "seed": all_alike(experiment.seed),
+        "round": all_alike(round),
+        "client": ids,
+        "tier": [info.tier for info in infos],
+        "num_examples": [info.num_examples for info in infos],
+        "num_test_examples": each("num_test_examples"),
+        "accuracy": each("accuracy"),
+        "accuracy_local": each("accuracy_local"),
+        "accuracy_val": each("accuracy_val"),
+        "loss": each("loss"),
+        "train_loss": each("train_loss"),
+        "bytes_up": each("bytes_up", 0),
+        "bytes_down": each("bytes_down", 0),
+        "train_seconds": each("train_seconds"),
+        "flops": each("flops"),
+        "peak_memory_bytes": each("peak_memory_bytes"),
+        "host": [None if host is None else str(host) for host in each("host")],
+        "node": each("node"),
+        "retries": each("retries", 0),
+        "stage": all_alike(stage_of(experiment, round)),
+        "model": [str(info.form) for info in infos],
+        "trainable_params": each("trainable_params"),
+        "upload_params": each("upload_params"),
+        "precision": each("precision"),
+        "recall": each("recall"),
+        "f1": each("f1"),
+        "small_sha256": each("small_sha256"),
+        "simulated_seconds": each("simulated_seconds"),
+        "outcome": [outcome(note) for note in notes],
+    }
 
 
 def outcome(note: Mapping[str, Any]) -> str | None:

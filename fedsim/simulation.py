@@ -13,7 +13,7 @@ from fedsim.gpu import with_gpu_fractions
 from fedsim.participant import Participant, last_line
 from fedsim.progress import Progress, Silent
 from fedsim.provenance import code_sha256
-from fedsim.rows import client_rows, profile_rows, round_row, run_row
+from fedsim.rows import client_columns, profile_rows, round_row, run_row
 from fedsim.runtime.base import Call, Resources, Runtime
 from fedsim.store import TOKENIZER, RunStore
 from fedsim.task import load_task
@@ -101,7 +101,7 @@ def run(
             before = store.rounds[-1] if store.rounds else None
             asked = time.perf_counter() - started
             row = round_row(experiment, run_id, round, turnout, report, before, asked)
-            store.commit(round, row, client_rows(experiment, run_id, population, round, report["rows"]))
+            store.commit(round, row, client_columns(experiment, run_id, population, round, report["rows"]))
             if profile:
                 seconds = time.perf_counter() - started
                 spent = {"driver": {"write": seconds - asked}} | report["spent"]

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,10 @@ class RunStore:
             )
         return self.last + 1
 
-    def commit(self, round: int, round_row: Row, client_rows: list[Row]) -> None:
+    def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""
         self.rounds.append(round_row)
-        added = results.arrow_of("clients", self.run_id, client_rows)
+        added = results.arrow_of_columns("clients", self.run_id, client_columns)
         self.clients = pa.concat_tables([self.clients, added])
         tables = {"clients": self.clients, "rounds": results.arrow_of("rounds", self.run_id, self.rounds)}
         with ThreadPoolExecutor(len(tables)) as pool:  # most of it is waiting for the disk

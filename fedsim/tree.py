@@ -1,7 +1,7 @@
 """Verbs on trees. A tree is a `dict[str, Tensor]`: a model, an operator, an update, a private state."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -51,19 +51,27 @@ def scaled_sum(sum_: Tree | None, tree: Mapping[str, Tensor], weight: float) -> 
 
     Integers times float32 are exact in float64, so the mean of one tree, or of equal trees, is that tree bit by bit.
     """
+    begun = sum_ is not None
     if sum_ is None:
         # Contiguous, as a transposed tensor is not: the pieces below are views of it.
-        first = {
+        sum_ = {
             name: torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device) for name, tensor in tree.items()
         }
-        return {name: total.copy_(tree[name].detach()).mul_(weight) for name, total in first.items()}
     _check_same_names(sum_, tree)
     for name, total in sum_.items():
-        # In pieces that stay in the cache: what is converted need not be written to memory and read again.
-        pieces = zip(total.view(-1).split(PIECE), tree[name].detach().reshape(-1).split(PIECE), strict=True)
-        for into, piece in pieces:
-            into.add_(piece.double(), alpha=weight)
+        for into, piece in _pieces(total, tree[name].detach()):
+            if begun:
+                into.add_(piece.double(), alpha=weight)
+            else:
+                torch.mul(piece.double(), weight, out=into)
     return sum_
+
+
+def _pieces(total: Tensor, added: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both in pieces that stay in the cache: what is converted need not be written to memory and read again."""
+    if total.numel() <= PIECE:
+        return [(total, added)]
+    return zip(total.view(-1).split(PIECE), added.reshape(-1).split(PIECE), strict=True)
 
 
 def accumulated(left: Tree | None, right: Mapping[str, Tensor]) -> Tree:

@@ -245,7 +245,7 @@ def failed(error: Exception) -> Failure:
     return Failure("".join(traceback.format_exception(error)), cause is not None)
 
 
-SCALARS = (str, int, float, bool, type(None))
+SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def tensor_bytes(value: Any) -> int:
@@ -253,19 +253,15 @@ def tensor_bytes(value: Any) -> int:
     kind = type(value)
     if kind in SCALARS:
         return 0
-    if kind is torch.Tensor:
+    if isinstance(value, torch.Tensor):
         return value.nbytes
-    if kind is dict:
-        return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
     if kind is list or kind is tuple:
         return sum(map(tensor_bytes, value))
     if hasattr(kind, "__dataclass_fields__"):
-        return sum([tensor_bytes(each) for each in vars(value).values() if type(each) not in SCALARS])
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(map(tensor_bytes, value.values()))
-    return 0
+        value = vars(value)
+    elif not isinstance(value, Mapping):
+        return 0
+    return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
 
 
 class Ledger:
