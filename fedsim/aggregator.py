@@ -19,6 +19,7 @@ from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, Paylo
 from fedsim.checkpoint import Versions
 from fedsim.cohort import Turnout
 from fedsim.devices import Device, begun_seconds, busy_seconds
+from fedsim.environment import use_large_pages
 from fedsim.experiment import Experiment
 from fedsim.participant import Reply
 from fedsim.runtime.base import PHASES, Call, Failure, Policy
@@ -93,6 +94,7 @@ class Aggregator:
     def __init__(
         self, experiment: Experiment, clients: Sequence[ClientInfo], data_dir: str | None, folder: str, call: Call
     ) -> None:
+        use_large_pages()
         tiers = {tier.name: tier.simulated for tier in experiment.tiers}
         self.devices = {client.id: tiers[client.tier] for client in clients}
         self.experiment, self.clients, self.data_dir, self.call = experiment, clients, data_dir, call

@@ -1,4 +1,4 @@
-"""The one place where environment variables are read."""
+"""The one place where environment variables are read, or set."""
 
 import os
 
@@ -20,3 +20,11 @@ def use_ray_token() -> None:
     named = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     if os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(named):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def use_large_pages() -> None:
+    """Have torch ask the system for large pages under large tensors. It looks when a process makes its first tensor.
+
+    Sums of updates are made anew in every round, and to map 80 MB in small pages takes longer than to add them up.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

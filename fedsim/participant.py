@@ -18,6 +18,7 @@ from fedsim.algorithm import ClientContext, ClientUpdate, Payload
 from fedsim.checkpoint import private_of
 from fedsim.cohort import Member
 from fedsim.data.config import PER_TOKEN, Split
+from fedsim.environment import use_large_pages
 from fedsim.experiment import Experiment
 from fedsim.task import Task, load_task, subset
 from fedsim.training import Meter, StepCost
@@ -55,6 +56,7 @@ class Participant:
     def __init__(
         self, experiment: Experiment, member: Member, data_dir: str | None, folder: str, counted: dict[tuple, StepCost]
     ) -> None:
+        use_large_pages()
         self.experiment, self.member, self.counted = experiment, member, counted
         self.data_dir = data_dir
         self.key = Meter.of(experiment.algorithm, counted).key
