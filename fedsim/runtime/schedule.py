@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 
 WORTH = 1.05  # a chunk is cut up where the call would else take longer than this many times the best
-WORTH_SECONDS = 0.02  # and at least so much longer: what is cut up travels as several updates, not as one sum
+WORTH_SECONDS = 0.02  # and at least so much longer: what is cut up travels as several updates, not as one sum, and
+# what is moved finds neither its state nor its data in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def assigned(
     """
     load = {host: (loads or {}).get(host, 0.0) for host in hosts}
     given: dict[int, list[int]] = {host: [] for host in load}
-    indifferent = (WORTH - 1) * sum(unit.seconds for unit in units) / max(1, len(load))
+    indifferent = max(WORTH_SECONDS, (WORTH - 1) * sum(unit.seconds for unit in units) / max(1, len(load)))
     for number in sorted(range(len(units)), key=lambda number: (-units[number].seconds, number)):
         unit = units[number]
         ends = {host: load[host] + unit.seconds * slowness.get(host, 1.0) for host in load if host in unit.hosts}
