@@ -8,7 +8,7 @@ import contextlib
 import gc
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,18 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
 
-    def command() -> int:
-        with ray_ahead(options, console) if arguments is None else contextlib.nullcontext():
+    with contextlib.ExitStack() as afterwards:  # a Ray that nobody wants is ended when it has been said why
+
+        def command() -> int:
+            if arguments is None and "runtime" in options:
+                afterwards.enter_context(runtime_maker(options, console).ahead())
             return getattr(importlib.import_module("fedsim.commands"), options.command)(options, console)
 
-    return exit_status(command, console)
-
-
-@contextlib.contextmanager
-def ray_ahead(options: argparse.Namespace, console: Console) -> Iterator[None]:
-    """If the command will need a private Ray, it comes up meanwhile."""
-    with runtime_maker(options, console).ahead() if "runtime" in options else contextlib.nullcontext():
-        yield
+        return exit_status(command, console)
 
 
 def exit_status(command: Callable[[], int], console: Console) -> int:

@@ -192,11 +192,14 @@ def test_ctrl_c_leaves_what_was_finished_readable(
     assert list(load(tmp_path).rounds.state_sha256) == list(load(tiny_run).rounds.state_sha256)
 
 
-def test_python_m_fedsim_is_the_command() -> None:
+def test_python_m_fedsim_is_the_command_and_says_why_before_it_ends_its_ray() -> None:
     command = [sys.executable, "-m", "fedsim", "run", TINY, "--set", "roundz=1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --set roundz: no such field; did you mean rounds?\n"
+    here = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stderr.readline() == "error: --set roundz: no such field; did you mean rounds?\n"
+        assert process.poll() is None, "there is a Ray to be ended yet"
+        assert (process.stdout.read(), process.stderr.read(), process.wait()) == ("", "", 2)
 
 
 def test_clean_frees_checkpoints_of_finished_runs_and_keeps_the_tables(

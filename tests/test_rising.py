@@ -1,8 +1,11 @@
 """A private Ray that comes up beside the imports: who gets it, who ends it, and what is not waited for."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +39,11 @@ class Pretended:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
-    result = Pretended()
+    result, before = Pretended(), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(private_ray, "connect_private", result.start)
     monkeypatch.setattr(ray, "shutdown", result.end)
     yield result
+    signal.signal(signal.SIGTERM, before)
     assert not rising.is_rising(), "nothing is left for the next test"
 
 
@@ -73,6 +77,13 @@ def test_what_nobody_took_is_ended(pretended: Pretended) -> None:
         raise ValueError("a wrong request")
     begun, end = pretended.events
     assert begun in [(cpus, 0) for cpus in range(5, 1000)] and end == "end", "room for five hosts"
+
+
+def test_a_request_to_end_ends_ray_as_well(pretended: Pretended) -> None:
+    with pytest.raises(SystemExit), Choice("ray").ahead():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert pretended.events[-1] == "end"
 
 
 def test_only_a_private_ray_is_begun(pretended: Pretended) -> None:

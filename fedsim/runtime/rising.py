@@ -1,6 +1,9 @@
 """A private Ray that comes up while its process is still importing: of the seconds to the first round, a fourth."""
 
+import signal
+import sys
 import threading
+from types import FrameType
 
 
 class Rising:
@@ -35,9 +38,17 @@ _rising: Rising | None = None  # until somebody takes it
 
 
 def rise(cpus: float, gpus: int | None) -> None:
-    """Begin to start a private Ray with these logical CPUs and GPUs (None: those there are)."""
+    """Begin to start a private Ray with these logical CPUs and GPUs (None: those there are). Main thread only.
+
+    From then on SIGTERM ends this process in order, Ray included. Ray sees to it only where the main thread starts it.
+    """
     global _rising
+    signal.signal(signal.SIGTERM, _exit)
     _rising = Rising(cpus, gpus)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(number)
 
 
 def is_rising() -> bool:
