@@ -35,18 +35,23 @@ class Versions:
     """
 
     def __init__(self, folder: str | Path, name: str) -> None:
-        self.folder, self.name = Path(folder), name
-        self.pattern = re.compile(re.escape(name) + r"\.(\d+)\.safetensors")
+        self.place, self.name = os.fspath(folder), name  # as text: there may be thousands, most of which hold nothing
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.place)
 
     def path(self, version: int) -> Path:
         return self.folder / f"{self.name}.{version}.safetensors"
 
     def stored(self) -> list[int]:
         """Versions on disk, oldest first."""
-        if not self.folder.is_dir():
+        try:
+            names = os.listdir(self.place)
+        except FileNotFoundError:
             return []
-        found = (self.pattern.fullmatch(entry.name) for entry in self.folder.iterdir())
-        return sorted(int(match.group(1)) for match in found if match)
+        pattern = re.compile(re.escape(self.name) + r"\.(\d+)\.safetensors")
+        return sorted(int(match.group(1)) for match in map(pattern.fullmatch, names) if match)
 
     def save(self, version: int, tree: Tree, metadata: Mapping[str, str] | None = None) -> None:
         """Write a version, then delete those nobody can ask for any more."""
@@ -87,7 +92,7 @@ class Versions:
 
 def private_of(folder: str | Path, participant: int) -> Versions:
     """A participant's private state, in a folder of its own: saving lists a folder, and there may be thousands."""
-    return Versions(Path(folder) / str(participant), "state")
+    return Versions(f"{os.fspath(folder)}/{participant}", "state")
 
 
 def read_json(path: Path) -> dict | None:

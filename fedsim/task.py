@@ -263,7 +263,7 @@ def load_task(config: TaskConfig, data_dir: str | None) -> Task:
 
 def subset(split: Split, index: np.ndarray) -> Split:
     """The examples of one shard."""
-    chosen = torch.tensor(index, dtype=torch.long)  # a copy: what Ray holds may not be written to, and torch would warn
+    chosen = torch.from_numpy(np.array(index, np.int64))  # a copy: torch would warn of what Ray holds
     inputs = {name: tensor[chosen] for name, tensor in split.inputs.items()}
     groups = None if split.groups is None else split.groups[chosen]
     return Split(inputs, split.labels[chosen], groups)
