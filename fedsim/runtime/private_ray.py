@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psutil
 import ray
 
-from fedsim.runtime.rising import is_rising, take
+from fedsim.runtime.rising import end_in_order, is_rising, take
 
 
 def start_private(cpus: float, gpus: int | None) -> None:
@@ -17,11 +17,13 @@ def start_private(cpus: float, gpus: int | None) -> None:
     - `cpus`: logical CPUs, at least. - `gpus`: logical GPUs; None: those there are.
     """
     begun = take()
-    if begun is not None and begun.up():
-        if begun.cpus >= cpus and begun.gpus == gpus:
-            return
+    there = begun is not None and begun.up()
+    does = begun is not None and begun.cpus >= cpus and begun.gpus == gpus
+    if there and not does:
         ray.shutdown()
-    connect_private(cpus, gpus)
+    if not (there and does):
+        connect_private(cpus, gpus)
+    end_in_order()
 
 
 def connect_private(cpus: float, gpus: int | None) -> None:

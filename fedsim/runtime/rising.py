@@ -38,13 +38,16 @@ _rising: Rising | None = None  # until somebody takes it
 
 
 def rise(cpus: float, gpus: int | None) -> None:
-    """Begin to start a private Ray with these logical CPUs and GPUs (None: those there are). Main thread only.
-
-    From then on SIGTERM ends this process in order, Ray included. Ray sees to it only where the main thread starts it.
-    """
+    """Begin to start a private Ray with these logical CPUs and GPUs (None: those there are)."""
     global _rising
-    signal.signal(signal.SIGTERM, _exit)
+    end_in_order()
     _rising = Rising(cpus, gpus)
+
+
+def end_in_order() -> None:
+    """Have SIGTERM end this process by way of its `finally` clauses, Ray included; connected, Ray would abort it."""
+    if threading.current_thread() is threading.main_thread():  # nobody else may
+        signal.signal(signal.SIGTERM, _exit)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
