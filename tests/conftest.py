@@ -1,5 +1,7 @@
 """Fixtures that several test modules share."""
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,7 +87,10 @@ def cluster() -> Iterator[None]:
         address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, _system_config=often
     )
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():  # Ray does not wait for all that it ends: not a leak of what is tested
+        warnings.simplefilter("ignore", ResourceWarning)
+        ray.shutdown()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
