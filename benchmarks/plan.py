@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from fedsim.data.source import load
 from fedsim.experiment import Experiment
 from fedsim.progress import label_of
 from fedsim.provenance import code_sha256
+from fedsim.storage import Place
 from fedsim.store import RunStore
 from fedsim.task import Task
 
@@ -176,7 +176,7 @@ def _seconds_of_scoring(
 def print_plan(
     wanted: Mapping[str, Sequence[Experiment]],
     *,
-    out: Path,
+    out: Place,
     data_dir: str | None,
     machine: Machine,
     console: Console,
@@ -210,7 +210,7 @@ def _say(line: str, console: Console) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _finished(experiments: Sequence[Experiment], out: Path) -> set[str]:
+def _finished(experiments: Sequence[Experiment], out: Place) -> set[str]:
     """Ids of the runs that a sweep would skip."""
     if not out.exists():
         return set()

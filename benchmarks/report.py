@@ -6,7 +6,6 @@ config.
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +45,7 @@ from benchmarks.tables import (
     summary,
 )
 from fedsim.results import Results, load
+from fedsim.storage import Place, place, sent, write_atomically
 
 
 Row = Mapping[str, Any]
@@ -268,7 +268,7 @@ def html_report(results: Results, title: str) -> str:
     return as_html(title, blocks_of(results, read(results), []))
 
 
-def write_report(directory: Path, out: Path | None = None, results: Results | None = None) -> Path:
+def write_report(directory: Place, out: Path | None = None, results: Results | None = None) -> Place:
     """Write the page of a results folder and return where: by default `report.html` in it.
 
     Beside it, under the same name, the same as Markdown (`.md`, with a folder of figures). Each is replaced atomically.
@@ -277,23 +277,19 @@ def write_report(directory: Path, out: Path | None = None, results: Results | No
     results = results or load(directory)
     command = shlex.join(["python", "benchmarks/report.py", str(directory), *(["--out", str(path)] if out else [])])
     title, blocks = f"fedsim: {directory.resolve().name}", blocks_of(results, read(results), [command])
-    figures = path.with_name(f"{path.stem}_figures")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_figures(figures, blocks)
-    _replace(path.with_suffix(".md"), as_markdown(title, blocks, figures.name))
-    _replace(path, as_html(title, blocks))
+    with sent(path.parent) as folder:
+        figures = folder / f"{path.stem}_figures"
+        write_figures(figures, blocks)
+        write_atomically(folder / f"{path.stem}.md", as_markdown(title, blocks, figures.name).encode())
+        write_atomically(folder / path.name, as_html(title, blocks).encode())
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report.py", description="Turn a results folder into one page.")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a folder written by sweep.py or `fedsim run`")
+    parser.add_argument(
+        "directory", metavar="DIR", help="a folder (or s3://, gs://) written by sweep.py or `fedsim run`"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE.html", help="default: DIR/report.html; FILE.md goes beside it"
     )
@@ -302,12 +298,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"report.py: --out={str(arguments.out)!r}: must end with .html", file=sys.stderr)
         return 2
     try:
-        results = load(arguments.directory)
+        directory = place(arguments.directory)
+        results = load(directory)
     except ValueError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
     try:
-        print(write_report(arguments.directory, arguments.out, results))
+        print(write_report(directory, arguments.out, results))
     except OSError as error:
         print(f"report.py: the report could not be written: {error}", file=sys.stderr)
         return 1

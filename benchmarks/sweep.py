@@ -27,6 +27,7 @@ from fedsim.experiment import Experiment, nearest, with_settings  # noqa: E402
 from fedsim.profile import print_profile  # noqa: E402
 from fedsim.progress import label_of, overview_for  # noqa: E402
 from fedsim.runner import check_data, locked, run_all  # noqa: E402
+from fedsim.storage import place  # noqa: E402
 from fedsim.tensorboard import Boards, check_tensorboard  # noqa: E402
 
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="benchmarks/sweep.py", description=__doc__)
     command.add_argument("--suite", nargs="+", default=["quick"], metavar="NAME")
-    command.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<suite>)")
+    command.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs:// (default: results/<suite>)")
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     command.add_argument("--only", nargs="+", metavar="ALGORITHM", help="leave the other algorithms out")
     command.add_argument("--data", nargs="+", metavar="NAME", help="leave the other data sets out")
@@ -65,7 +66,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -
     if options.jobs < 1:
         raise ValueError(f"--jobs={options.jobs}: must be at least 1")
     wanted = {spelled(name): experiments_of(name, options) for name in options.suite}
-    out, data_dir = options.out or Path("results") / "+".join(wanted), environment.data_dir()
+    out, data_dir = place(options.out or Path("results") / "+".join(wanted)), environment.data_dir()
     if options.dry_run:
         machine = Machine(options.runtime, options.hosts, options.jobs, os.cpu_count() or 1)
         print_plan(wanted, out=out, data_dir=data_dir, machine=machine, console=console)

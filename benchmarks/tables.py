@@ -5,7 +5,6 @@ import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -30,6 +29,7 @@ from benchmarks.readings import (
     records,
 )
 from fedsim.results import Results
+from fedsim.storage import Place
 
 
 # What must be said wherever a method's numbers are.
@@ -324,7 +324,7 @@ def markdown(results: Results, columns: Mapping[str, Callable[[Row], str]] = COM
 
 
 def print_summary(
-    results: Results, *, directory: Path | None = None, report: Path | None = None, console: Console | None = None
+    results: Results, *, directory: Place | None = None, report: Place | None = None, console: Console | None = None
 ) -> None:
     """The summary on the terminal, in 120 columns, then the notes and where the tables and the report lie."""
     console = console or Console()

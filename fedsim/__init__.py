@@ -4,20 +4,20 @@
 Ray is imported only by runs that use it.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from fedsim.experiment import Experiment
     from fedsim.results import Results
+    from fedsim.storage import Place
 
 __version__ = "0.1.0"
 __all__ = ["load", "run"]
 
 
-def load(directory: "Path | str") -> "Results":
-    """`.runs`, `.rounds`, `.clients` of a results folder, as pandas frames.
+def load(directory: "Place | str") -> "Results":
+    """`.runs`, `.rounds`, `.clients` of a results folder (a path, `s3://...` or `gs://...`), as pandas frames.
 
     **Raises:** `ValueError` for a folder without results, or naming a file that cannot be read.
     """
@@ -29,7 +29,7 @@ def load(directory: "Path | str") -> "Results":
 def run(
     experiment: "Experiment",
     *,
-    out: "Path | str",
+    out: "Place | str",
     runtime: str = "inline",
     hosts: int | None = None,
     address: str | None = None,
@@ -44,8 +44,9 @@ def run(
     from fedsim import environment
     from fedsim.runner import check_data, check_folder, locked, run_all
     from fedsim.runtime import make_runtime
+    from fedsim.storage import place
 
-    folder, data_dir, console = Path(out), environment.data_dir(), Console()
+    folder, data_dir, console = place(out), environment.data_dir(), Console()
     check_data([experiment], data_dir)
     with locked(folder):
         check_folder(folder, [experiment], resume=True)

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -98,7 +97,7 @@ class Aggregator:
         tiers = {tier.name: tier.simulated for tier in experiment.tiers}
         self.devices = {client.id: tiers[client.tier] for client in clients}
         self.experiment, self.clients, self.data_dir, self.call = experiment, clients, data_dir, call
-        self.versions = Versions(Path(folder), "server")
+        self.versions = Versions(folder, "server")
         self.round: int | None = None
         self.spent: dict[str, float] = dict.fromkeys((*PHASES, "idle"), 0.0)  # seconds of the round under way
         self.policy = Policy(experiment.on_error == "retry", together if experiment.batched else None)

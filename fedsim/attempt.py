@@ -4,7 +4,6 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -14,6 +13,7 @@ from fedsim.participant import last_line
 from fedsim.progress import Progress
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed
+from fedsim.storage import Place, Remote
 
 
 LOCK_SECONDS = 30.0  # in which a worker of a sweep that was killed must have noticed
@@ -32,7 +32,7 @@ class Todo:
 def attempt(
     compute: Compute,
     todo: Todo,
-    out: Path,
+    out: Place,
     runtime: Callable[[], Runtime],
     progress: Progress,
     worker: bool = False,
@@ -53,12 +53,15 @@ def attempt(
 
 
 @contextlib.contextmanager
-def _alone_with(run_id: str, out: Path, worker: bool) -> Iterator[None]:
+def _alone_with(run_id: str, out: Place, worker: bool) -> Iterator[None]:
     """Hold a run's lock, which only workers make: the folder's is held by who hands out runs, and if that process is
-    killed, its workers live a moment longer.
+    killed, its workers live a moment longer. In an object store they are gone before its lock is taken over.
 
     **Raises:** `RuntimeError` if another process keeps the lock.
     """
+    if isinstance(out, Remote):
+        yield
+        return
     path = out / "checkpoints" / f".{run_id}.lock"
     if worker:
         path.parent.mkdir(parents=True, exist_ok=True)

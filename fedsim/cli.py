@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment (or each of a list) into a results folder")
     add_experiment(run)
     add_runtime(run)
-    run.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<function>)")
+    run.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs:// (default: results/<function>)")
     run.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     run.set_defaults(command="run_command")
 
@@ -71,14 +71,14 @@ def parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command="inspect_command")
 
     exporting = commands.add_parser("export", help="write a participant's grown model as a Hugging Face folder")
-    exporting.add_argument("directory", type=Path, metavar="DIR", help="results folder")
+    exporting.add_argument("directory", metavar="DIR", help="results folder")
     exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
     exporting.add_argument("--participant", type=int, required=True, metavar="I")
     exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     exporting.set_defaults(command="export_command")
 
     cleaning = commands.add_parser("clean", help="delete checkpoints of finished runs; tables stay")
-    cleaning.add_argument("directory", type=Path, metavar="DIR", help="results folder")
+    cleaning.add_argument("directory", metavar="DIR", help="results folder")
     cleaning.add_argument("--unfinished", action="store_true", help="also of runs that could be resumed")
     cleaning.set_defaults(command="clean_command")
     return top

@@ -17,6 +17,7 @@ from fedsim.profile import print_profile
 from fedsim.progress import OneByOne, label_of
 from fedsim.results import load
 from fedsim.runner import check_data, check_folder, locked, run_all
+from fedsim.storage import place
 from fedsim.store import clean, runs_in
 from fedsim.tensorboard import Boards
 from fedsim.training import StepCost
@@ -24,7 +25,7 @@ from fedsim.training import StepCost
 
 def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
-    out = options.out or Path("results") / options.target.partition(":")[2]
+    out = place(options.out or Path("results") / options.target.partition(":")[2])
     make, data_dir, typed = runtime_maker(options, console), environment.data_dir(), ["fedsim", *options.words]
     overview = Boards(OneByOne(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
@@ -102,15 +103,16 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
 
 
 def export_command(options: argparse.Namespace, console: Console) -> int:
-    folder = export(options.directory, options.run, options.participant, options.to)
+    folder = export(place(options.directory), options.run, options.participant, options.to)
     console.print(f"written: {folder}", highlight=False, soft_wrap=True)
     return 0
 
 
 def clean_command(options: argparse.Namespace, console: Console) -> int:
-    runs_in(options.directory)  # a folder without results is refused before a lock is made in it
-    with locked(options.directory):
-        freed = clean(options.directory, unfinished=options.unfinished)
+    directory = place(options.directory)
+    runs_in(directory)  # a folder without results is refused before a lock is made in it
+    with locked(directory):
+        freed = clean(directory, unfinished=options.unfinished)
     console.print(f"freed {freed.bytes / 1e6:.1f} MB: checkpoints of {freed.runs} runs", highlight=False)
     if freed.unfinished:
         console.print(f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)", highlight=False)

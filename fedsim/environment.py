@@ -28,3 +28,13 @@ def use_large_pages() -> None:
     Sums of updates are made anew in every round, and to map 80 MB in small pages takes longer than to add them up.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def s3_endpoint() -> str | None:
+    """A server that speaks S3 and is not Amazon's: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def aws_region() -> str | None:
+    """`AWS_REGION`, `AWS_DEFAULT_REGION`."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None

@@ -18,6 +18,7 @@ from fedsim.data.source import Split
 from fedsim.experiment import Experiment, revived
 from fedsim.fields import refuse
 from fedsim.models import get_family
+from fedsim.storage import Place, fetched
 from fedsim.store import TOKENIZER
 from fedsim.task import Task
 from fedsim.training import Meter
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers.image_processing_backends import PilBackend
 
 
-def export(directory: Path, run_id: str | None, participant: int, to: Path) -> Path:
+def export(directory: Place, run_id: str | None, participant: int, to: Path) -> Path:
     """Write the model `participant` would deploy after a finished run; needs no data.
 
     **Raises:** `ValueError` naming what is not there: the run, the participant, its checkpoint, its tokenizer.
@@ -39,16 +40,18 @@ def export(directory: Path, run_id: str | None, participant: int, to: Path) -> P
         refuse("--participant", participant, f"from 0 to {experiment.participants - 1}")
     model, told = deployed(directory, run, experiment, participant)
     data = experiment.task.data
-    if bpe.parsed(data.tokenizer) is not None:
-        folder = directory / "checkpoints" / run["run_id"] / TOKENIZER
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: the tokenizer that was trained for the run is not there any more")
-        data = replace(data, tokenizer=str(folder))
-    write(model, data, card.card(told), to)
+    if bpe.parsed(data.tokenizer) is None:
+        write(model, data, card.card(told), to)
+        return to
+    folder = directory / "checkpoints" / run["run_id"] / TOKENIZER
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: the tokenizer that was trained for the run is not there any more")
+    with fetched(folder) as here:
+        write(model, replace(data, tokenizer=str(here)), card.card(told), to)
     return to
 
 
-def finished_run(directory: Path, run_id: str | None) -> dict[str, Any]:
+def finished_run(directory: Place, run_id: str | None) -> dict[str, Any]:
     """The row of the `runs` table of a finished run in a results folder.
 
     **Raises:** `ValueError` if there is no such run, it failed, or there are several and none is named.
@@ -68,7 +71,7 @@ def finished_run(directory: Path, run_id: str | None) -> dict[str, Any]:
 
 
 def deployed(
-    directory: Path, run: dict[str, Any], experiment: Experiment, participant: int
+    directory: Place, run: dict[str, Any], experiment: Experiment, participant: int
 ) -> tuple["PreTrainedModel", card.Deployed]:
     """The model of one participant after the last round, made as it is made for scoring, and what its card tells.
 

@@ -19,15 +19,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from fedsim.attempt import Compute, Todo, attempt, opened
 from fedsim.experiment import Experiment
+from fedsim.locking import check_held
 from fedsim.progress import REDRAW_SECONDS, Overview, Silent
 from fedsim.provenance import code_sha256
 from fedsim.runtime import Choice
 from fedsim.simulation import COUNTED, RunFailed
+from fedsim.storage import Place
 from fedsim.store import RunStore
 
 
@@ -40,7 +41,7 @@ def run_at_once(
     jobs: int,
     choice: Choice,
     compute: Compute,
-    out: Path,
+    out: Place,
     overview: Overview,
     say: Callable[[str], None],
 ) -> list[RunFailed]:
@@ -63,6 +64,7 @@ def run_at_once(
                 while waiting and len(workers) < jobs:
                     workers.append(Worker(context, out, compute, shared))
                     workers[-1].give(waiting.popleft())
+                check_held(out)
                 for worker in _with_news(workers):
                     match worker.receive():
                         case ("tell", method, *arguments):
@@ -88,7 +90,7 @@ def run_at_once(
 class Worker:
     """A worker process, as this process sees it. `experiment`: what it computes; None once it has been let go."""
 
-    def __init__(self, context: Any, out: Path, compute: Compute, choice: Choice) -> None:
+    def __init__(self, context: Any, out: Place, compute: Compute, choice: Choice) -> None:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, out, compute, choice), daemon=True)
         self.process.start()
@@ -119,7 +121,7 @@ def _with_news(workers: Sequence[Worker]) -> list[Worker]:
     return [worker for worker in workers if worker.connection in ready]
 
 
-def _bereaved(worker: Worker, out: Path, overview: Overview) -> list[RunFailed]:
+def _bereaved(worker: Worker, out: Place, overview: Overview) -> list[RunFailed]:
     """The run that ended with its worker, if there is one and it was not finished."""
     worker.process.join()
     experiment = worker.experiment
@@ -148,7 +150,7 @@ def _end(processes: Sequence[Any], patience: float) -> None:
 # a worker -----------------------------------------------------------------------------------------------------------
 
 
-def _work(connection: Connection, out: Path, compute: Compute, choice: Choice) -> None:
+def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) -> None:
     """What a worker does: one run after another, until there is nothing left to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the process that hands out runs decides
     inbox: queue.SimpleQueue = queue.SimpleQueue()

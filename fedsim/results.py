@@ -12,7 +12,8 @@ folders (pandas, pyarrow, duckdb's `*.parquet`) leaves out.
 import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from fedsim.storage import AT_ONCE, Place, Remote, place, write_atomically
 
 
 SCHEMA_KEY = b"fedsim_schema"
@@ -169,7 +172,7 @@ class Results:
     `clients` is by far the largest; it is read when it is first asked for.
     """
 
-    directory: Path
+    directory: Place
     runs: pd.DataFrame
     rounds: pd.DataFrame
 
@@ -198,7 +201,7 @@ class Results:
         return _last_rows(self.directory)
 
 
-def write_table(directory: Path, table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_table(directory: Place, table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> Place:
     """Replace one run's part of a table by `rows`, atomically.
 
     **Arguments:**
@@ -213,27 +216,20 @@ def write_table(directory: Path, table: str, run_id: str, rows: Sequence[Mapping
     return replace_table(directory, table, run_id, arrow_of(table, run_id, rows))
 
 
-def replace_table(directory: Path, table: str, run_id: str, content: pa.Table) -> Path:
+def replace_table(directory: Place, table: str, run_id: str, content: pa.Table) -> Place:
     """`write_table` of rows that `arrow_of` has made."""
-    path = Path(directory) / table / f"{run_id}.parquet"
+    path = place(directory) / table / f"{run_id}.parquet"
     assert run_id and Path(run_id).name == run_id and run_id[0] not in "._", f"run_id {run_id!r} cannot name a file"
     # Serialised in memory, so that a disk that fills up fails in one plain write.
     buffer = pa.BufferOutputStream()
     pq.write_table(content, buffer, write_page_checksum=True)
-    # The name is fixed, so a leftover of a killed process is overwritten by the next attempt.
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"results not written: {error.strerror or error}", str(path)) from error
-    _sync_folder(path.parent)
+    if isinstance(path, Path):
+        _sync_folder(path.parent)
     return path
 
 
@@ -273,27 +269,27 @@ def _check_names(table: str, found: set[str]) -> None:
     assert not found - names, f"{table}: a row has the unknown columns {sorted(found - names)}"
 
 
-def arrow_of_run(directory: Path, table: str, run_id: str, last: int) -> pa.Table:
+def arrow_of_run(directory: Place, table: str, run_id: str, last: int) -> pa.Table:
     """One run's rows of a table up to round `last`, as they lie on disk; empty if it has none yet."""
-    path, schema = Path(directory) / table / f"{run_id}.parquet", TABLES[table]
+    path, schema = place(directory) / table / f"{run_id}.parquet", TABLES[table]
     part = _read_file(path, schema) if path.exists() else schema.empty_table()
     return part.filter(pa.array(part["round"].to_numpy() <= last))
 
 
-def read_table(directory: Path, table: str) -> pd.DataFrame:
+def read_table(directory: Place, table: str) -> pd.DataFrame:
     """All rows of one table, ordered by run id. Empty if only the other tables have rows yet.
 
     Raises `ValueError` for a folder without any results, a file that cannot be read, or one of a newer schema.
     """
-    schema = TABLES[table]
-    _check_has_results(Path(directory))
-    parts = [_read_file(path, schema) for path in _files(Path(directory), table)]
+    schema, folder = TABLES[table], place(directory)
+    _check_has_results(folder)
+    parts = _each(_files(folder, table), lambda path: _read_file(path, schema))
     return pa.concat_tables([schema.empty_table(), *parts]).to_pandas()
 
 
-def read_run(directory: Path, table: str, run_id: str) -> pd.DataFrame:
+def read_run(directory: Place, table: str, run_id: str) -> pd.DataFrame:
     """One run's rows of one table; empty if it has none yet."""
-    path, schema = Path(directory) / table / f"{run_id}.parquet", SCHEMAS[table]
+    path, schema = place(directory) / table / f"{run_id}.parquet", SCHEMAS[table]
     return (_read_file(path, schema) if path.exists() else schema.empty_table()).to_pandas()
 
 
@@ -307,26 +303,34 @@ def rows_of(frame: pd.DataFrame, table: str) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def load(directory: Path | str) -> Results:
+def load(directory: Place | str) -> Results:
     """The results of a folder that `fedsim run` or `benchmarks/sweep.py` wrote into."""
-    folder = Path(directory)
+    folder = place(directory)
     return Results(folder, read_table(folder, "runs"), read_table(folder, "rounds"))
 
 
-def _last_rows(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _last_rows(directory: Place) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`deployed` and `small_models` in one pass over the files of `clients`, a few columns of each."""
     hashed = ("run_id", "client", "small_sha256")
     scored, trained = (
         [pa.schema([CLIENTS.field(name) for name in names]).empty_table()] for names in (DEPLOYED, hashed)
     )
-    for path in _files(directory, "clients"):
-        part = _read_file(path, CLIENTS, tuple(dict.fromkeys((*DEPLOYED, *hashed))))
+    columns = tuple(dict.fromkeys((*DEPLOYED, *hashed)))
+    for part in _each(_files(directory, "clients"), lambda path: _read_file(path, CLIENTS, columns)):
         trained.append(part.select(hashed).filter(part["small_sha256"].is_valid()))
         part = part.select(DEPLOYED).filter(part["accuracy"].is_valid())
         if part.num_rows:
             rounds = part["round"].to_numpy()
             scored.append(part.filter(pa.array(rounds == rounds.max())))
     return pa.concat_tables(scored).to_pandas(), pa.concat_tables(trained).to_pandas()
+
+
+def _each(files: Sequence[Place], read: Callable[[Place], pa.Table]) -> Iterable[pa.Table]:
+    """What is read from each file, in order; from an object store, where one waits for every answer, many at once."""
+    if any(isinstance(file, Remote) for file in files):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(read, files))
+    return map(read, files)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -339,21 +343,22 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _files(directory: Path, table: str) -> list[Path]:
+def _files(directory: Place, table: str) -> Sequence[Place]:
     return sorted(path for path in (directory / table).glob("*.parquet") if path.name[0] not in "._")
 
 
-def _check_has_results(directory: Path) -> None:
+def _check_has_results(directory: Place) -> None:
     if not any(_files(directory, table) for table in SCHEMAS):
         what = "is not a folder" if not directory.is_dir() else "holds no results"
         looked_for = ", ".join(f"{table}/*.parquet" for table in SCHEMAS)
         raise ValueError(f"{directory} {what}: looked for {looked_for} in it")
 
 
-def _read_file(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+def _read_file(path: Place, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """A file's rows; of all columns, or of those named alone."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        source = path.system.open_input_file(path.path) if isinstance(path, Remote) else path
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
             _check_version(path, metadata.get(SCHEMA_KEY))
             known = set(file.schema_arrow.names)
@@ -371,7 +376,7 @@ def _read_file(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
     return _conform(path, part, kept)
 
 
-def _conform(path: Path, part: pa.Table, schema: pa.Schema) -> pa.Table:
+def _conform(path: Place, part: pa.Table, schema: pa.Schema) -> pa.Table:
     """Bring a file of this or an older schema to the columns of this one; what it did not know yet is null."""
     found = dict(zip(part.column_names, part.columns, strict=True))
     columns = []
@@ -385,7 +390,7 @@ def _conform(path: Path, part: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _check_version(path: Path, found: bytes | None) -> None:
+def _check_version(path: Place, found: bytes | None) -> None:
     if found is None or not found.isdigit():
         raise ValueError(f"{path} was not written by fedsim: its metadata has {SCHEMA_KEY.decode()} = {found!r}")
     if int(found) > SCHEMA_VERSION:

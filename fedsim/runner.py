@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -10,12 +9,14 @@ from fedsim.attempt import Todo, attempt, opened
 from fedsim.cohort import check_checkpoints, members
 from fedsim.experiment import Experiment
 from fedsim.jobs import run_at_once
+from fedsim.locking import locked
 from fedsim.progress import OneByOne, Overview, Progress, overview_for
 from fedsim.provenance import code_sha256
 from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
-from fedsim.store import RunStore, locked, run_ids_in
+from fedsim.storage import Place
+from fedsim.store import RunStore, run_ids_in
 from fedsim.task import load_task
 
 
@@ -29,7 +30,7 @@ def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
         members(experiment, load_task(experiment.task, data_dir))
 
 
-def check_folder(out: Path, experiments: Sequence[Experiment], resume: bool) -> None:
+def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) -> None:
     """Refuse (`ValueError`) a folder that holds other experiments, or an unfinished run that is not to be resumed."""
     wanted = {experiment.run_id: experiment for experiment in experiments}
     others = sorted(run_ids_in(out) - set(wanted))
@@ -49,7 +50,7 @@ def check_folder(out: Path, experiments: Sequence[Experiment], resume: bool) -> 
 def run_all(
     experiments: Sequence[Experiment],
     *,
-    out: Path,
+    out: Place,
     make_runtime: Callable[[], Runtime],
     suite: str = "",
     data_dir: str | None = None,

@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from fedsim.aggregator import Aggregator, ParticipantError
 from fedsim.cohort import Member, federation_sha256, label_histograms, members, scored_in, turnout_of
@@ -15,6 +14,7 @@ from fedsim.progress import Progress, Silent
 from fedsim.provenance import code_sha256
 from fedsim.rows import client_columns, profile_rows, round_row, run_row
 from fedsim.runtime.base import Call, Resources, Runtime
+from fedsim.storage import Place, sent
 from fedsim.store import TOKENIZER, RunStore
 from fedsim.task import load_task
 from fedsim.training import StepCost
@@ -40,7 +40,7 @@ def run(
     experiment: Experiment,
     *,
     runtime: Runtime,
-    out: Path,
+    out: Place,
     suite: str = "",
     resume: bool = False,
     data_dir: str | None = None,
@@ -80,7 +80,8 @@ def run(
     store = RunStore(out, run_id, code)
     first = store.open(resume)
     if task.dataset is not None and task.dataset.tokenizer is not None:
-        task.dataset.tokenizer.save_pretrained(folder / TOKENIZER)
+        with sent(folder / TOKENIZER) as here:
+            task.dataset.tokenizer.save_pretrained(here)
     about = functools.partial(
         run_row,
         experiment,

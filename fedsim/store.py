@@ -7,51 +7,29 @@ DIR/checkpoints/<run_id>/private/<participant>/state.<r>.safetensors
 DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
 """
 
-import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from fedsim import results
-from fedsim.checkpoint import read_json, write_atomically
+from fedsim.checkpoint import read_json
+from fedsim.locking import check_held
 from fedsim.rows import Row
+from fedsim.storage import Place, delete, size_of, write_atomically
 
 
 TOKENIZER = "tokenizer"  # the folder's name
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold a results folder: one process at a time writes to it.
-
-    **Raises:** `ValueError` if another process holds it, or it cannot be written to.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"--out={str(directory)!r}: another process is writing to this folder") from None
-    except OSError as error:
-        raise ValueError(f"--out={str(directory)!r}: not a folder that can be written to ({error})") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class RunStore:
     """Reads and writes what belongs to one run."""
 
-    def __init__(self, directory: Path, run_id: str, code_sha256: str) -> None:
+    def __init__(self, directory: Place, run_id: str, code_sha256: str) -> None:
         self.directory, self.run_id, self.code_sha256 = directory, run_id, code_sha256
         self.folder = directory / "checkpoints" / run_id
         self.private = self.folder / "private"
@@ -81,7 +59,7 @@ class RunStore:
         """
         manifest = self._manifest() if resume else None
         if manifest is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            delete(self.folder)
             for table in results.TABLES:
                 (self.directory / table / f"{self.run_id}.parquet").unlink(missing_ok=True)
             self.private.mkdir(parents=True, exist_ok=True)
@@ -98,6 +76,7 @@ class RunStore:
 
     def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""
+        check_held(self.directory)
         self.rounds.append(round_row)
         added = results.arrow_of_columns("clients", self.run_id, client_columns)
         self.clients = pa.concat_tables([self.clients, added])
@@ -117,6 +96,7 @@ class RunStore:
 
     def finish(self, run_row: Row) -> None:
         """The run finished or failed: the row that says so."""
+        check_held(self.directory)
         results.write_table(self.directory, "runs", self.run_id, [run_row])
 
     # parts ----------------------------------------------------------------------------------------------------------
@@ -136,13 +116,13 @@ class RunStore:
         return results.rows_of(frame, table)
 
 
-def run_ids_in(directory: Path) -> set[str]:
+def run_ids_in(directory: Place) -> set[str]:
     """Every run that left something in a results folder."""
     tables = {path.stem for table in results.TABLES for path in (directory / table).glob("*.parquet")}
     return tables | {path.parent.name for path in (directory / "checkpoints").glob("*/manifest.json")}
 
 
-def runs_in(directory: Path) -> pd.DataFrame:
+def runs_in(directory: Place) -> pd.DataFrame:
     """The `runs` table of a folder. **Raises:** `ValueError` if the folder holds no results."""
     return results.read_table(directory, "runs")
 
@@ -156,7 +136,7 @@ class Freed:
     unfinished: int
 
 
-def clean(directory: Path, *, unfinished: bool = False) -> Freed:
+def clean(directory: Place, *, unfinished: bool = False) -> Freed:
     """Delete the checkpoints of finished runs, and what killed processes left half-written; tables stay as they are.
 
     A run without checkpoints is still known to be finished, but cannot be exported any more.
@@ -170,10 +150,9 @@ def clean(directory: Path, *, unfinished: bool = False) -> Freed:
     folders = [path for path in sorted((directory / "checkpoints").glob("*")) if path.is_dir()]
     chosen = [path for path in folders if unfinished or path.name in finished]
     leftovers = [path for table in results.TABLES for path in (directory / table).glob(".*.tmp")]
-    freed = sum(file.stat().st_size for path in chosen for file in path.rglob("*") if file.is_file())
-    freed += sum(path.stat().st_size for path in leftovers)
+    freed = sum(map(size_of, (*chosen, *leftovers)))
     for path in chosen:
-        shutil.rmtree(path)
+        delete(path)
     for path in leftovers:
         path.unlink()
     return Freed(len(chosen), freed, len(folders) - len(chosen))

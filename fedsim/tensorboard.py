@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsim.experiment import Experiment
 from fedsim.progress import Overview, Progress, Silent, labels_of
+from fedsim.storage import Place
 
 
 # Column of the rounds table -> what TensorBoard calls it: what is before the slash is drawn together.
@@ -39,8 +40,10 @@ def check_tensorboard() -> None:
 class Boards:
     """An overview that also writes what it is told. `inner`: the one that is displayed. `out`: the results folder."""
 
-    def __init__(self, inner: Overview, out: Path) -> None:
+    def __init__(self, inner: Overview, out: Place) -> None:
         check_tensorboard()
+        if not isinstance(out, Path):
+            raise ValueError(f"--tensorboard: writes into a folder, and --out is {str(out)!r}")
         self.inner, self.folder = inner, out / "tensorboard"
         self.names: dict[str, str] = {}
         self.boards: dict[str, Board] = {}

@@ -19,12 +19,12 @@ from fedsim.cli import main
 from fedsim.data.config import DataConfig, pydoc
 from fedsim.data.partition import Partition
 from fedsim.experiment import Experiment, Tier, load_experiments, parsed, revived, with_settings
+from fedsim.locking import locked
 from fedsim.models import Form
 from fedsim.pretrained import Checkpoint
 from fedsim.progress import Silent
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from fedsim.store import locked
 from fedsim.task import TaskConfig
 
 
