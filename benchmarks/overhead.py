@@ -36,7 +36,8 @@ from benchmarks.overhead_cases import KILOBYTES_10, MEGABYTES_40, SHARD, WORKERS
 from benchmarks.overhead_figures import POPULATIONS, Found, figures_of, lines_of, table_of  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
 from fedsim.fields import refuse  # noqa: E402
-from fedsim.provenance import git_commit, hardware, versions  # noqa: E402
+from fedsim.machine import versions  # noqa: E402
+from fedsim.provenance import git_commit, hardware  # noqa: E402
 
 
 DRIVER_IMPORTS = ("fedsim.simulation", "fedsim.runtime.ray_runtime")

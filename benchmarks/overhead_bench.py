@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 
 from fedsim.fields import refuse
-from fedsim.provenance import versions
+from fedsim.machine import versions
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fedsim.doctor import check_nodes
 from fedsim.experiment import Experiment
 from fedsim.participant import last_line
 from fedsim.progress import Progress
@@ -80,13 +81,20 @@ def _alone_with(run_id: str, out: Place, worker: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(make_runtime: Callable[[], Runtime]) -> Iterator[Callable[[], Runtime]]:
-    """A runtime that is started when it is first needed (not at all if every run is finished) and always closed."""
+def opened(
+    make_runtime: Callable[[], Runtime], out: Place, say: Callable[[str], None]
+) -> Iterator[Callable[[], Runtime]]:
+    """A runtime that is started when it is first needed (not at all if every run is finished) and always closed.
+
+    The nodes of a cluster are looked at once (`check_nodes`); `say` is told what is odd about them.
+    """
     made: list[Runtime] = []
 
     def runtime() -> Runtime:
         if not made:
             made.append(make_runtime())
+            for found in check_nodes(made[0], out):
+                say(f"{found.check}: {found.text}; {found.remedy}")
         return made[0]
 
     try:

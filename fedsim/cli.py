@@ -1,4 +1,6 @@
-"""`fedsim run | inspect | export | clean`. Exit status: 0 done, 1 a run failed, 2 a wrong request, 130 interrupted.
+"""`fedsim run | inspect | submit | doctor | export | clean`.
+
+Exit status: 0 done, 1 a run failed, 2 a wrong request, 130 interrupted.
 
 Importing torch and what is built on it takes seconds: it waits until the words are understood, and Ray comes up beside.
 """
@@ -70,6 +72,39 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(command="inspect_command")
 
+    submit = commands.add_parser("submit", help="run on a cluster elsewhere: send, follow, fetch")
+    submit.add_argument("target", nargs="?", metavar="MODULE:FUNCTION", help="a function that returns an Experiment")
+    submit.add_argument("--suite", nargs="+", metavar="NAME", help="or suites, as for benchmarks/sweep.py")
+    submit.add_argument("--cluster", metavar="FILE", help="the cluster that `ray up FILE` started")
+    submit.add_argument(
+        "--address", metavar="http://HOST:PORT", help="or its job server, if it can be reached from here"
+    )
+    submit.add_argument("--out", metavar="DIR", help="s3://BUCKET/PREFIX, gs://..., or a folder all its nodes share")
+    submit.add_argument("--fetch", metavar="FOLDER", help="copy tables and report here (default: results/<name>)")
+    submit.add_argument("--hosts", type=int, metavar="N", help="host processes (default: as many as there is room for)")
+    submit.add_argument("--wait", type=float, metavar="MINUTES", help="for nodes to come (default: 20, if it grows)")
+    submit.add_argument("--seeds", nargs="+", type=int, metavar="N")
+    submit.add_argument("--only", nargs="+", metavar="ALGORITHM")
+    submit.add_argument("--data", nargs="+", metavar="NAME")
+    submit.add_argument("--resume", action="store_true", help="go on with an unfinished run (suites always do)")
+    submit.add_argument("--profile", action="store_true", help="also write where every round's time went")
+    submit.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="no secrets")
+    submit.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="is not sent")
+    submit.add_argument("--detach", action="store_true", help="do not follow it")
+    submit.add_argument("--attach", metavar="JOB", help="follow a job that was sent before")
+    submit.add_argument("--stop", metavar="JOB", help="end a job; every finished round stays")
+    add_settings(submit)
+    submit.set_defaults(command="submit_command")
+
+    doctor = commands.add_parser("doctor", help="what would make a run fail, here or on a cluster, and its remedy")
+    doctor.add_argument("--address", metavar="auto|HOST:PORT", help="Ray cluster to look at (default: RAY_ADDRESS)")
+    doctor.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs://: tried from every node")
+    doctor.add_argument(
+        "--cluster", metavar="FILE", help="a launcher's file: checked here, and on its cluster if it is up"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(command="doctor_command")
+
     exporting = commands.add_parser("export", help="write a participant's grown model as a Hugging Face folder")
     exporting.add_argument("directory", metavar="DIR", help="results folder")
     exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
@@ -108,6 +143,13 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gpus", type=int, metavar="N", help="logical GPUs of a private Ray (default: those there are)"
     )
+    command.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="for a cluster that grows to bring what --hosts ask for",
+    )
     command.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")
     command.add_argument("--profile", action="store_true", help="also write and print where every round's time went")
 
@@ -118,16 +160,25 @@ def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
         raise ValueError(f"--hosts={options.hosts}: must be at least 1")
     if options.gpus is not None and options.gpus < 0:
         raise ValueError(f"--gpus={options.gpus}: must be at least 0")
-    address = options.address or environment.ray_address()
-    if address is not None:
-        environment.use_ray_token()
+    address = address_of(options)
+    if options.wait < 0 or (options.wait and (options.hosts is None or address is None)):
+        raise ValueError(f"--wait={options.wait:g}: must be minutes, with --hosts and a cluster to join (--address)")
     return Choice(
         options.runtime,
         address=address,
         hosts=options.hosts,
         gpus=options.gpus,
         say=lambda text: console.print(text, highlight=False),
+        wait=60 * options.wait,
     )
+
+
+def address_of(options: argparse.Namespace) -> str | None:
+    """The Ray cluster to join, if there is one; this user's token then goes with every request."""
+    address = options.address or environment.ray_address()
+    if address is not None:
+        environment.use_ray_token()
+    return address
 
 
 def report_failures(failures: Sequence["RunFailed"], command: str, console: Console) -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 from rich.console import Console
 
 from fedsim import environment
-from fedsim.cli import report_failures, runtime_maker
+from fedsim.cli import address_of, report_failures, runtime_maker
 from fedsim.cost import Cost, cost_of
 from fedsim.devices import MEBIBYTE
+from fedsim.doctor import PROBLEM, as_json, examine, print_findings
 from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.export import export
 from fedsim.profile import print_profile
 from fedsim.progress import OneByOne, label_of
 from fedsim.results import load
 from fedsim.runner import check_data, check_folder, locked, run_all
+from fedsim.runtime import Choice
 from fedsim.storage import place
 from fedsim.store import clean, runs_in
 from fedsim.tensorboard import Boards
@@ -117,3 +119,24 @@ def clean_command(options: argparse.Namespace, console: Console) -> int:
     if freed.unfinished:
         console.print(f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)", highlight=False)
     return 0
+
+
+def submit_command(options: argparse.Namespace, console: Console) -> int:
+    environment.use_ray_token()  # Ray reads what this says when it is imported
+    from fedsim.submit import submit
+
+    return submit(options, console)
+
+
+def doctor_command(options: argparse.Namespace, console: Console) -> int:
+    out = place(options.out) if options.out else None
+    runtime = Choice("ray", address=address_of(options))()
+    try:
+        findings = examine(runtime, out)
+    finally:
+        runtime.close()
+    if options.json:
+        print(json.dumps(as_json(findings), indent=2))
+    else:
+        print_findings(findings, console)
+    return 1 if any(found.level == PROBLEM for found in findings) else 0

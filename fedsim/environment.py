@@ -14,12 +14,24 @@ def ray_address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
+def ray_token_file() -> str | None:
+    """The file Ray would read its token from; None where the token itself is in `RAY_AUTH_TOKEN`."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    return os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+
+
 def use_ray_token() -> None:
     """Have Ray send its token, if this user has one, to the cluster that is joined: by itself it does so only where it
     is told to (`RAY_AUTH_MODE`). A cluster that asks for none does not mind."""
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
-    if os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(named):
+    named = ray_token_file()
+    if named is None or os.path.exists(named):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def git_commit() -> str | None:
+    """The commit of sources that were sent here without their history: `FEDSIM_GIT_COMMIT`."""
+    return os.environ.get("FEDSIM_GIT_COMMIT") or None
 
 
 def use_large_pages() -> None:

@@ -156,7 +156,11 @@ def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) 
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     sender = Sender(connection)
-    with opened(replace(choice, say=lambda text: sender.send("say", text))) as runtime:
+
+    def say(text: str) -> None:
+        sender.send("say", text)
+
+    with opened(replace(choice, say=say), out, say) as runtime:
         while (received := inbox.get())[0] is not None:
             todo, counted = received
             COUNTED.update(counted)

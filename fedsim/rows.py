@@ -9,7 +9,8 @@ import numpy as np
 from fedsim.cohort import Member, Turnout
 from fedsim.cost import Cost, whole
 from fedsim.experiment import Experiment
-from fedsim.provenance import git_commit, hardware, versions
+from fedsim.machine import versions
+from fedsim.provenance import git_commit, hardware
 from fedsim.runtime.base import PHASES
 
 

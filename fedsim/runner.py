@@ -93,7 +93,7 @@ def run_all(
                 todos, jobs=min(jobs, len(todos)), choice=choice, compute=compute, out=out, overview=overview, say=say
             )
         failures: list[RunFailed] = []
-        with opened(make_runtime) as runtime:
+        with opened(make_runtime, out, lambda text: console.print(text, highlight=False)) as runtime:
             for todo in todos:
                 try:
                     attempt(compute, todo, out, runtime, overview.of(todo.experiment.run_id))

@@ -9,6 +9,7 @@ from fedsim.cohort import Member, federation_sha256, label_histograms, members, 
 from fedsim.cost import cost_of, too_small
 from fedsim.experiment import Experiment
 from fedsim.gpu import with_gpu_fractions
+from fedsim.machine import Alike
 from fedsim.participant import Participant, last_line
 from fedsim.progress import Progress, Silent
 from fedsim.provenance import code_sha256
@@ -63,13 +64,14 @@ def run(
     code = code_sha256(experiment.algorithm)
 
     folder = out.absolute() / "checkpoints" / run_id
+    alike = Alike.here(str(folder / "private"))
     make_participants: dict[int, Callable[[], Participant]] = {
-        member.info.id: functools.partial(Participant, experiment, member, data_dir, str(folder / "private"), COUNTED)
+        member.info.id: functools.partial(_participant, alike, experiment, member, data_dir, COUNTED)
         for member in population
     }
     resources = {member.info.id: _asked_by(member) for member in population}
     infos = [member.info for member in population]
-    make_aggregator = functools.partial(_aggregator, experiment, infos, data_dir, str(folder))
+    make_aggregator = functools.partial(_aggregator, alike, experiment, infos, data_dir, str(folder))
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
         too_small(experiment, cost_of(experiment, COUNTED))
     runtime.start(make_aggregator, make_participants, resources, experiment.chunk)
@@ -129,8 +131,19 @@ def _asked_by(member: Member) -> Resources:
     return Resources(tier.num_cpus, tier.num_gpus, tier.memory_mb, tier.resources, kind=tier.name, size=size)
 
 
-def _aggregator(experiment: Experiment, infos, data_dir: str | None, folder: str, call: Call) -> Aggregator:
+def _participant(
+    alike: Alike, experiment: Experiment, member: Member, data_dir: str | None, counted: dict[tuple, StepCost]
+) -> Participant:
+    """What a runtime calls to make a participant, wherever it puts it."""
+    alike.check()
+    return Participant(experiment, member, data_dir, alike.folder, counted)
+
+
+def _aggregator(
+    alike: Alike, experiment: Experiment, infos, data_dir: str | None, folder: str, call: Call
+) -> Aggregator:
     """What a runtime calls to make the aggregator, wherever it puts it."""
+    alike.check()
     return Aggregator(experiment, infos, data_dir, folder, call)
 
 

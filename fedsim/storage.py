@@ -218,18 +218,22 @@ def sent(folder: Place) -> Iterator[Path]:
             list(pool.map(lambda f: write_atomically(folder / str(f.relative_to(here)), f.read_bytes()), files))
 
 
-def download(folder: Remote, to: Path) -> int:
-    """Copy what is in a folder of an object store into one of this machine. **Returns:** the number of files."""
+def download(folder: Remote, to: Path, leave_out: tuple[str, ...] = ()) -> int:
+    """Copy what is in a folder of an object store into one of this machine. **Returns:** the number of files.
 
-    def one(found: tuple[Remote, int]) -> None:
-        target = to / found[0].url.removeprefix(f"{folder.url}/")
+    - `leave_out`: how the names of files begin that are not copied.
+    """
+
+    def one(name: str) -> None:
+        target = to / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, found[0].read_bytes())
+        write_atomically(target, (folder / name).read_bytes())
 
-    files = folder.files()
+    names = [file.url.removeprefix(f"{folder.url}/") for file, _ in folder.files()]
+    names = [name for name in names if not name.startswith(leave_out)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(one, files))
-    return len(files)
+        list(pool.map(one, names))
+    return len(names)
 
 
 @functools.cache

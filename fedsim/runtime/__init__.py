@@ -25,10 +25,12 @@ def make_runtime(
     gpus: int | None = None,
     share: int = 1,
     say: Callable[[str], None] = silent,
+    wait: float = 0.0,
 ) -> "Runtime":
     """A runtime by name; all but `name` concerns Ray alone.
 
     - `gpus`: logical GPUs of a private Ray. - `share`: runs at once, each with an equal part of what there is.
+    - `wait`: seconds for a cluster's autoscaler to bring what `hosts` ask for.
     """
     if name == "inline":
         from fedsim.runtime.inline import InlineRuntime
@@ -36,7 +38,7 @@ def make_runtime(
         return InlineRuntime()
     from fedsim.runtime.ray_runtime import RayRuntime
 
-    return RayRuntime(address=address, hosts=hosts, num_gpus=gpus, share=share, say=say)
+    return RayRuntime(address=address, hosts=hosts, num_gpus=gpus, share=share, say=say, wait=wait)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Choice:
     gpus: int | None = None
     share: int = 1
     say: Callable[[str], None] = silent
+    wait: float = 0.0
 
     @property
     def start_method(self) -> str:

@@ -151,6 +151,21 @@ class Runtime(abc.ABC):
     def probe(self, call: Callable[[], Any]) -> Any:
         """What a picklable call returns, made where it has a whole GPU to itself; None if there is no GPU."""
 
+    @property
+    def joined(self) -> bool:
+        """Whether it is a cluster that was there before, whose nodes may differ."""
+        return False
+
+    def everywhere(self, call: Callable[[], Any]) -> Mapping[str, Any]:
+        """What a picklable call returns on every machine there is, by address; text where it cannot be called."""
+        return {"localhost": call()}
+
+    def object_stores(self) -> Mapping[str, int]:
+        """Bytes of the object store of every machine that has one, by address."""
+        return {}
+
+    job_server: str | None = None  # of a cluster that was joined: HOST:PORT
+
     @abc.abstractmethod
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         """Call a method of the aggregator; `watch` is told of the participants that are done meanwhile."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import ray
 from ray.exceptions import AuthenticationError
 
+from fedsim.runtime.rising import end_in_order
+
 
 ANSWER_SECONDS = 10.0  # in which something at the address must answer
 # What a client of HTTP/2, which Ray's RPC goes over, begins with (RFC 9113, section 3.4), and an empty SETTINGS frame.
@@ -21,24 +23,27 @@ TOKEN = (
 )
 
 
-def join(address: str | None) -> None:
+def join(address: str | None) -> str | None:
     """Connect this process to a cluster.
 
     - `address`: "auto", HOST:PORT, or None for what Ray finds by itself.
+
+    **Returns:** HOST:PORT of its job server, which is its dashboard; None if it has none.
 
     **Raises:** `ValueError` saying what is at the address, if it is no cluster that this process can join.
     """
     if address is not None and ":" in address and "://" not in address:
         _expect_rpc(address)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    noise, reason = list[str](), None
+    noise, reason, context = list[str](), None, None
     with _heard(noise):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, AuthenticationError, SystemExit) as error:
             reason = error
     if reason is None:
-        return
+        end_in_order()
+        return getattr(context, "dashboard_url", None) or None
     if isinstance(reason, AuthenticationError):
         raise ValueError(f"--address={address!r}: the cluster asks for a token, and there is none: {TOKEN}") from reason
     if any("InvalidAuthToken" in line for line in noise):

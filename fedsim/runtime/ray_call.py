@@ -27,6 +27,7 @@ class RayCall(Ledger):
 
     - `hosts`: actors; `requests`: what each asked for. - `resources`: of every participant.
     - `makers`: reference to the factories of participants. - `fixed`: participant -> its own host, where all have one.
+    - `patience`: seconds in which a host that died must be back, if no other can do its work.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class RayCall(Ledger):
         makers: Any,
         chunk: int,
         fixed: Mapping[int, int],
+        patience: float = START_SECONDS,
     ) -> None:
         super().__init__()
         self.token, self.hosts, self.makers, self.chunk, self.fixed = token, hosts, makers, chunk, fixed
+        self.patience = patience
         self.resources, self.durations = resources, Durations()
         self.guessing = True  # what calls will take, for want of any that were made
         self.last: dict[int, int] = {}  # participant -> host that holds its newest state
@@ -228,12 +231,12 @@ class _Asking:
         if not waited_for:
             ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)
             raise RuntimeError(f"no host asked for what participants {ids} ask for")
-        ready, _ = ray.wait(waited_for, num_returns=1, timeout=START_SECONDS if not self.pushes else None)
+        ready, _ = ray.wait(waited_for, num_returns=1, timeout=self.call.patience if not self.pushes else None)
         if not ready:
             ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)
             raise RuntimeError(
-                f"no host that may compute participants {ids} has come back within {START_SECONDS} s after it died; "
-                f"free in the cluster: {ray.available_resources()}"
+                f"no host that may compute participants {ids} has come back within {self.call.patience:g} s after it "
+                f"died; free in the cluster: {ray.available_resources()}"
             )
         for reference in ready:
             if reference in self.call.returning:

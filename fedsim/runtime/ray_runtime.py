@@ -23,12 +23,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
 from fedsim.runtime.joining import expect_connected, join
-from fedsim.runtime.placement import Capacity, Plan, part_of, plan
+from fedsim.runtime.nodes import object_stores, on_every_node
+from fedsim.runtime.placement import Capacity, Plan, grouped, part_of, plan
 from fedsim.runtime.private_ray import start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
 from fedsim.runtime.rising import is_rising
 
 
+SOON_SECONDS, TELL_SECONDS = 60.0, 60.0  # when it is first said that hosts are waited for, and then again
 RELEASE_SECONDS = 10.0  # in which Ray lets go of what actors held that were killed
 
 
@@ -41,6 +43,8 @@ class RayRuntime(Runtime):
     - `num_gpus`: logical GPUs of a private Ray; None: the ones there are.
     - `share`: runs at once on the same Ray; this one plans with an equal part of what there is.
     - `say`: told, in words, how participants were placed.
+    - `wait`: seconds in which the autoscaler of a cluster that is joined may bring what is missing for `hosts`: these
+      are then asked for without looking at what is there.
     """
 
     def __init__(
@@ -51,10 +55,14 @@ class RayRuntime(Runtime):
         num_gpus: int | None = None,
         share: int = 1,
         say: Callable[[str], None] = lambda text: None,
+        wait: float = 0.0,
     ) -> None:
         if hosts is not None and hosts < 1:
             raise ValueError(f"--hosts={hosts}: must be at least 1")
         self.address, self.hosts, self.num_gpus, self.share, self.say = address, hosts, num_gpus, share, say
+        if wait and (hosts is None or address is None):
+            raise ValueError(f"--wait={wait / 60:g}: needs --hosts, and a cluster to join (--address)")
+        self.wait, self.patience = wait, max(wait, START_SECONDS)
         self.actors: list[Any] = []
         self.starting: list[Any] = []  # answers of hosts that are coming up
         self.server: Any = None
@@ -87,6 +95,20 @@ class RayRuntime(Runtime):
             raise RuntimeError(f"no whole GPU has become free within {START_SECONDS} s")
         return ray.get(reference)
 
+    @property
+    def joined(self) -> bool:
+        return not self.private
+
+    def everywhere(self, call: Callable[[], Any]) -> Mapping[str, Any]:
+        if self.private:
+            self._connect(Plan(((),), (Resources(num_cpus=0.0),)))
+        else:
+            self._join()
+        return on_every_node(call)
+
+    def object_stores(self) -> Mapping[str, int]:
+        return object_stores()
+
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         if self.starting:
             self._wait_for_hosts()
@@ -110,8 +132,8 @@ class RayRuntime(Runtime):
     def _wait_for_server(self, error: RayActorError) -> None:
         """Wait until the aggregator's process, which died, has been started again."""
         back = self.server.ready.remote()
-        if not ray.wait([back], timeout=START_SECONDS)[0]:
-            raise RuntimeError(f"the aggregator died and did not come back within {START_SECONDS} s: {error}")
+        if not ray.wait([back], timeout=self.patience)[0]:
+            raise RuntimeError(f"the aggregator died and did not come back within {self.patience:g} s: {error}")
         ray.get(back)
 
     def close(self) -> None:
@@ -135,7 +157,9 @@ class RayRuntime(Runtime):
         alone = {group[0]: host for host, group in enumerate(self.plan.groups) if len(group) == 1}
         fixed = alone if len(alone) == len(resources) else {}
         makers = ray.put(dict(make_participants))
-        call = RayCall(self.token, self.actors, self.plan.requests, dict(resources), makers, chunk, fixed)
+        call = RayCall(
+            self.token, self.actors, self.plan.requests, dict(resources), makers, chunk, fixed, self.patience
+        )
         return ray.put((make_aggregator, call))
 
     def _progress(self) -> tuple[str, int, int]:
@@ -144,6 +168,9 @@ class RayRuntime(Runtime):
         return ("", 0, 0)
 
     def _planned(self, resources: Mapping[int, Resources]) -> Plan:
+        if self.wait and self.hosts is not None:
+            self._join()
+            return grouped(resources, sorted(resources), self.hosts)
         cores = max(1, (os.cpu_count() or 1) // self.share)
         whole = part_of(self._capacity(free=False), self.share)
         result = plan(resources, self.hosts, whole, cores)  # what does not fit at all is refused at once
@@ -176,7 +203,7 @@ class RayRuntime(Runtime):
 
     def _join(self) -> None:
         if not ray.is_initialized():
-            join(self.address)
+            self.job_server = join(self.address)
             self.connected = True
         elif not self.connected:
             expect_connected(self.address)
@@ -206,10 +233,15 @@ class RayRuntime(Runtime):
         self.starting = [actor.ready.remote() for actor in self.actors]
 
     def _wait_for_hosts(self) -> None:
-        ready, late = ray.wait(self.starting, num_returns=len(self.starting), timeout=START_SECONDS)
+        count, end = len(self.starting), time.monotonic() + self.patience
+        ready, late = ray.wait(self.starting, num_returns=count, timeout=SOON_SECONDS)
+        while late and time.monotonic() < end:
+            self.say(f"{len(ready)} of {count} hosts are up; waiting for the cluster to bring the others")
+            left = min(TELL_SECONDS, max(0.0, end - time.monotonic()))
+            ready, late = ray.wait(self.starting, num_returns=count, timeout=left)
         if late:
             raise RuntimeError(
-                f"{len(ready)} of {len(self.starting)} hosts started within {START_SECONDS} s; the cluster has "
+                f"{len(ready)} of {count} hosts started within {self.patience:g} s; the cluster has "
                 f"{ray.available_resources()} free"
             )
         ray.get(ready)

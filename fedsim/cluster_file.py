@@ -1,0 +1,121 @@
+"""A file of Ray's cluster launcher, read for what a run needs to know before anything is sent: is there room for it?"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedsim.runtime.base import Resources
+from fedsim.runtime.placement import Capacity, grouped, misfit
+
+
+PLACEHOLDERS = ("REPLACE", "203.0.113.", "192.0.2.", "BUCKET", "PROJECT_ID")  # in the files that come with fedsim
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeType:
+    """Nodes that a cluster may have: how many, and what Ray counts of each (`CPU`, `GPU`, `memory` in bytes, ...)."""
+
+    name: str
+    most: int
+    resources: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterFile:
+    """`nodes`: empty where the file does not say what its nodes have."""
+
+    path: Path
+    config: Mapping[str, Any]
+    nodes: tuple[NodeType, ...]
+
+    @property
+    def grows(self) -> bool:
+        """Whether workers come when they are asked for."""
+        return bool(self.config.get("available_node_types"))
+
+
+def read(path: str) -> ClusterFile:
+    """**Raises:** `ValueError` for a file that is not one of Ray's cluster launcher."""
+    try:
+        config = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--cluster={path!r}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(config, dict) or "cluster_name" not in config or not isinstance(config.get("provider"), dict):
+        raise ValueError(f"--cluster={path!r}: must be a file for `ray up`, with cluster_name and provider")
+    return ClusterFile(Path(path), config, tuple(_nodes(config)))
+
+
+def _nodes(config: Mapping[str, Any]) -> Sequence[NodeType]:
+    types = config.get("available_node_types")
+    if types:
+        head, most = config.get("head_node_type"), int(config.get("max_workers") or 0)
+        found = []
+        for name, kind in types.items():
+            if "resources" not in kind:
+                return []
+            count = 1 if name == head else min(int(kind.get("max_workers") or 0), most)
+            found.append(NodeType(name, count, kind["resources"]))
+        return found
+    about, workers = config.get("metadata") or {}, config["provider"].get("worker_ips") or ()
+    if "worker_resources" not in about:
+        return []
+    return [
+        NodeType("head", 1, about.get("head_resources") or {}),
+        NodeType("worker", len(workers), about["worker_resources"]),
+    ]
+
+
+def hosts_for(cluster: ClusterFile, demands: Sequence[Mapping[int, Resources]], hosts: int | None) -> int | None:
+    """How many hosts the runs can have on a cluster: what was asked for, or the most there is room for.
+
+    - `demands`: of each run, what every participant asks for. - `hosts`: as typed; None: one a participant.
+
+    **Returns:** None where the file does not say what its nodes have. **Raises:** `ValueError` if there is no room.
+    """
+    if not cluster.nodes:
+        return hosts
+    return min(_hosts_of_one(cluster, resources, hosts) for resources in demands)
+
+
+def _hosts_of_one(cluster: ClusterFile, resources: Mapping[int, Resources], hosts: int | None) -> int:
+    ids, there = sorted(resources), f"--cluster={str(cluster.path)!r}"
+    kinds = [kind for kind in cluster.nodes if kind.most]
+    for id_ in ids:
+        reasons = [misfit([resources[id_]], _capacity(kind)) for kind in kinds]
+        if all(reasons):
+            told = "; ".join(f"{kind.name}: {reason}" for kind, reason in zip(kinds, reasons, strict=True))
+            raise ValueError(
+                f"{there}: no node has what participant {id_} asks for ({told}): take other machines, or ask for less "
+                "per participant (tiers.N.num_gpus, num_cpus, memory_mb, resources)"
+            )
+    requests = grouped(resources, ids, hosts or len(ids)).requests
+    placed = _placed(requests, kinds)
+    if hosts is not None and placed < hosts:
+        nodes = ", ".join(f"{kind.most} x {kind.name}" for kind in kinds)
+        raise ValueError(
+            f"--hosts={hosts}: {there} has room for {placed} ({nodes}): raise max_workers, or ask for fewer"
+        )
+    return max(1, placed)
+
+
+def _placed(requests: Sequence[Resources], kinds: Sequence[NodeType]) -> int:
+    """How many of these requests fit, each on one node, when every node there may be is up."""
+    nodes = [(_capacity(kind), list[Resources]()) for kind in kinds for _ in range(min(kind.most, len(requests)))]
+    for request in requests:
+        for capacity, held in nodes:
+            if misfit([*held, request], capacity) is None:
+                held.append(request)
+                break
+    return sum(len(held) for _, held in nodes)
+
+
+def _capacity(kind: NodeType) -> Capacity:
+    amounts = {name: float(amount) for name, amount in kind.resources.items()}
+    cpus, gpus, memory = (
+        amounts.pop(name, default) for name, default in (("CPU", 0), ("GPU", 0), ("memory", math.inf))
+    )
+    return Capacity(cpus, [1.0] * int(gpus), memory / 2**20, amounts)

@@ -1,0 +1,222 @@
+"""`fedsim submit`: the same words as for a run here, on a cluster elsewhere: sent, followed, stopped, and fetched."""
+
+import argparse
+import dataclasses
+import secrets
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fedsim import cluster_file
+from fedsim.cluster_file import ClusterFile
+from fedsim.cohort import tiers_of
+from fedsim.experiment import Experiment, load_experiments, with_settings
+from fedsim.provenance import git_commit
+from fedsim.runtime import submission
+from fedsim.runtime.base import Resources
+from fedsim.runtime.submission import Link
+from fedsim.storage import Remote, download, place
+
+
+LEFT_OUT = (".git", ".venv", "results", "__pycache__", ".ruff_cache", ".pytest_cache", ".hypothesis", "*.egg-info")
+SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
+TABLES = ("runs", "rounds", "clients", "profile", "report.html", "report.md", "report_figures")
+WAIT_MINUTES = 20.0  # for nodes of a cloud to come up and install what they need
+STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}  # as Ctrl-C here
+
+
+def submit(options: argparse.Namespace, console: Console) -> int:
+    """The command. Exit status: the job's own; 130 if it was stopped."""
+    cluster = cluster_file.read(options.cluster) if options.cluster else None
+    if cluster is None and not (options.address or "").startswith(("http://", "https://")):
+        raise ValueError(
+            f"--address={options.address!r}: must be http://HOST:PORT of a job server; or give --cluster FILE"
+        )
+    with Link(cluster.path if cluster is not None else options.address) as link:
+        if options.stop:
+            return stopped(link, options.stop, console)
+        if options.attach:
+            job = Job(options.attach, place(options.out) if options.out else None, _fetched_to(options), cluster)
+            if not submission.known(link, job.id):
+                raise ValueError(f"--attach={job.id!r}: the cluster has no such job")
+            return followed(link, job, options, console)
+        job = sent(link, options, cluster, console)
+        if options.detach:
+            return 0
+        return followed(link, job, options, console)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """`out`: where its results go; None: not known. `to`: the folder here into which they are copied."""
+
+    id: str
+    out: Path | Remote | None
+    to: Path
+    cluster: ClusterFile | None
+
+
+def sent(link: Link, options: argparse.Namespace, cluster: ClusterFile | None, console: Console) -> Job:
+    """Check what can be checked here, then send it. **Raises:** `ValueError`."""
+    if (options.target is None) == (options.suite is None):
+        raise ValueError(f"--suite={options.suite}: give either MODULE:FUNCTION or --suite")
+    if not options.out:
+        raise ValueError("--out: must say where results go: s3://BUCKET/PREFIX, gs://..., or a folder all nodes share")
+    out = place(options.out)
+    if isinstance(out, Path) and not out.is_absolute():
+        raise ValueError(
+            f"--out={str(out)!r}: must be an absolute path there, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX"
+        )
+    variables = _variables(options.env) | STOPPING | {"PYTHONUNBUFFERED": "1"}
+    if commit := git_commit():
+        variables["FEDSIM_GIT_COMMIT"] = commit
+    hosts, wait = options.hosts, options.wait
+    if cluster is not None:
+        hosts = cluster_file.hosts_for(cluster, [asked_by(each) for each in wanted(options)], hosts)
+        wait = WAIT_MINUTES if wait is None and cluster.grows else wait
+    words = entrypoint(options, hosts, wait or 0.0)
+    name = options.target.partition(":")[2] if options.target else "-".join(options.suite)
+    job = Job(f"fedsim-{name}-{secrets.token_hex(4)}", out, _fetched_to(options), cluster)
+    submission.send(link, job.id, shlex.join(words), Path.cwd(), [*LEFT_OUT, *options.exclude], variables)
+    _say(f"job {job.id}: {shlex.join(words)}", console)
+    _say(f"follow it: {_again(options, '--attach', job.id)}", console)
+    _say(f"stop it:   {_again(options, '--stop', job.id)}", console)
+    return job
+
+
+def entrypoint(options: argparse.Namespace, hosts: int | None, wait: float) -> list[str]:
+    """What is run on the head."""
+    words = ["python", "-m"]
+    words += ["fedsim", "run", options.target] if options.target else ["benchmarks.sweep", "--suite", *options.suite]
+    words += ["--address", "auto", "--out", options.out]
+    words += ["--hosts", str(hosts)] if hosts is not None else []
+    words += ["--wait", f"{wait:g}"] if wait and hosts is not None else []
+    words += ["--resume"] if options.resume and options.target else []
+    words += ["--profile"] if options.profile else []
+    for name in ("seeds", "only", "data"):
+        if (given := getattr(options, name)) and options.target:
+            raise ValueError(f"--{name}: only with --suite")
+        words += [f"--{name}", *map(str, given)] if given else []
+    words += ["--set", *options.settings] if options.settings else []
+    return words
+
+
+def wanted(options: argparse.Namespace) -> list[Experiment]:
+    """The experiments that will be run, made here, so that a wrong word is found before anything is sent."""
+    names = (
+        [options.target]
+        if options.target
+        else [f"benchmarks.suites:{name.replace('-', '_')}" for name in options.suite]
+    )
+    found = [with_settings(each, options.settings) for name in names for each in load_experiments(name)]
+    if options.target:
+        return found
+    return [
+        each
+        for each in found
+        if each.algorithm.name in (options.only or [each.algorithm.name])
+        and each.task.data.name in (options.data or [each.task.data.name])
+    ]
+
+
+def asked_by(experiment: Experiment) -> dict[int, Resources]:
+    """What every participant asks for. Where the fraction of a GPU is to be measured, it is at most a whole one."""
+    return {
+        id_: Resources(tier.num_cpus, 1.0 if tier.gpu_fraction else tier.num_gpus, tier.memory_mb, tier.resources)
+        for id_, tier in enumerate(tiers_of(experiment))
+    }
+
+
+def followed(link: Link, job: Job, options: argparse.Namespace, console: Console) -> int:
+    """Print what the job prints, then copy its results."""
+    try:
+        details = submission.follow(
+            link, job.id, lambda text: print(text, end="", flush=True), lambda text: _say(text, console)
+        )
+    except KeyboardInterrupt:
+        _say(f"stopping job {job.id}", console)
+        status = stopped(link, job.id, console)
+        if job.out is not None:
+            fetched(job, console)
+        return status
+    except ConnectionError as error:
+        _say(f"{error}; the job may go on: {_again(options, '--attach', job.id)}", console)
+        return 1
+    status = details.driver_exit_code
+    if status is None:  # it was not the command itself that ended it
+        _say(f"job {job.id} {str(details.status).lower()}: {' '.join((details.message or '').split())}", console)
+        status = 130 if str(details.status) == "STOPPED" else 1
+    if job.out is None or status == 2:
+        return status
+    return fetched(job, console) or status
+
+
+def fetched(job: Job, console: Console) -> int:
+    """Copy tables and report; checkpoints stay where they are. **Returns:** an exit status."""
+    if isinstance(job.out, Remote):
+        try:
+            count = download(job.out, job.to, leave_out=("checkpoints/", ".lock"))
+        except OSError as error:
+            _say(f"results are at {job.out}; they could not be copied from there: {error}", console)
+            return 1
+        _say(f"results: {job.out}; {count} files copied to {job.to}", console)
+        return 0
+    if job.cluster is None:
+        _say(f"results: {job.out} on the head", console)
+        return 0
+    failed = {}
+    for name in TABLES:
+        slash = "" if "." in name else "/"
+        reason = submission.fetch(job.cluster.path, f"{job.out}/{name}{slash}", job.to / name if slash else job.to)
+        if reason is not None:
+            failed[name] = reason
+    missing = [name for name in ("runs", "rounds", "clients") if name in failed]
+    if missing:
+        _say(f"results are at {job.out} on the head; they could not be copied: {failed[missing[0]]}", console)
+        return 1
+    _say(f"results: {job.out} on the head; copied to {job.to}", console)
+    return 0
+
+
+def stopped(link: Link, id_: str, console: Console) -> int:
+    """End a job. **Returns:** 130, or 1 if it did not end. **Raises:** `ValueError` if there is no such job."""
+    if not submission.known(link, id_):
+        raise ValueError(f"--stop={id_!r}: the cluster has no such job")
+    details = submission.stop(link, id_)
+    if details is None:
+        _say(f"job {id_} has not ended yet: look at `ray job list`", console)
+        return 1
+    _say(f"job {id_}: {str(details.status).lower()}; every finished round is in its results folder", console)
+    return 130
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for each in given:
+        name, separator, value = each.partition("=")
+        if not separator or not name.isidentifier():
+            raise ValueError(f"--env={name!r}: must be NAME=VALUE")
+        if any(word in name.upper() for word in SECRET):
+            raise ValueError(
+                f"--env: {name}: looks like a secret, and what is set here can be read by all who use the cluster: put "
+                "it into a file that the launcher carries to the nodes (file_mounts), or use the machines' roles"
+            )
+        found[name] = value
+    return found
+
+
+def _fetched_to(options: argparse.Namespace) -> Path:
+    name = options.target.partition(":")[2] if options.target else "+".join(options.suite or ["fetched"])
+    return Path(options.fetch or Path("results") / name)
+
+
+def _again(options: argparse.Namespace, option: str, id_: str) -> str:
+    where = ["--cluster", options.cluster] if options.cluster else ["--address", options.address]
+    out = ["--out", options.out, "--fetch", str(_fetched_to(options))] if option == "--attach" and options.out else []
+    return shlex.join(["fedsim", "submit", *where, option, id_, *out])
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
