@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,46 @@ def _nodes(config: Mapping[str, Any]) -> Sequence[NodeType]:
         NodeType("head", 1, about.get("head_resources") or {}),
         NodeType("worker", len(workers), about["worker_resources"]),
     ]
+
+
+def faults(cluster: ClusterFile) -> list[tuple[str, str, str]]:
+    """What would fail, or leave the cluster open, if this file was used: what about, what, and the remedy."""
+    found, text = [], "\n".join(_words(cluster.config))
+    left = sorted({mark for mark in PLACEHOLDERS if mark in text})
+    if left:
+        found.append(("placeholders", f"still has {', '.join(left)}", "set the lines marked <<<"))
+    mounts = cluster.config.get("file_mounts") or {}
+    if not any(str(target).endswith(".ray/auth_token") for target in mounts):
+        remedy = "file_mounts: {~/.ray/auth_token: ~/.ray/auth_token}"
+        found.append(("token", "no node gets Ray's token", remedy))
+    for where in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [command for command in cluster.config.get(where) or () if "ray start" in command]
+        if any("RAY_AUTH_MODE=token" not in command for command in starts) or not starts:
+            found.append(("token", f"{where}: Ray is started without RAY_AUTH_MODE=token", "put `export` of it before"))
+        if any("dashboard-host=0.0.0.0" in command for command in starts):
+            remedy = "leave --dashboard-host out: SSH leads to it"
+            found.append(("ports", f"{where}: the job server listens to everybody", remedy))
+    for name, source in mounts.items():
+        if not Path(str(source)).expanduser().exists():
+            made = "`ray get-auth-token --generate`" if "auth_token" in str(source) else "run this where the file lies"
+            found.append(("files", f"file_mounts: {name}: there is no {source} here", made))
+    key = (cluster.config.get("auth") or {}).get("ssh_private_key")
+    if key and not Path(str(key)).expanduser().exists():
+        found.append(("ssh key", f"auth.ssh_private_key: there is no {key}", "`ssh-keygen -t ed25519 -f` makes one"))
+    return found
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every text in a file, but for its comments."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield str(name)
+            yield from _words(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _words(each)
+    else:
+        yield str(value)
 
 
 def hosts_for(cluster: ClusterFile, demands: Sequence[Mapping[int, Resources]], hosts: int | None) -> int | None:

@@ -129,6 +129,13 @@ def submit_command(options: argparse.Namespace, console: Console) -> int:
 
 
 def doctor_command(options: argparse.Namespace, console: Console) -> int:
+    if options.cluster:
+        if options.json or options.address:
+            raise ValueError(f"--cluster={options.cluster!r}: not with --json or --address")
+        environment.use_ray_token()
+        from fedsim.submit import examined
+
+        return examined(options, console)
     out = place(options.out) if options.out else None
     runtime = Choice("ray", address=address_of(options))()
     try:

@@ -203,7 +203,7 @@ def of_token() -> list[Finding]:
     if not os.path.getsize(named):
         return [Finding(PROBLEM, "token", "", f"{named} is empty", make)]
     if stat.S_IMODE(os.stat(named).st_mode) & 0o077:
-        return [Finding(PROBLEM, "token", "", f"others may read {named}", f"chmod 600 {named}")]
+        return [Finding(WARNING, "token", "", f"others may read {named}", f"chmod 600 {named}")]
     return [Finding(OK, "token", "", f"in {named}, for this user only")]
 
 

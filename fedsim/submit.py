@@ -12,6 +12,7 @@ from rich.console import Console
 from fedsim import cluster_file
 from fedsim.cluster_file import ClusterFile
 from fedsim.cohort import tiers_of
+from fedsim.doctor import OK, PROBLEM, Finding, of_token, print_findings
 from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.provenance import git_commit
 from fedsim.runtime import submission
@@ -84,6 +85,27 @@ def sent(link: Link, options: argparse.Namespace, cluster: ClusterFile | None, c
     _say(f"follow it: {_again(options, '--attach', job.id)}", console)
     _say(f"stop it:   {_again(options, '--stop', job.id)}", console)
     return job
+
+
+def examined(options: argparse.Namespace, console: Console) -> int:
+    """`fedsim doctor --cluster FILE`: the file, and if its cluster is up, its nodes. **Returns:** 1 for a problem, else 0."""
+    cluster = cluster_file.read(options.cluster)
+    nodes = ", ".join(f"{kind.most} x {kind.name} {dict(kind.resources)}" for kind in cluster.nodes) or "does not say"
+    findings = [Finding(OK, "nodes", "", nodes), *of_token()]
+    findings += [Finding(PROBLEM, check, "", text, remedy) for check, text, remedy in cluster_file.faults(cluster)]
+    print_findings(findings, console)
+    if any(found.level == PROBLEM for found in findings):
+        return 1
+    words = ["python", "-m", "fedsim", "doctor", "--address", "auto", *(["--out", options.out] if options.out else [])]
+    with Link(cluster.path) as link:
+        try:
+            link.first()
+        except ValueError as error:
+            _say(f"not looked at any node: {error}", console)
+            return 0
+        job = Job(f"fedsim-doctor-{secrets.token_hex(4)}", None, Path(), cluster)
+        submission.send(link, job.id, shlex.join(words), Path.cwd(), LEFT_OUT, {"PYTHONUNBUFFERED": "1"})
+        return followed(link, job, options, console)
 
 
 def entrypoint(options: argparse.Namespace, hosts: int | None, wait: float) -> list[str]:

@@ -23,7 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 
-UP_SECONDS = 120.0  # in which the way to the head must be open: an SSH connection, and a server that answers
+UP_SECONDS = 45.0  # in which the way to the head must be open: an SSH connection, and a server that answers
 LOST_SECONDS = 900.0  # in which a lost connection is tried again
 QUIET_SECONDS = 30.0  # without a word from the job, after which it is asked whether anybody is there
 STOP_SECONDS = 60.0
