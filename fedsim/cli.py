@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument("--seeds", nargs="+", type=int, metavar="N")
     submit.add_argument("--only", nargs="+", metavar="ALGORITHM")
     submit.add_argument("--data", nargs="+", metavar="NAME")
+    submit.add_argument("--scale", type=float, metavar="S")
     submit.add_argument("--resume", action="store_true", help="go on with an unfinished run (suites always do)")
     submit.add_argument("--profile", action="store_true", help="also write where every round's time went")
     submit.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="no secrets")

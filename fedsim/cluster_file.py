@@ -88,7 +88,11 @@ def faults(cluster: ClusterFile) -> list[tuple[str, str, str]]:
             found.append(("ports", f"{where}: the job server listens to everybody", remedy))
     for name, source in mounts.items():
         if not Path(str(source)).expanduser().exists():
-            made = "`ray get-auth-token --generate`" if "auth_token" in str(source) else "run this where the file lies"
+            made = (
+                "`(umask 077; ray get-auth-token --generate > /dev/null)`"
+                if "auth_token" in str(source)
+                else "run this where the file lies"
+            )
             found.append(("files", f"file_mounts: {name}: there is no {source} here", made))
     key = (cluster.config.get("auth") or {}).get("ssh_private_key")
     if key and not Path(str(key)).expanduser().exists():

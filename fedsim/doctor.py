@@ -195,7 +195,7 @@ def of_processors(nodes: Mapping[str, Facts]) -> list[Finding]:
 def of_token() -> list[Finding]:
     """The token this user has."""
     named = environment.ray_token_file()
-    make = "`ray get-auth-token --generate` makes one; carry it to every node (see docs/cluster.md)"
+    make = "`(umask 077; ray get-auth-token --generate > /dev/null)` makes one; every node needs it (docs/cluster.md)"
     if named is None:
         return [Finding(OK, "token", "", "in RAY_AUTH_TOKEN")]
     if not os.path.exists(named):

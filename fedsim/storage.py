@@ -56,6 +56,9 @@ class Remote:
     def with_name(self, name: str) -> "Remote":
         return self.parent / name
 
+    def with_suffix(self, suffix: str) -> "Remote":
+        return self.with_name(self.stem + suffix)
+
     def absolute(self) -> "Remote":
         return self
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def sent(link: Link, options: argparse.Namespace, cluster: ClusterFile | None, c
 
 
 def examined(options: argparse.Namespace, console: Console) -> int:
-    """`fedsim doctor --cluster FILE`: the file, and if its cluster is up, its nodes. **Returns:** 1 for a problem, else 0."""
+    """`fedsim doctor --cluster FILE`: the file, and the nodes if they are up. **Returns:** 1 for a problem, else 0."""
     cluster = cluster_file.read(options.cluster)
     nodes = ", ".join(f"{kind.most} x {kind.name} {dict(kind.resources)}" for kind in cluster.nodes) or "does not say"
     findings = [Finding(OK, "nodes", "", nodes), *of_token()]
@@ -117,30 +118,22 @@ def entrypoint(options: argparse.Namespace, hosts: int | None, wait: float) -> l
     words += ["--wait", f"{wait:g}"] if wait and hosts is not None else []
     words += ["--resume"] if options.resume and options.target else []
     words += ["--profile"] if options.profile else []
-    for name in ("seeds", "only", "data"):
-        if (given := getattr(options, name)) and options.target:
+    for name in ("seeds", "only", "data", "scale"):
+        given = getattr(options, name)
+        if given is not None and options.target:
             raise ValueError(f"--{name}: only with --suite")
-        words += [f"--{name}", *map(str, given)] if given else []
+        words += [f"--{name}", *map(str, given if isinstance(given, list) else [given])] if given is not None else []
     words += ["--set", *options.settings] if options.settings else []
     return words
 
 
 def wanted(options: argparse.Namespace) -> list[Experiment]:
     """The experiments that will be run, made here, so that a wrong word is found before anything is sent."""
-    names = (
-        [options.target]
-        if options.target
-        else [f"benchmarks.suites:{name.replace('-', '_')}" for name in options.suite]
-    )
-    found = [with_settings(each, options.settings) for name in names for each in load_experiments(name)]
     if options.target:
-        return found
-    return [
-        each
-        for each in found
-        if each.algorithm.name in (options.only or [each.algorithm.name])
-        and each.task.data.name in (options.data or [each.task.data.name])
-    ]
+        return [with_settings(each, options.settings) for each in load_experiments(options.target)]
+    sweep = importlib.import_module("benchmarks.sweep")  # what will read these words there
+    chosen = argparse.Namespace(**{**vars(options), "seeds": [(options.seeds or [0])[0]]})  # all ask for the same
+    return [each for name in options.suite for each in sweep.experiments_of(name, chosen)]
 
 
 def asked_by(experiment: Experiment) -> dict[int, Resources]:
