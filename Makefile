@@ -3,16 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test cluster-test lint clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/installed  ## grow a transformer across six participants on a local Ray; results in results/quick
 	$(BIN)/python benchmarks/sweep.py --suite quick --hosts 2 --out results/quick
 
 test: .venv/installed  ## run the test suite, several tests at once
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+cluster-test: .venv/installed  ## a real `ray up` on machines made of namespaces; root, with sshd and rsync
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: .venv/installed  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -79,7 +79,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
     failures = []
-    with locked(out):
+    with locked(out, lambda text: console.print(text, highlight=False)):
         for suite, experiments in wanted.items():
             failures += run_all(
                 experiments,

@@ -65,13 +65,14 @@ class Versions:
         if not versions:
             return None
         path = self.path(versions[-1])
-        try:
-            with fetched(path) as here, safe_open(here, framework="pt") as file:
-                # Copies: mapped memory is not aligned, and aligned vector code may round differently.
-                tree = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-                return versions[-1], tree, dict(file.metadata() or {})
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+        with fetched(path) as here:
+            try:
+                with safe_open(here, framework="pt") as file:
+                    # Copies: mapped memory is not aligned, and aligned vector code may round differently.
+                    tree = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+                    return versions[-1], tree, dict(file.metadata() or {})
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
 
 
 def _save_file(path: Path, tensors: Tree, metadata: dict[str, str] | None) -> None:

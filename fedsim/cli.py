@@ -80,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
         "--address", metavar="http://HOST:PORT", help="or its job server, if it can be reached from here"
     )
     submit.add_argument("--out", metavar="DIR", help="s3://BUCKET/PREFIX, gs://..., or a folder all its nodes share")
-    submit.add_argument("--fetch", metavar="FOLDER", help="copy tables and report here (default: results/<name>)")
+    submit.add_argument(
+        "--fetch", metavar="FOLDER", help="copy tables and report here (default: results/fetched/<name>)"
+    )
     submit.add_argument("--hosts", type=int, metavar="N", help="host processes (default: as many as there is room for)")
     submit.add_argument("--wait", type=float, metavar="MINUTES", help="for nodes to come (default: 20, if it grows)")
     submit.add_argument("--seeds", nargs="+", type=int, metavar="N")

@@ -1,7 +1,9 @@
 """A file of Ray's cluster launcher, read for what a run needs to know before anything is sent: is there room for it?"""
 
+import bisect
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from fedsim.runtime.base import Resources
 from fedsim.runtime.placement import Capacity, grouped, misfit
 
 
-PLACEHOLDERS = ("REPLACE", "203.0.113.", "192.0.2.", "BUCKET", "PROJECT_ID")  # in the files that come with fedsim
+# What a user has to set in the files that come with fedsim: these words, and addresses that are for examples only.
+PLACEHOLDERS = re.compile(r"\b\w+-REPLACE\b|\bREPLACE\b|\bPROJECT_ID\b|\b(?:203\.0\.113|192\.0\.2)\.\d+")
+RAYS_OWN_WORKERS = 2  # its default of max_workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +30,12 @@ class NodeType:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterFile:
-    """`nodes`: empty where the file does not say what its nodes have."""
+    """`nodes`: the head first; empty where the file does not say what its nodes have. `workers`: of all types."""
 
     path: Path
     config: Mapping[str, Any]
     nodes: tuple[NodeType, ...]
+    workers: int
 
     @property
     def grows(self) -> bool:
@@ -46,33 +51,36 @@ def read(path: str) -> ClusterFile:
         raise ValueError(f"--cluster={path!r}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict) or "cluster_name" not in config or not isinstance(config.get("provider"), dict):
         raise ValueError(f"--cluster={path!r}: must be a file for `ray up`, with cluster_name and provider")
-    return ClusterFile(Path(path), config, tuple(_nodes(config)))
+    try:
+        nodes, workers = _nodes(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--cluster={path!r}: available_node_types cannot be understood ({error!r})") from error
+    return ClusterFile(Path(path), config, tuple(nodes), workers)
 
 
-def _nodes(config: Mapping[str, Any]) -> Sequence[NodeType]:
+def _nodes(config: Mapping[str, Any]) -> tuple[Sequence[NodeType], int]:
+    """Types of nodes, the head's first, and how many workers there may be of all types together."""
     types = config.get("available_node_types")
     if types:
-        head, most = config.get("head_node_type"), int(config.get("max_workers") or 0)
-        found = []
-        for name, kind in types.items():
-            if "resources" not in kind:
-                return []
-            count = 1 if name == head else min(int(kind.get("max_workers") or 0), most)
-            found.append(NodeType(name, count, kind["resources"]))
-        return found
-    about, workers = config.get("metadata") or {}, config["provider"].get("worker_ips") or ()
+        most = int(config.get("max_workers", RAYS_OWN_WORKERS))
+        head = config["head_node_type"]
+        if any("resources" not in kind for kind in types.values()):
+            return [], most
+        workers = {name: kind for name, kind in types.items() if name != head}
+        counts = {name: min(int(kind.get("max_workers", most)), most) for name, kind in workers.items()}
+        found = [NodeType(name, counts[name], kind["resources"]) for name, kind in workers.items()]
+        return [NodeType(head, 1, types[head]["resources"]), *found], most
+    about, count = config.get("metadata") or {}, len(config["provider"].get("worker_ips") or ())
     if "worker_resources" not in about:
-        return []
-    return [
-        NodeType("head", 1, about.get("head_resources") or {}),
-        NodeType("worker", len(workers), about["worker_resources"]),
-    ]
+        return [], count
+    own = NodeType("head", 1, about.get("head_resources") or {})
+    return [own, NodeType("worker", count, about["worker_resources"])], count
 
 
 def faults(cluster: ClusterFile) -> list[tuple[str, str, str]]:
     """What would fail, or leave the cluster open, if this file was used: what about, what, and the remedy."""
     found, text = [], "\n".join(_words(cluster.config))
-    left = sorted({mark for mark in PLACEHOLDERS if mark in text})
+    left = sorted({*PLACEHOLDERS.findall(text)})
     if left:
         found.append(("placeholders", f"still has {', '.join(left)}", "set the lines marked <<<"))
     mounts = cluster.config.get("file_mounts") or {}
@@ -136,25 +144,36 @@ def _hosts_of_one(cluster: ClusterFile, resources: Mapping[int, Resources], host
                 f"{there}: no node has what participant {id_} asks for ({told}): take other machines, or ask for less "
                 "per participant (tiers.N.num_gpus, num_cpus, memory_mb, resources)"
             )
-    requests = grouped(resources, ids, hosts or len(ids)).requests
-    placed = _placed(requests, kinds)
-    if hosts is not None and placed < hosts:
+
+    def fit(count: int) -> bool:
+        return _fits(grouped(resources, ids, count).requests, cluster)
+
+    most = bisect.bisect_left(range(2, (hosts or len(ids)) + 1), True, key=lambda count: not fit(count)) + 1
+    if hosts is not None and not fit(hosts):
         nodes = ", ".join(f"{kind.most} x {kind.name}" for kind in kinds)
         raise ValueError(
-            f"--hosts={hosts}: {there} has room for {placed} ({nodes}): raise max_workers, or ask for fewer"
+            f"--hosts={hosts}: {there} has room for {most} ({nodes}, {cluster.workers} workers at once): raise "
+            "max_workers, or ask for fewer"
         )
-    return max(1, placed)
+    return hosts or most
 
 
-def _placed(requests: Sequence[Resources], kinds: Sequence[NodeType]) -> int:
-    """How many of these requests fit, each on one node, when every node there may be is up."""
-    nodes = [(_capacity(kind), list[Resources]()) for kind in kinds for _ in range(min(kind.most, len(requests)))]
+def _fits(requests: Sequence[Resources], cluster: ClusterFile) -> bool:
+    """Whether these requests fit, each on one node, when as many nodes are up as there may be."""
+    head, *kinds = cluster.nodes
+    nodes = [(_capacity(head), list[Resources]())]
+    left = {kind.name: kind.most for kind in kinds}
     for request in requests:
-        for capacity, held in nodes:
-            if misfit([*held, request], capacity) is None:
-                held.append(request)
-                break
-    return sum(len(held) for _, held in nodes)
+        held = next((held for there, held in nodes if misfit([*held, request], there) is None), None)
+        if held is None:  # one more worker: of the first type that has what is asked for
+            able = [kind for kind in kinds if left[kind.name] and misfit([request], _capacity(kind)) is None]
+            if not able or len(nodes) > cluster.workers:
+                return False
+            left[able[0].name] -= 1
+            held = list[Resources]()
+            nodes.append((_capacity(able[0]), held))
+        held.append(request)
+    return True
 
 
 def _capacity(kind: NodeType) -> Capacity:

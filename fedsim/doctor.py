@@ -18,7 +18,7 @@ from rich.console import Console
 from fedsim import environment
 from fedsim.machine import Facts, facts
 from fedsim.runtime.base import Runtime
-from fedsim.storage import Place, Remote, write_atomically
+from fedsim.storage import Place, Remote, delete, write_atomically
 
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -27,6 +27,7 @@ ENOUGH_FILES = 65536  # Ray keeps a few descriptors a worker and connection; its
 FULL_BYTES = 2 * GIGABYTE  # a disk with less is about to be full: Ray's logs, spilled objects, temporary files
 SKEW_SECONDS = 30.0  # signatures of requests to object stores are refused from 15 minutes on
 LITTLE_MEMORY = 1 * GIGABYTE
+SAME_MODEL = ("cpu", "gpu models")  # checks of what has to be alike for the same bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One node: what was found out, when it was asked and answered by this machine's clock, and its object store."""
+    """One node: what was found out, when it was asked and answered by this machine's clock, what Ray counts of it."""
 
     facts: Facts | str
     asked: float
     answered: float
-    object_store: int | None = None
+    counted: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def examine(runtime: Runtime, out: Place | None) -> list[Finding]:
@@ -55,8 +56,8 @@ def examine(runtime: Runtime, out: Place | None) -> list[Finding]:
 
     - `out`: where results would go: it is written and read from every node.
     """
-    here, secret = facts(), secrets.token_hex(8)
-    findings, probe = of_token(), functools.partial(facts, job_server=runtime.job_server)
+    here, secret, server = facts(), secrets.token_hex(8), runtime.job_server()
+    findings, probe = of_token(), functools.partial(facts, job_server=server)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -67,11 +68,11 @@ def examine(runtime: Runtime, out: Place | None) -> list[Finding]:
     asked = time.time()
     try:
         answers = runtime.everywhere(probe)
+        answered, counted = time.time(), runtime.capacities()
     finally:
         if out is not None:
-            _forget(out, secret)
-    answered, stores = time.time(), runtime.object_stores()
-    nodes = {name: Seen(answer, asked, answered, stores.get(name)) for name, answer in answers.items()}
+            findings += _forget(out, secret)
+    nodes = {name: Seen(answer, asked, answered, counted.get(name, {})) for name, answer in answers.items()}
     if out is not None and probe.args:
         findings += [
             Finding(OK, "storage", name, f"{out} can be read and written")
@@ -95,7 +96,7 @@ def check_nodes(runtime: Runtime, out: Place) -> list[Finding]:
         if found.level == PROBLEM:
             where = f" on node {found.node}" if found.node else ""
             raise ValueError(f"{found.check}{where}: {found.text}: {found.remedy}")
-    return [found for found in findings if found.level == WARNING and found.check == "cpu"]
+    return [found for found in findings if found.level == WARNING and found.check in SAME_MODEL]
 
 
 # checks ------------------------------------------------------------------------------------------------------------
@@ -106,13 +107,16 @@ def compared(here: Facts, nodes: Mapping[str, Seen]) -> list[Finding]:
     findings = []
     for name, seen in nodes.items():
         if isinstance(seen.facts, str):
+            missing = "ModuleNotFoundError" in seen.facts or "ImportError" in seen.facts
             text = f"fedsim cannot be called there: {seen.facts}"
             remedy = "install it there with the same constraints.txt, or send it along: `fedsim submit`"
-            findings.append(Finding(PROBLEM, "versions", name, text, remedy))
+            lost = "`ray status`, and that node's /tmp/ray/session_latest/logs, may say why"
+            findings.append(Finding(PROBLEM, "versions", name, text, remedy if missing else lost))
             continue
         findings += [*of_versions(here, name, seen.facts), *of_machine(name, seen)]
-    known = {name: seen.facts for name, seen in nodes.items() if isinstance(seen.facts, Facts)}
-    return findings + of_processors(known)
+    idle = {name for name, seen in nodes.items() if not seen.counted.get("CPU", 1) and not seen.counted.get("GPU", 0)}
+    facts_of = {name: seen.facts for name, seen in nodes.items() if isinstance(seen.facts, Facts)}
+    return findings + of_processors({name: there for name, there in facts_of.items() if name not in idle})
 
 
 def of_versions(here: Facts, name: str, there: Facts) -> list[Finding]:
@@ -147,9 +151,9 @@ def of_machine(name: str, seen: Seen) -> list[Finding]:
         findings.append(Finding(PROBLEM, "memory", name, memory, "end what uses it, or take a larger machine"))
     else:
         findings.append(Finding(OK, "memory", name, memory))
-    if seen.object_store is not None:
-        size = f"{seen.object_store / GIGABYTE:.1f} GB"
-        if there.shared_memory < seen.object_store:
+    if (store := seen.counted.get("object_store_memory")) is not None:
+        size = f"{store / GIGABYTE:.1f} GB"
+        if there.shared_memory < store:
             text = f"{size}, but /dev/shm has {there.shared_memory / GIGABYTE:.1f} GB: Ray uses the disk instead"
             remedy = "make /dev/shm larger (Docker: --shm-size; Kubernetes: an emptyDir with medium Memory)"
             findings.append(Finding(WARNING, "object store", name, text, remedy))
@@ -176,13 +180,11 @@ def of_machine(name: str, seen: Seen) -> list[Finding]:
 
 
 def of_processors(nodes: Mapping[str, Facts]) -> list[Finding]:
-    """Same bits are promised on processors, and on GPUs, of one model."""
+    """Same bits are promised on processors, and on GPUs, of one model. `nodes`: those on which participants compute."""
     findings = []
-    for check, models in (
-        ("cpu", {name: there.cpu for name, there in nodes.items()}),
-        ("gpu models", {name: gpu.name for name, there in nodes.items() for gpu in there.gpus}),
-    ):
-        counts = Counter(models.values())
+    models = ([there.cpu for there in nodes.values()], [gpu.name for there in nodes.values() for gpu in there.gpus])
+    for check, found in zip(SAME_MODEL, models, strict=True):
+        counts = Counter(found)
         if len(counts) > 1:
             text = "; ".join(f"{model} on {count}" for model, count in counts.most_common())
             remedy = "the same bits are promised on one model only: take machines of one type"
@@ -210,11 +212,11 @@ def of_token() -> list[Finding]:
 def of_job_server(nodes: Mapping[str, Seen], joined: bool) -> list[Finding]:
     """Whether the cluster's job server, which runs what it is sent, refuses who brings no token."""
     statuses = {name: seen.facts.unasked for name, seen in nodes.items() if isinstance(seen.facts, Facts)}
-    answered = {name: status for name, status in statuses.items() if status is not None}
+    answered = {name: status for name, status in statuses.items() if status in (200, 401, 403)}
     if not joined or not answered:
         return []
     for name, status in answered.items():
-        if status < 400:
+        if status == 200:
             text = "the job server answers without a token: whoever reaches it runs programs as you"
             remedy = "start Ray with RAY_AUTH_MODE=token on every node (cluster.yaml does)"
             return [Finding(PROBLEM, "token", name, text, remedy)]
@@ -223,16 +225,22 @@ def of_job_server(nodes: Mapping[str, Seen], joined: bool) -> list[Finding]:
 
 def _storage(out: Place, node: str, reason: str) -> Finding:
     if isinstance(out, Remote):
-        remedy = "give that machine's role, or its configuration files, the right to read, write and list there"
+        remedy = "give that machine's role, or its configuration files, the right to read, write, list and delete there"
     else:
         remedy = "give --out s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, or a folder that all nodes share"
     return Finding(PROBLEM, "storage", node, f"--out={str(out)!r}: {reason}", remedy)
 
 
-def _forget(out: Place, secret: str) -> None:
-    """Delete what was written to try a results folder."""
-    for path in out.glob(f"check.{secret}*"):
-        path.unlink(missing_ok=True)
+def _forget(out: Place, secret: str) -> list[Finding]:
+    """Delete what was written to try a results folder, as a run deletes old checkpoints."""
+    try:
+        for path in out.glob(f"check.{secret}*"):
+            path.unlink(missing_ok=True)
+        if isinstance(out, Remote) and not out.files():
+            delete(out)  # an empty object that stands for a folder
+    except OSError as error:
+        return [_storage(out, "", f"what was written cannot be deleted: {error}")]
+    return []
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:

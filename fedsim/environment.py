@@ -50,3 +50,8 @@ def s3_endpoint() -> str | None:
 def aws_region() -> str | None:
     """`AWS_REGION`, `AWS_DEFAULT_REGION`."""
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
+
+
+def temporary_folder() -> str:
+    """Where Ray's sessions and temporary files go unless somebody says otherwise, full or not: `TMPDIR`, or /tmp."""
+    return os.environ.get("TMPDIR") or "/tmp"

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from filelock import FileLock, Timeout
 
@@ -27,13 +27,15 @@ class LockLost(OSError):
 
 
 @contextlib.contextmanager
-def locked(directory: Place) -> Iterator[None]:
+def locked(directory: Place, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Hold a results folder: one process at a time writes to it.
+
+    - `say`: told if it takes time to find out whether somebody else holds it.
 
     **Raises:** `ValueError` if another process holds it, or it cannot be written to.
     """
     if isinstance(directory, Remote):
-        with _beating(directory):
+        with _beating(directory, say):
             yield
         return
     try:
@@ -56,7 +58,7 @@ _held: dict[str, "Heart"] = {}  # results folders in object stores that this pro
 def check_held(directory: Place) -> None:
     """**Raises:** `LockLost` if this process held a folder in an object store and somebody has taken it over."""
     heart = _held.get(str(directory))
-    if heart is not None and heart.lost.is_set():
+    if heart is not None and not heart.still_ours():
         raise LockLost(f"{directory}: another process has taken this folder over; this one was silent for too long")
 
 
@@ -65,18 +67,25 @@ class Heart:
 
     def __init__(self, lock: Remote) -> None:
         self.lock, self.own = lock, f"{socket.gethostname()} process {os.getpid()} {uuid.uuid4().hex}"
-        self.beats = 0
+        self.beats, self.last = 0, _now()
         self.lost, self.stopped = threading.Event(), threading.Event()
 
     def beat(self) -> None:
         self.beats += 1
         self.lock.write_bytes(f"{self.own} {self.beats}".encode())
+        self.last = _now()
+
+    def still_ours(self) -> bool:
+        """Looks only if this process, or the store, has been silent for so long that somebody may have taken over."""
+        if not self.lost.is_set() and _now() - self.last > SILENT_SECONDS / 2 and not self.is_ours():
+            self.lost.set()
+        return not self.lost.is_set()
 
     def is_ours(self) -> bool:
         return (_content(self.lock) or "").startswith(self.own)
 
     def run(self) -> None:
-        """Until stopped. A store that cannot be reached is tried again: nobody else can take the folder meanwhile."""
+        """Until stopped. A store that cannot be reached is tried again."""
         while not self.stopped.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
                 if not self.is_ours():
@@ -86,10 +95,10 @@ class Heart:
 
 
 @contextlib.contextmanager
-def _beating(directory: Remote) -> Iterator[None]:
+def _beating(directory: Remote, say: Callable[[str], None]) -> Iterator[None]:
     heart = Heart(directory / ".lock")
     try:
-        _wait_for_silence(heart.lock, directory)
+        _wait_for_silence(heart.lock, directory, say)
         heart.beat()
         time.sleep(SETTLE_SECONDS)
         ours = heart.is_ours()
@@ -111,9 +120,12 @@ def _beating(directory: Remote) -> Iterator[None]:
                 heart.lock.unlink(missing_ok=True)
 
 
-def _wait_for_silence(lock: Remote, directory: Remote) -> None:
+def _wait_for_silence(lock: Remote, directory: Remote, say: Callable[[str], None]) -> None:
     """**Raises:** `ValueError` if whoever wrote the object writes it again."""
     before, end = _content(lock), time.monotonic() + SILENT_SECONDS
+    if before is not None:
+        holder = " ".join(before.split()[:3])
+        say(f"{directory} is held by {holder}; waiting {SILENT_SECONDS:g} s to see whether that has ended")
     while before is not None and time.monotonic() < end:
         time.sleep(0.25)
         now = _content(lock)
@@ -121,6 +133,11 @@ def _wait_for_silence(lock: Remote, directory: Remote) -> None:
             return
         if now != before:
             raise _refused(directory)
+
+
+def _now() -> float:
+    """Seconds, those in which the machine slept included where the system counts them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _refused(directory: Remote) -> ValueError:

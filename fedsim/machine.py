@@ -10,7 +10,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from fedsim import environment
 from fedsim.storage import place, write_atomically
 
 
@@ -71,7 +71,7 @@ def facts(out: str | None = None, secret: str = "", job_server: str | None = Non
     - `out`: a results folder in which a file `check.<secret>` lies: it is read, and one is written beside it.
     - `job_server`: HOST:PORT to ask without a token.
     """
-    disk = tempfile.gettempdir()
+    disk = environment.temporary_folder()
     return Facts(
         host=socket.gethostname(),
         versions=versions(),

@@ -356,8 +356,8 @@ def _check_has_results(directory: Place) -> None:
 
 def _read_file(path: Place, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """A file's rows; of all columns, or of those named alone."""
+    source = pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path
     try:
-        source = path.system.open_input_file(path.path) if isinstance(path, Remote) else path
         with pq.ParquetFile(source, page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
             _check_version(path, metadata.get(SCHEMA_KEY))

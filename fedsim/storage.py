@@ -1,7 +1,7 @@
 """Where results and checkpoints lie: a folder, or a prefix in an object store (`s3://bucket/prefix`, `gs://...`).
 
 A `Place` is a `pathlib.Path`, or a `Remote` that answers to the few methods of it that are used here. In an object
-store a file is there as a whole or not at all, and who reads after a write sees it; folders come and go with files.
+store a file is there as a whole or not at all, and who reads after a write sees it; folders are but parts of names.
 """
 
 import contextlib
@@ -135,14 +135,14 @@ def place(text: "str | os.PathLike[str] | Remote") -> Place:
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
-    if scheme not in SCHEMES:
-        raise ValueError(f"--out={text!r}: must be a path, or begin with one of s3://, gs://")
     bucket = rest.partition("/")[0]
     if any(mark in rest for mark in "@?#"):  # it would be written into the tables, and into logs
         raise ValueError(
             f"--out: '{scheme}://...': must be {scheme}://BUCKET/PREFIX and no more: credentials, region and endpoint "
             "come from the machine's role, its configuration files, or environment variables"
         )
+    if scheme not in SCHEMES:
+        raise ValueError(f"--out={text!r}: must be a path, or begin with one of s3://, gs://")
     if not bucket or "//" in rest.rstrip("/"):
         raise ValueError(f"--out={text!r}: must be {scheme}://BUCKET/PREFIX")
     return Remote(f"{scheme}://{rest.rstrip('/')}")

@@ -18,7 +18,7 @@ from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.provenance import git_commit
 from fedsim.runtime import submission
 from fedsim.runtime.base import Resources
-from fedsim.runtime.submission import Link
+from fedsim.runtime.submission import LOST, Link, NoHead
 from fedsim.storage import Remote, download, place
 
 
@@ -37,31 +37,43 @@ def submit(options: argparse.Namespace, console: Console) -> int:
             f"--address={options.address!r}: must be http://HOST:PORT of a job server; or give --cluster FILE"
         )
     with Link(cluster.path if cluster is not None else options.address) as link:
+        where = ("--cluster", options.cluster) if cluster is not None else ("--address", options.address)
+        for option in ("stop", "attach"):
+            if (id_ := getattr(options, option)) and not submission.known(link, id_):
+                raise ValueError(f"--{option}={id_!r}: the cluster has no such job")
         if options.stop:
-            return stopped(link, options.stop, console)
+            return 0 if stopped(link, Job(options.stop, where), console) else 1
         if options.attach:
-            job = Job(options.attach, place(options.out) if options.out else None, _fetched_to(options), cluster)
-            if not submission.known(link, job.id):
-                raise ValueError(f"--attach={job.id!r}: the cluster has no such job")
-            return followed(link, job, options, console)
-        job = sent(link, options, cluster, console)
-        if options.detach:
-            return 0
-        return followed(link, job, options, console)
+            to = _checked(_fetched_to(options))
+            job = Job(options.attach, where, cluster, place(options.out) if options.out else None, to)
+            return followed(link, job, console)
+        job = sent(link, options, Job("", where, cluster), console)
+        return 0 if options.detach else followed(link, job, console)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`out`: where its results go; None: not known. `to`: the folder here into which they are copied."""
+    """A job that was sent.
+
+    - `where`: words that lead to its cluster. - `out`: where its results go; None: not known, or it has none.
+    - `to`: the folder here into which they are copied.
+    """
 
     id: str
-    out: Path | Remote | None
-    to: Path
-    cluster: ClusterFile | None
+    where: tuple[str, ...]
+    cluster: ClusterFile | None = None
+    out: Path | Remote | None = None
+    to: Path = Path()
+
+    def again(self, option: str) -> str:
+        """What to type to follow it, or to stop it."""
+        out = ["--out", str(self.out), "--fetch", str(self.to)] if option == "--attach" and self.out else []
+        return shlex.join(["fedsim", "submit", *self.where, option, self.id, *out])
 
 
-def sent(link: Link, options: argparse.Namespace, cluster: ClusterFile | None, console: Console) -> Job:
+def sent(link: Link, options: argparse.Namespace, job: Job, console: Console) -> Job:
     """Check what can be checked here, then send it. **Raises:** `ValueError`."""
+    cluster = job.cluster
     if (options.target is None) == (options.suite is None):
         raise ValueError(f"--suite={options.suite}: give either MODULE:FUNCTION or --suite")
     if not options.out:
@@ -74,17 +86,23 @@ def sent(link: Link, options: argparse.Namespace, cluster: ClusterFile | None, c
     variables = _variables(options.env) | STOPPING | {"PYTHONUNBUFFERED": "1"}
     if commit := git_commit():
         variables["FEDSIM_GIT_COMMIT"] = commit
-    hosts, wait = options.hosts, options.wait
+    experiments, hosts, wait = wanted(options), options.hosts, options.wait
     if cluster is not None:
-        hosts = cluster_file.hosts_for(cluster, [asked_by(each) for each in wanted(options)], hosts)
-        wait = WAIT_MINUTES if wait is None and cluster.grows else wait
+        hosts = cluster_file.hosts_for(cluster, [asked_by(each) for each in experiments], hosts)
+        wait = WAIT_MINUTES if wait is None and hosts is not None else wait
+        if hosts is None and cluster.grows:
+            raise ValueError(f"--hosts: say how many, for {options.cluster!r} does not say what its nodes have")
+    if wait and hosts is None:
+        raise ValueError(f"--wait={wait:g}: needs --hosts")
     words = entrypoint(options, hosts, wait or 0.0)
     name = options.target.partition(":")[2] if options.target else "-".join(options.suite)
-    job = Job(f"fedsim-{name}-{secrets.token_hex(4)}", out, _fetched_to(options), cluster)
+    job = dataclasses.replace(
+        job, id=f"fedsim-{name}-{secrets.token_hex(4)}", out=out, to=_checked(_fetched_to(options))
+    )
     submission.send(link, job.id, shlex.join(words), Path.cwd(), [*LEFT_OUT, *options.exclude], variables)
     _say(f"job {job.id}: {shlex.join(words)}", console)
-    _say(f"follow it: {_again(options, '--attach', job.id)}", console)
-    _say(f"stop it:   {_again(options, '--stop', job.id)}", console)
+    _say(f"follow it: {job.again('--attach')}", console)
+    _say(f"stop it:   {job.again('--stop')}", console)
     return job
 
 
@@ -101,12 +119,15 @@ def examined(options: argparse.Namespace, console: Console) -> int:
     with Link(cluster.path) as link:
         try:
             link.first()
-        except ValueError as error:
+        except NoHead as error:
             _say(f"not looked at any node: {error}", console)
             return 0
-        job = Job(f"fedsim-doctor-{secrets.token_hex(4)}", None, Path(), cluster)
+        except ValueError as error:
+            print_findings([Finding(PROBLEM, "head", "", str(error))], console)
+            return 1
+        job = Job(f"fedsim-doctor-{secrets.token_hex(4)}", ("--cluster", options.cluster))
         submission.send(link, job.id, shlex.join(words), Path.cwd(), LEFT_OUT, {"PYTHONUNBUFFERED": "1"})
-        return followed(link, job, options, console)
+        return followed(link, job, console)
 
 
 def entrypoint(options: argparse.Namespace, hosts: int | None, wait: float) -> list[str]:
@@ -144,20 +165,20 @@ def asked_by(experiment: Experiment) -> dict[int, Resources]:
     }
 
 
-def followed(link: Link, job: Job, options: argparse.Namespace, console: Console) -> int:
+def followed(link: Link, job: Job, console: Console) -> int:
     """Print what the job prints, then copy its results."""
     try:
         details = submission.follow(
-            link, job.id, lambda text: print(text, end="", flush=True), lambda text: _say(text, console)
+            link, job.id, lambda text: print(text, end="", flush=True), lambda t: _say(t, console)
         )
     except KeyboardInterrupt:
         _say(f"stopping job {job.id}", console)
-        status = stopped(link, job.id, console)
-        if job.out is not None:
+        ended = stopped(link, job, console)
+        if ended and job.out is not None:
             fetched(job, console)
-        return status
+        return 130 if ended else 1
     except ConnectionError as error:
-        _say(f"{error}; the job may go on: {_again(options, '--attach', job.id)}", console)
+        _say(f"{error}; to look again: {job.again('--attach')}", console)
         return 1
     status = details.driver_exit_code
     if status is None:  # it was not the command itself that ended it
@@ -165,7 +186,8 @@ def followed(link: Link, job: Job, options: argparse.Namespace, console: Console
         status = 130 if str(details.status) == "STOPPED" else 1
     if job.out is None or status == 2:
         return status
-    return fetched(job, console) or status
+    copied = fetched(job, console)
+    return status or copied
 
 
 def fetched(job: Job, console: Console) -> int:
@@ -195,16 +217,18 @@ def fetched(job: Job, console: Console) -> int:
     return 0
 
 
-def stopped(link: Link, id_: str, console: Console) -> int:
-    """End a job. **Returns:** 130, or 1 if it did not end. **Raises:** `ValueError` if there is no such job."""
-    if not submission.known(link, id_):
-        raise ValueError(f"--stop={id_!r}: the cluster has no such job")
-    details = submission.stop(link, id_)
+def stopped(link: Link, job: Job, console: Console) -> bool:
+    """End a job. **Returns:** whether it has ended; if not, it is said how to try again."""
+    try:
+        details = submission.stop(link, job.id)
+    except (ValueError, *LOST) as error:
+        _say(f"{error}\njob {job.id} may go on; to stop it: {job.again('--stop')}", console)
+        return False
     if details is None:
-        _say(f"job {id_} has not ended yet: look at `ray job list`", console)
-        return 1
-    _say(f"job {id_}: {str(details.status).lower()}; every finished round is in its results folder", console)
-    return 130
+        _say(f"job {job.id} has not ended yet; once more: {job.again('--stop')}", console)
+        return False
+    _say(f"job {job.id} {str(details.status).lower()}; every finished round is in its results folder", console)
+    return True
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:
@@ -223,14 +247,15 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 
 def _fetched_to(options: argparse.Namespace) -> Path:
-    name = options.target.partition(":")[2] if options.target else "+".join(options.suite or ["fetched"])
-    return Path(options.fetch or Path("results") / name)
+    name = options.target.partition(":")[2] if options.target else "+".join(options.suite or ["job"])
+    return Path(options.fetch or Path("results") / "fetched" / name)
 
 
-def _again(options: argparse.Namespace, option: str, id_: str) -> str:
-    where = ["--cluster", options.cluster] if options.cluster else ["--address", options.address]
-    out = ["--out", options.out, "--fetch", str(_fetched_to(options))] if option == "--attach" and options.out else []
-    return shlex.join(["fedsim", "submit", *where, option, id_, *out])
+def _checked(to: Path) -> Path:
+    """**Raises:** `ValueError` for a folder whose runs could not be gone on with if others were copied over them."""
+    if (to / "checkpoints").exists():
+        raise ValueError(f"--fetch={str(to)!r}: holds runs that were computed here: give another folder")
+    return to
 
 
 def _say(text: str, console: Console) -> None:

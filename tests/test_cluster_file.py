@@ -57,10 +57,10 @@ def test_as_many_hosts_as_there_is_room_for(tmp_path: Path, participants: int, e
 
 
 def test_a_file_without_gpus_for_an_experiment_that_asks_for_them(tmp_path: Path) -> None:
-    types = {"worker": {"resources": {"CPU": 4}, "max_workers": 5, "node_config": {}}}
+    types = {"head": {"resources": {"CPU": 0}}, "worker": {"resources": {"CPU": 4}, "max_workers": 5}}
     cluster = read(written(tmp_path, available_node_types=types))
     with pytest.raises(
-        ValueError, match=r"--cluster=.*no node has what participant 0 asks for \(worker: 1 hosts ask fo"
+        ValueError, match=r"--cluster=.*no node has what participant 0 asks for \(head: .*worker: 1 hosts ask"
     ):
         hosts_for(cluster, [asked(2, num_gpus=0.5)], None)
     with pytest.raises(ValueError, match=r"tiers\.N\.num_gpus"):
@@ -71,8 +71,45 @@ def test_a_file_without_gpus_for_an_experiment_that_asks_for_them(tmp_path: Path
 def test_more_hosts_than_there_is_room_for(tmp_path: Path) -> None:
     cluster = read(written(tmp_path))
     assert hosts_for(cluster, [asked(20, num_gpus=1.0)], 3) == 3
-    with pytest.raises(ValueError, match=r"--hosts=4: .* has room for 3 \(1 x head, 3 x worker\): raise max_workers"):
+    with pytest.raises(
+        ValueError, match=r"--hosts=4: .* has room for 3 \(1 x head, 3 x worker, 3 workers at once\): raise"
+    ):
         hosts_for(cluster, [asked(20, num_gpus=1.0)], 4)
+
+
+def test_workers_of_all_types_together_are_no_more_than_the_file_allows(tmp_path: Path) -> None:
+    """As in cluster.yaml: spot and on demand, four of each, and four at once."""
+    worker = {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 4}
+    types = {"head": {"resources": {"CPU": 0}}, "spot": worker, "on_demand": worker}
+    cluster = read(written(tmp_path, available_node_types=types, max_workers=4))
+    assert hosts_for(cluster, [asked(24, num_cpus=0.0, num_gpus=1.0)], None) == 4
+    with pytest.raises(ValueError, match="has room for 4 "):
+        hosts_for(cluster, [asked(24, num_cpus=0.0, num_gpus=1.0)], 5)
+    assert hosts_for(cluster, [asked(64)], None) == 16
+
+
+def test_what_is_returned_is_what_the_run_will_ask_for(tmp_path: Path) -> None:
+    """A host asks for the most that any of its participants does: two that need a GPU, and two that do not."""
+    types = {"head": {"resources": {"CPU": 0}}, "worker": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 1}}
+    cluster = read(written(tmp_path, available_node_types=types))
+    mixed = asked(2, num_gpus=1.0) | {id_ + 2: each for id_, each in asked(2).items()}
+    found = hosts_for(cluster, [mixed], None)
+    assert found == 2 == hosts_for(cluster, [mixed], found), "one with the GPU, one without"
+    with pytest.raises(ValueError, match="has room for 2 "):
+        hosts_for(cluster, [mixed], 3)
+
+
+def test_what_a_file_leaves_out_is_rays_default(tmp_path: Path) -> None:
+    types = {"head": {"resources": {"CPU": 0}}, "worker": {"resources": {"CPU": 1}}}
+    assert hosts_for(read(written(tmp_path, available_node_types=types, max_workers=3)), [asked(9)], None) == 3
+    config = yaml.safe_load(Path(written(tmp_path, available_node_types=types)).read_text())
+    del config["max_workers"]
+    (tmp_path / "less.yaml").write_text(yaml.safe_dump(config))
+    assert hosts_for(read(str(tmp_path / "less.yaml")), [asked(9)], None) == 2
+
+
+def test_many_participants_take_no_time(tmp_path: Path) -> None:
+    assert hosts_for(read(written(tmp_path)), [asked(10_000, num_cpus=0.25)], None) == 48
 
 
 def test_own_machines_say_what_they_have_beside(tmp_path: Path) -> None:
@@ -86,7 +123,17 @@ def test_own_machines_say_what_they_have_beside(tmp_path: Path) -> None:
         hosts_for(telling, [asked(9, num_gpus=1.0)], None)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "cluster_name: x\n", "a: [", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b\n",
+        "cluster_name: x\n",
+        "a: [",
+        "\x00",
+        "{cluster_name: x, provider: {type: aws}, available_node_types: {a: null}, head_node_type: a}",
+        "{cluster_name: x, provider: {type: aws}, available_node_types: [1], head_node_type: a}",
+    ],
+)
 def test_what_is_no_such_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match="--cluster="):

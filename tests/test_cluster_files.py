@@ -137,7 +137,7 @@ def test_ray_is_not_started_without_a_token(config: dict[str, Any], tmp_path: Pa
                 token.write_text(content)
             done = run_as_ray_does(command, home, programs, RAY_HEAD_IP="192.0.2.1")
             assert done.returncode == 1
-            assert 'run "ray get-auth-token --generate" where you run "ray up"' in done.stderr
+            assert 'No token: make one as the top of this file says, then "ray up" again' in done.stderr
             assert not (tmp_path / "started").exists()
         token.write_text(TOKEN)
         done = run_as_ray_does(command, home, programs, RAY_HEAD_IP="192.0.2.1")

@@ -27,7 +27,8 @@ HERE = facts()
 
 def seen(now: float = 1000.0, **changes: Any) -> Seen:
     """A node like this one, but for the changes; its clock is asked at `now`."""
-    return Seen(dataclasses.replace(HERE, **({"clock": now, "open_files": 65536} | changes)), now, now, 2**30)
+    there = dataclasses.replace(HERE, **({"clock": now, "open_files": 65536} | changes))
+    return Seen(there, now, now, {"CPU": 2.0, "object_store_memory": 2**30})
 
 
 def wrong(findings: list[Finding]) -> list[tuple[str, str, str]]:
@@ -91,6 +92,19 @@ def test_processors_and_gpus_of_several_models_are_a_warning() -> None:
     assert wrong(compared(HERE, {"a": seen(gpus=(a, a)), "b": seen(gpus=(a,))})) == []
 
 
+def test_models_of_one_node_and_of_nodes_that_compute_nothing() -> None:
+    a, b = (Gpu(name, 24 * 2**30, 2**30, "550") for name in ("A10G", "T4"))
+    assert wrong(compared(HERE, {"a": seen(gpus=(a, b))})) == [(WARNING, "gpu models", "")]
+    head = dataclasses.replace(seen(cpu="another"), counted={"object_store_memory": 1.0})
+    assert wrong(compared(HERE, {"head": dataclasses.replace(head, counted={"CPU": 0.0}), "a": seen()})) == []
+    assert wrong(compared(HERE, {"head": dataclasses.replace(head, counted={"CPU": 1.0}), "a": seen()})) != []
+
+
+def test_a_node_that_does_not_answer_is_not_said_to_lack_fedsim() -> None:
+    [found] = compared(HERE, {"a": Seen("no answer within 120 s", 0.0, 0.0)})[:1]
+    assert found.level == PROBLEM and "ray status" in found.remedy and "install" not in found.remedy
+
+
 def test_time_that_passes_while_nodes_are_asked_is_no_skew() -> None:
     there = dataclasses.replace(HERE, clock=1050.0, open_files=-1)
     assert wrong(compared(HERE, {"a": Seen(there, asked=1000.0, answered=1100.0)})) == []
@@ -134,17 +148,30 @@ def server() -> Iterator[http.server.HTTPServer]:
         server.shutdown()
 
 
-@pytest.mark.parametrize(("status", "level"), [(200, PROBLEM), (401, OK), (403, OK)])
+@pytest.mark.parametrize(("status", "level"), [(200, PROBLEM), (401, OK), (403, OK), (502, None)])
 def test_a_job_server_that_answers_without_a_token_is_a_problem(
-    server: http.server.HTTPServer, status: int, level: str
+    server: http.server.HTTPServer, status: int, level: str | None
 ) -> None:
     server.status = status  # type: ignore[attr-defined]
     there = facts(job_server=f"127.0.0.1:{server.server_port}")
     assert there.unasked == status
     nodes = {"head": Seen(there, 0.0, 0.0), "worker": seen(unasked=None)}
-    [found] = of_job_server(nodes, joined=True)
-    assert found.level == level and found.check == "token"
+    assert [found.level for found in of_job_server(nodes, joined=True)] == ([level] if level else [])
     assert of_job_server(nodes, joined=False) == [], "a private Ray is nobody else's"
+
+
+def test_the_job_server_of_a_cluster_that_is_joined_is_asked(server: http.server.HTTPServer, tmp_path: Path) -> None:
+    server.status = 200  # type: ignore[attr-defined]
+
+    class Open(Joined):
+        def job_server(self) -> str | None:
+            return f"127.0.0.1:{server.server_port}"
+
+    runtime = Open({"head": lambda call: call()})
+    assert (PROBLEM, "token", "head") in wrong(examine(runtime, None))
+    with pytest.raises(ValueError, match="the job server answers without a token"):
+        check_nodes(runtime, tmp_path)
+    runtime.close()
 
 
 def test_a_job_server_that_is_not_there() -> None:

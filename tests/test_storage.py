@@ -73,7 +73,9 @@ def test_what_is_no_place_is_refused(text: str) -> None:
         place(text)
 
 
-@pytest.mark.parametrize("text", ["s3://KEY:topsecret@bucket/x", "s3://bucket/x?secret_key=topsecret"])
+@pytest.mark.parametrize(
+    "text", ["s3://KEY:topsecret@bucket/x", "s3://bucket/x?secret_key=topsecret", "s3a://KEY:topsecret@bucket/x"]
+)
 def test_credentials_in_an_url_are_refused_and_not_repeated(text: str) -> None:
     with pytest.raises(ValueError, match="credentials") as refused:
         place(text)
@@ -166,8 +168,24 @@ def test_one_process_at_a_time(bucket: Remote) -> None:
 def test_a_dead_holder_is_followed(bucket: Remote) -> None:
     write_atomically(bucket / "out/.lock", b"somewhere process 1 abc 17")
     started = time.monotonic()
-    with locked(bucket / "out"):
+    told: list[str] = []
+    with locked(bucket / "out", told.append):
         assert time.monotonic() - started > 1.0, "it was not given time to be heard of"
+    assert told == [f"{bucket}/out is held by somewhere process 1; waiting 1 s to see whether that has ended"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_holder_that_slept_looks_before_it_writes(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop that was closed: its heart has not beaten since, nor noticed that another took over."""
+    monkeypatch.setattr(locking.Heart, "run", lambda heart: None)
+    with locked(bucket / "out"):
+        check_held(bucket / "out")
+        write_atomically(bucket / "out/.lock", b"somewhere process 2 def 1")
+        check_held(bucket / "out")  # it was heard of just now: nobody else can hold it
+        monkeypatch.setattr(locking, "_now", lambda: time.monotonic() + 10**6)
+        with pytest.raises(LockLost, match="taken this folder over"):
+            check_held(bucket / "out")
+    assert (bucket / "out/.lock").exists(), "it is the other's"
 
 
 @pytest.mark.usefixtures("impatient")
@@ -193,6 +211,18 @@ def test_a_holder_that_was_taken_over_notices_and_writes_no_more(bucket: Remote,
         check_held(bucket / "third")
     assert set(fedsim.load(bucket / "out").rounds["round"]) == {0}, "a round was written after that"
     assert fedsim.load(bucket / "out").runs.empty
+
+
+def test_what_cannot_be_read_is_not_said_to_be_damaged(bucket: Remote, store: Store, tiny_run: Path) -> None:
+    for path in tiny_run.rglob("*.*"):
+        write_atomically(bucket / str(path.relative_to(tiny_run)), path.read_bytes())
+    assert hashes(fedsim.load(bucket)) == hashes(fedsim.load(tiny_run))
+    [private] = (bucket / "checkpoints").glob("*/private")
+    store.forbid(bucket.name, "s3:GetObject")
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        fedsim.load(bucket)
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        Versions(private / "0", "state").load(9)
 
 
 # runs ---------------------------------------------------------------------------------------------------------------

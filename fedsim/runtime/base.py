@@ -160,11 +160,13 @@ class Runtime(abc.ABC):
         """What a picklable call returns on every machine there is, by address; text where it cannot be called."""
         return {"localhost": call()}
 
-    def object_stores(self) -> Mapping[str, int]:
-        """Bytes of the object store of every machine that has one, by address."""
+    def capacities(self) -> Mapping[str, Mapping[str, float]]:
+        """What Ray counts of every machine (`CPU`, `GPU`, bytes of `object_store_memory`), by address."""
         return {}
 
-    job_server: str | None = None  # of a cluster that was joined: HOST:PORT
+    def job_server(self) -> str | None:
+        """HOST:PORT of what takes jobs for a cluster that this object has joined, or joins now; None: there is none."""
+        return None
 
     @abc.abstractmethod
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
@@ -25,15 +25,17 @@ def on_every_node(call: Callable[[], Any]) -> dict[str, Any]:
         name = f"{nodes[id_]} ({id_[:6]})" if nodes[id_] in twice else nodes[id_]
         try:
             answers[name] = ray.get(reference, timeout=0.1)
+        except GetTimeoutError:
+            ray.cancel(reference, force=True)
+            answers[name] = f"no answer within {ANSWER_SECONDS:g} s"
         except RayError as error:
             answers[name] = str(error).strip().splitlines()[-1]
     return answers
 
 
-def object_stores() -> Mapping[str, int]:
-    """Bytes of the object store of every node that is up, by address."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return {node["NodeManagerAddress"]: int(node["Resources"].get("object_store_memory", 0)) for node in alive}
+def capacities() -> Mapping[str, Mapping[str, float]]:
+    """What Ray counts of every node that is up, by address."""
+    return {node["NodeManagerAddress"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _called(call: Callable[[], Any]) -> Any:

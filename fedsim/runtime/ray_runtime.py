@@ -23,7 +23,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
 from fedsim.runtime.joining import expect_connected, join
-from fedsim.runtime.nodes import object_stores, on_every_node
+from fedsim.runtime.nodes import capacities, on_every_node
 from fedsim.runtime.placement import Capacity, Plan, grouped, part_of, plan
 from fedsim.runtime.private_ray import start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
@@ -68,6 +68,7 @@ class RayRuntime(Runtime):
         self.server: Any = None
         self.plan: Plan | None = None
         self.connected = False  # by this object, which then also disconnects
+        self.dashboard: str | None = None  # of a cluster that this object joined: HOST:PORT
         self.private = address is None and (is_rising() or not ray.is_initialized())
 
     def start(
@@ -86,13 +87,15 @@ class RayRuntime(Runtime):
         self.to_make = (make_aggregator, make_participants, resources, chunk)
 
     def probe(self, call: Callable[[], Any]) -> Any:
-        if not self._capacity().gpus:
+        if self.wait:
+            self._join()
+        elif not self._capacity().gpus:
             return None
         self._connect(Plan(((),), (Resources(num_cpus=0.0, num_gpus=1.0),)))
         probing = ray.remote(_probed).options(num_cpus=0, num_gpus=1, max_calls=1, max_retries=0)
         reference = probing.remote(call)
-        if not ray.wait([reference], timeout=START_SECONDS)[0]:
-            raise RuntimeError(f"no whole GPU has become free within {START_SECONDS} s")
+        if not ray.wait([reference], timeout=self.patience)[0]:
+            raise RuntimeError(f"no whole GPU has become free within {self.patience:g} s")
         return ray.get(reference)
 
     @property
@@ -106,8 +109,13 @@ class RayRuntime(Runtime):
             self._join()
         return on_every_node(call)
 
-    def object_stores(self) -> Mapping[str, int]:
-        return object_stores()
+    def capacities(self) -> Mapping[str, Mapping[str, float]]:
+        return capacities()
+
+    def job_server(self) -> str | None:
+        if not self.private:
+            self._join()
+        return self.dashboard
 
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         if self.starting:
@@ -203,7 +211,7 @@ class RayRuntime(Runtime):
 
     def _join(self) -> None:
         if not ray.is_initialized():
-            self.job_server = join(self.address)
+            self.dashboard = join(self.address)
             self.connected = True
         elif not self.connected:
             expect_connected(self.address)
@@ -240,8 +248,9 @@ class RayRuntime(Runtime):
             left = min(TELL_SECONDS, max(0.0, end - time.monotonic()))
             ready, late = ray.wait(self.starting, num_returns=count, timeout=left)
         if late:
+            waited, self.patience = self.patience, TELL_SECONDS  # the next run does not wait as long once more
             raise RuntimeError(
-                f"{len(ready)} of {count} hosts started within {self.patience:g} s; the cluster has "
+                f"{len(ready)} of {count} hosts started within {waited:g} s; the cluster has "
                 f"{ray.available_resources()} free"
             )
         ray.get(ready)

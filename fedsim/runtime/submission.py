@@ -30,6 +30,10 @@ STOP_SECONDS = 60.0
 LOST = (ConnectionError, OSError, RuntimeError, asyncio.TimeoutError, aiohttp.ClientError, requests.RequestException)
 
 
+class NoHead(ValueError):
+    """The launcher knows of no head: the cluster was never started, or was ended."""
+
+
 class Link:
     """The way to a cluster's job server.
 
@@ -37,7 +41,7 @@ class Link:
     """
 
     def __init__(self, address: str | Path) -> None:
-        self.address, self.tunnel = address, None
+        self.address, self.tunnel, self.reason = address, None, ""
         self.log: IO[bytes] | None = None
         self.url = address if isinstance(address, str) else ""
 
@@ -63,18 +67,20 @@ class Link:
             try:
                 return self.client()
             except LOST as error:
+                ended = self.tunnel is not None and self.tunnel.poll() is not None
+                if ended and "Head node" in self.said():
+                    raise NoHead(f"{self.address}: {self.said()}: `ray up` starts it") from error
                 if time.monotonic() >= end:
-                    said = self.said()
+                    said = (self.said() if ended else "") or self.reason or _short(error)
                     raise ValueError(
-                        f"{self.address}: no job server answers ({said or error}): is the cluster up (`ray up`)?"
+                        f"{self.address}: no job server answers ({said}): is the cluster up (`ray up`)?"
                     ) from error
-                if self.tunnel is not None and self.tunnel.poll() is not None and "Head node" in self.said():
-                    end = 0.0  # there is no head
                 time.sleep(1.0)
 
     def _open_tunnel(self, file: Path) -> None:
         if self.tunnel is not None and self.tunnel.poll() is None:
             return
+        self.reason = self.said()
         self._close_tunnel()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -140,18 +146,19 @@ def send(
 def follow(link: Link, id_: str, write: Callable[[str], None], tell: Callable[[str], None]) -> JobDetails:
     """Pass on what a job prints until it ends. A lost connection is tried again, and nothing is printed twice.
 
-    **Raises:** `ConnectionError` if the cluster cannot be reached for `LOST_SECONDS`.
+    **Raises:** `ConnectionError` if the cluster cannot be reached for `LOST_SECONDS`, or knows nothing of the job.
     """
     printed, lost = Printed(write), None
     while True:
         try:
             client = link.client()
-            if lost is not None:
-                tell("connected again")
-                lost = None
+            client.get_job_info(id_)
             with contextlib.closing(_chunks(client, id_)) as chunks:
                 before = 0
                 for chunk in chunks:
+                    if lost is not None:
+                        tell("connected again")
+                        lost = None
                     printed.see(chunk, before)
                     before += len(chunk)
             details = client.get_job_info(id_)
@@ -159,7 +166,11 @@ def follow(link: Link, id_: str, write: Callable[[str], None], tell: Callable[[s
                 printed.see(client.get_job_logs(id_), 0)
                 return details
             time.sleep(1.0)
+        except BrokenPipeError:  # whoever read what is printed here
+            raise
         except LOST as error:
+            if "does not exist" in str(error):
+                raise ConnectionError(f"the head knows nothing of job {id_}: it was started again") from error
             now = time.monotonic()
             if lost is None:
                 lost = now
