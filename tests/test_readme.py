@@ -57,7 +57,7 @@ def test_its_fedsim_commands_are_understood():
     assert len(commands("fedsim")) >= 4
     for words in commands("fedsim"):
         options = fedsim_parser().parse_args(words)
-        for experiment in load_experiments(options.target) if hasattr(options, "target") else []:
+        for experiment in load_experiments(options.target) if getattr(options, "target", None) else []:
             with_settings(experiment, options.settings)
 
 
