@@ -34,3 +34,25 @@ def test_several_runs_share_them() -> None:
     assert part.custom == {"farm": 1.0}
     with pytest.raises(ValueError, match=r"'farm', but there are 1 for each of 2 jobs"):
         plan(dict.fromkeys(range(2), FARM), 2, part, 2)
+
+
+@pytest.mark.ray
+def test_hosts_that_do_not_come_are_waited_for_once(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from fedsim.runtime import ray_runtime
+
+    for name, seconds in (("START_SECONDS", 2.0), ("SOON_SECONDS", 0.2), ("TELL_SECONDS", 0.2)):
+        monkeypatch.setattr(ray_runtime, name, seconds)
+    told: list[str] = []
+    address = ray.get_runtime_context().gcs_address
+    runtime = ray_runtime.RayRuntime(address=address, hosts=2, wait=1.0, say=told.append)
+    for waited in ("2", "0.2"):
+        runtime.start(lambda call: None, {0: object, 1: object}, dict.fromkeys(range(2), FARM), 1)
+        with pytest.raises(RuntimeError, match=rf"^0 of 2 hosts started within {waited} s; the cluster has "):
+            runtime.ask("anything")
+    assert told[0] == "0 of 2 hosts are up; waiting for the cluster to bring the others"
+    runtime.close()
+    for arguments in ({"hosts": 2, "wait": 1.0}, {"address": address, "wait": 1.0}):
+        with pytest.raises(ValueError, match=r"--wait=0\.0167: needs --hosts, and a cluster to join"):
+            ray_runtime.RayRuntime(**arguments)

@@ -172,6 +172,11 @@ def test_node_removed_in_a_round_and_another_added(clustered, undisturbed):
 
 
 @pytest.mark.slow
+def test_nodes_that_come_when_they_are_waited_for(clustered, undisturbed):
+    assert (clustered / "growing-failures").read_text() == "" and hashes(clustered / "growing") == undisturbed
+
+
+@pytest.mark.slow
 def test_object_store_that_is_too_small_spills(clustered, tmp_path):
     assert "Spilled" in (clustered / "memory").read_text()
     assert run_all([echoing()], out=tmp_path, make_runtime=InlineRuntime) == []
@@ -180,7 +185,8 @@ def test_object_store_that_is_too_small_spills(clustered, tmp_path):
 
 def on_a_cluster(folder: str) -> None:
     """Runs on a Ray of a head and another node with small object stores: two with four hosts, two on each node, of
-    which the second sends more than the stores can hold; then one with two hosts on a node that is removed."""
+    which the second sends more than the stores can hold; then one with two hosts on a node that is removed; then one
+    that waits for a node."""
     import ray
     from ray._private import state
     from ray._private.internal_api import memory_summary
@@ -217,6 +223,16 @@ def on_a_cluster(folder: str) -> None:
                 cluster.remove_node(node, allow_graceful=False)
                 cluster.add_node(**farm)
             (here / "failures").write_text("\n".join(map(str, made.result())))
+
+        tiers = tuple(replace(tier, resources=(("barn", 1.0),)) for tier in small().tiers)
+        experiment = replace(small(), tiers=tiers)
+        growing = RayRuntime(address=cluster.address, hosts=2, wait=120.0)
+        with ThreadPoolExecutor(1) as pool, contextlib.closing(growing):
+            made = pool.submit(run_all, [experiment], out=here / "growing", make_runtime=lambda: growing)
+            wait_for(lambda: growing.starting or made.done())
+            if not made.done():
+                cluster.add_node(**little, resources={"barn": 2})
+            (here / "growing-failures").write_text("\n".join(map(str, made.result())))
     finally:
         ray.shutdown()
         cluster.shutdown()
