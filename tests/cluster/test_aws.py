@@ -25,7 +25,7 @@ from tests.clouds import CLUSTER, LAUNCHER_FILES, TOKEN, Aws, Call, Laptop, as_a
 from tests.test_cluster_files import MESSAGES
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aws")]
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("aws")]
 
 MY_ADDRESS = "203.0.113.7/32"
 CONFIG = yaml.safe_load(LAUNCHER_FILES["aws"].read_text())
