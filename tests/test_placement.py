@@ -54,5 +54,46 @@ def test_hosts_that_do_not_come_are_waited_for_once(cluster: None, monkeypatch: 
     assert told[0] == "0 of 2 hosts are up; waiting for the cluster to bring the others"
     runtime.close()
     for arguments in ({"hosts": 2, "wait": 1.0}, {"address": address, "wait": 1.0}):
-        with pytest.raises(ValueError, match=r"--wait=0\.0167: needs --hosts, and a cluster to join"):
+        with pytest.raises(ValueError, match=r"--wait=0\.0166667: needs --hosts, and a cluster to join"):
             ray_runtime.RayRuntime(**arguments)
+
+
+class Counting:
+    """A participant that answers with its own number."""
+
+    def __init__(self, id_: int) -> None:
+        self.id, self.nbytes = id_, 0
+
+    def tell(self, round: int, payload: object) -> int:
+        return self.id
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("own", [False, True])
+def test_a_host_that_is_gone_when_an_aggregator_begins_is_given_nothing(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """As when one machine had both, and does not come back. `own`: every participant had a host to itself."""
+    import functools
+
+    import ray
+
+    from fedsim.runtime import ray_call
+    from fedsim.runtime.actors import Host
+
+    monkeypatch.setattr(ray_call, "MEET_SECONDS", 5.0)
+    there = ray.remote(Host).options(num_cpus=0.5).remote()
+    gone = ray.remote(Host).options(num_cpus=0.5, resources={"farm": 1}).remote()
+    ray.get(there.ready.remote())
+    makers = ray.put({id_: functools.partial(Counting, id_) for id_ in range(2)})
+    alone = {0: 0, 1: 1} if own else {}
+    call = ray_call.RayCall(
+        "token", [there, gone], [Resources()] * 2, dict.fromkeys(range(2), Resources()), makers, 1, alone
+    )
+    for round in range(2):
+        assert [*call("tell", round, {0: {}, 1: {}})] == [[(0, 0)], [(1, 1)]]
+        assert call.unmet == {1} and [*call.returning.values()] == [1]
+    assert call.retries() == 0
+    actors: list = [there, gone]
+    for actor in actors:
+        ray.kill(actor)

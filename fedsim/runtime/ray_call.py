@@ -20,6 +20,8 @@ from fedsim.runtime.schedule import Durations, Unit, assigned, cut_where_it_pays
 
 ATTEMPTS = 3  # times a host may die at the same participants before the run gives up
 START_SECONDS = 300  # in which hosts must come up
+MEET_SECONDS = 10.0  # in which a host answers that is up and idle
+BUSY_SECONDS = 3600  # in which one answers that may still be at what an aggregator asked for that was lost
 
 
 class RayCall(Ledger):
@@ -53,6 +55,7 @@ class RayCall(Ledger):
         }
         self.able = {id_: able[asked] for id_, asked in resources.items()}
         self.returning: dict[Any, int] = {}  # references that are answered when a host is back -> that host
+        self.unmet: set[int] | None = None  # hosts that have never answered this process; None: none was asked yet
         self.sent: dict[int, _Sent] = {}  # by the payload's `id`: what the last call put, which this one may send again
 
     def __call__(
@@ -63,6 +66,8 @@ class RayCall(Ledger):
         fold: Fold | None = None,
         policy: Policy = PLAIN,
     ) -> Iterator[Any]:
+        if self.unmet is None:
+            self._meet()
         self.progress = (method, 0, len(payloads))
         cut = chunks(list(payloads), self.chunk)
         asking = _Asking(self, method, round, payloads, fold, policy, cut)
@@ -81,6 +86,13 @@ class RayCall(Ledger):
             content = ordered if fold is None else fold(ordered)  # the same sum in the same order, only here
             self._folded += time.perf_counter() - started
             yield content
+
+    def _meet(self) -> None:
+        """Give nothing to a host that may be gone: an aggregator that takes a lost one's place does not know."""
+        asked = {host.ready.remote(): number for number, host in enumerate(self.hosts)}
+        _, late = ray.wait([*asked], num_returns=len(asked), timeout=MEET_SECONDS)
+        self.returning = {reference: asked[reference] for reference in late}
+        self.unmet = set(self.returning.values())
 
     def units(self, method: str, cut: Sequence[Sequence[int]], policy: Policy) -> list[Unit]:
         """What is pushed as one piece each, with what it is expected to take.
@@ -175,10 +187,13 @@ class _Asking:
 
     def _push(self, numbers: Sequence[int], at_once: bool = False, alone: bool = False) -> None:
         """Give units to hosts that live: one message each."""
-        units = [self.units[number] for number in numbers]
         alive = set(range(len(self.call.hosts))) - set(self.call.returning.values())
-        if any(self.deaths[number] for number in numbers):  # others than its own may do it, to be done with it
-            units = [dataclasses.replace(unit, hosts=self.call.able[unit.ids[0]] | unit.hosts) for unit in units]
+        units = []
+        for number in numbers:
+            unit = self.units[number]
+            if self.deaths[number] or not unit.hosts & alive:  # others than its own may do it, to be done with it
+                unit = dataclasses.replace(unit, hosts=self.call.able[unit.ids[0]] | unit.hosts)
+            units.append(unit)
         loads = {host: 0.0 for host in alive}
         for push in self.pushes.values():
             if push.host in loads:
@@ -231,11 +246,12 @@ class _Asking:
         if not waited_for:
             ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)
             raise RuntimeError(f"no host asked for what participants {ids} ask for")
-        ready, _ = ray.wait(waited_for, num_returns=1, timeout=self.call.patience if not self.pushes else None)
+        patience = max(self.call.patience, BUSY_SECONDS) if self.call.unmet else self.call.patience
+        ready, _ = ray.wait(waited_for, num_returns=1, timeout=patience if not self.pushes else None)
         if not ready:
             ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)
             raise RuntimeError(
-                f"no host that may compute participants {ids} has come back within {self.call.patience:g} s after it "
+                f"no host that may compute participants {ids} has come back within {patience:g} s after it "
                 f"died; free in the cluster: {ray.available_resources()}"
             )
         for reference in ready:
@@ -298,6 +314,8 @@ class _Asking:
     def _welcome(self, reference: Any) -> None:
         """A host that had died is back, and holds nothing."""
         host = self.call.returning.pop(reference)
+        if self.call.unmet:
+            self.call.unmet.discard(host)
         try:
             ray.get(reference)
         except RayActorError as error:

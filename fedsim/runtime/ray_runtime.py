@@ -19,6 +19,7 @@ import psutil
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
@@ -237,7 +238,11 @@ class RayRuntime(Runtime):
         host, server = ray.remote(Host), ray.remote(Server)
         self.actors = [host.options(**options(request)).remote() for request in wanted.requests]
         if self.server is None:
-            self.server = server.options(num_cpus=0, max_restarts=-1, max_concurrency=2).remote()
+            # Beside the driver: a worker of a cluster may be taken away, and nothing goes on without the driver's node.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            self.server = server.options(
+                num_cpus=0, max_restarts=-1, max_concurrency=2, scheduling_strategy=here
+            ).remote()
         self.starting = [actor.ready.remote() for actor in self.actors]
 
     def _wait_for_hosts(self) -> None:
