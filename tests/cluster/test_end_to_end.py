@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200), pytest.mark.xdist_
 ROOT = Path(__file__).parents[2]
 FEDSIM = [sys.executable, "-m", "fedsim"]
 BUCKET = "results"
-KEYS = {"aws_access_key_id": "AKIALABLABLABLABLABX", "aws_secret_access_key": "the-secret-of-the-lab"}
+KEYS = {"aws_access_key_id": "AKIALABLABLABLABLABX", "aws_secret_access_key": secrets.token_hex(20)}
 SERVER = """
 import sys, time
 from moto.server import ThreadedMotoServer
@@ -266,17 +267,17 @@ def test_a_suite_equals_one_that_was_run_here_though_a_worker_is_lost_in_the_mid
 
 
 def test_no_secret_is_in_a_log_or_a_result(cluster: Cluster) -> None:
-    secrets = [cluster.token.encode(), KEYS["aws_secret_access_key"].encode()]
+    hidden = [cluster.token.encode(), KEYS["aws_secret_access_key"].encode()]
     read = 0
     for node in cluster.lab.nodes:
         for path in (node.root / "tmp").rglob("*"):
             if path.is_file() and not path.is_symlink():
                 content, read = path.read_bytes(), read + 1
-                assert not any(secret in content for secret in secrets), path
+                assert not any(secret in content for secret in hidden), path
     for path in [*cluster.lab.folder.glob("*.txt"), *(cluster.lab.folder / "fetched").rglob("*.*")]:
         if path.is_file():
             content, read = path.read_bytes(), read + 1
-            assert not any(secret in content for secret in secrets), path
+            assert not any(secret in content for secret in hidden), path
     assert read > 50
 
 
