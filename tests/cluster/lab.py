@@ -46,7 +46,8 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
     time.sleep(0.2)
 """
 
-# Arguments: the lab's folder, which keeps its name under another /tmp and stays writable; the laptop's address.
+# Arguments: the lab's folder, which keeps its name under another /tmp and stays writable; the laptop's address; the
+# interpreter's environment, which keeps its name too.
 # The shell stays: the first process has to collect the orphans.
 LAPTOP = """
 set -e
@@ -56,6 +57,9 @@ mkdir -m 1777 /run/tmp
 case $1 in
 /tmp/*) mkdir -p "/run$1"; mount --bind "$1" "/run$1" ;;
 *) mount --bind "$1" "$1" ;;
+esac
+case $3 in
+/tmp/*) mkdir -p "/run$3"; mount --bind "$3" "/run$3" ;;
 esac
 mount --rbind /run/tmp /tmp
 mount -t tmpfs -o mode=1777 lab /dev/shm
@@ -84,7 +88,7 @@ ip -n "$1" link set eth0 up
 ip -n "$1" route add default via "$3"
 """
 
-# Arguments: the lab's folder, the node's name, the SSH server.
+# Arguments: the lab's folder, the node's name, the SSH server, the interpreter's environment.
 NODE = """
 set -e
 mount -t tmpfs -o mode=755 node /run
@@ -95,7 +99,13 @@ for file in .bashrc .profile; do cp "/etc/skel/$file" /run/home || touch "/run/h
 for file in passwd shadow; do mount --bind "$1/node/$file" "/etc/$file"; done
 mount -t tmpfs -o mode=1777 node /dev/shm
 mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 node /dev/pts
+mkdir /run/environment
+mount --bind "$4" /run/environment
 mount -t tmpfs -o mode=1777 node /tmp
+case $4 in
+/tmp/*) mkdir -p "$4"; mount --bind /run/environment "$4" ;;
+esac
+umount /run/environment
 echo "$2" > /proc/sys/kernel/hostname
 cd /
 "$3" -D -e -f /run/sshd/sshd_config >&2 &
@@ -123,7 +133,7 @@ def check_machine() -> None:
     if packages:
         missing, remedy = ", ".join(packages), " ".join(sorted(set(packages.values())))
         raise RuntimeError(f"a lab of machines needs {missing}: apt-get install --no-install-recommends {remedy}")
-    hidden = [folder for folder in ("/tmp", "/run", "/dev/shm") if Path(sys.prefix).is_relative_to(folder)]
+    hidden = [folder for folder in ("/run", "/dev/shm") if Path(sys.prefix).is_relative_to(folder)]
     if hidden:
         raise RuntimeError(f"machines of a lab have a {hidden[0]} of their own: move {sys.prefix} out of it")
 
@@ -268,7 +278,15 @@ class Lab:
         self._write_files()
         try:
             spaces = ["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            laptop = ["unshare", *spaces, "sh", str(self.folder / "laptop.sh"), str(self.folder), self.address]
+            laptop = [
+                "unshare",
+                *spaces,
+                "sh",
+                str(self.folder / "laptop.sh"),
+                str(self.folder),
+                self.address,
+                sys.prefix,
+            ]
             self._init = self._start(["setpriv", "--pdeathsig", "KILL", *laptop], "laptop")
             self.head = self._start_node("head", 11)
             self.workers = tuple(self._start_node(name, 12 + i) for i, name in enumerate(self._worker_names))
@@ -335,7 +353,8 @@ class Lab:
         self.run(["sh", str(self.folder / "cable.sh"), name, address, self.address])
         spaces = ["--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
         sshd = shutil.which("sshd", path=SYSTEM_PATH)
-        node = ["unshare", *spaces, "sh", str(self.folder / "node.sh"), str(self.folder), name, str(sshd)]
+        made_by = ["sh", str(self.folder / "node.sh"), str(self.folder), name, str(sshd), sys.prefix]
+        node = ["unshare", *spaces, *made_by]
         entered = inside(self._init, ["nsenter", f"--net=/run/netns/{name}", *node], self.folder)
         return Node(name, address, self._start(entered, name), self._init)
 

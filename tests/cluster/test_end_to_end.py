@@ -271,7 +271,8 @@ def test_no_secret_is_in_a_log_or_a_result(cluster: Cluster) -> None:
     read = 0
     for node in cluster.lab.nodes:
         for path in (node.root / "tmp").rglob("*"):
-            if path.is_file() and not path.is_symlink():
+            own = not str(path).startswith(f"{node.root}{sys.prefix}/")  # the interpreter's environment may lie there
+            if own and path.is_file() and not path.is_symlink():
                 content, read = path.read_bytes(), read + 1
                 assert not any(secret in content for secret in hidden), path
     for path in [*cluster.lab.folder.glob("*.txt"), *(cluster.lab.folder / "fetched").rglob("*.*")]:
