@@ -5,6 +5,7 @@ import importlib
 import re
 import shutil
 import stat
+import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -330,3 +331,13 @@ def test_files_are_those_that_are_tested() -> None:
         *KUBERNETES_FILES,
     }
     assert shutil.which("bash") is not None
+
+
+def test_no_file_of_the_repository_holds_a_key() -> None:
+    """Keys of AWS, private keys, tokens of code hosts and chats. Those that tests use for their own servers say so."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    keys = re.compile(r"AKIA(?!TEST|LAB)[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|ghp_[0-9A-Za-z]{20}|xox[bp]-[0-9]{5}")
+    files = [ROOT / name for name in listing.split("\0") if name]
+    found = [path for path in files if keys.search(path.read_text(errors="replace"))]
+    assert found == [Path(__file__)], "which has made-up ones, above, and no other"
+    assert len(files) > 100 and not [path for path in files if path.name in ("auth_token", "credentials")]
