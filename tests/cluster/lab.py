@@ -322,7 +322,15 @@ class Lab:
     ) -> subprocess.Popen[bytes]:
         """Start a command on the laptop. It is the only child of what is returned, and ends no later than the lab."""
         entered, variables = inside(self._init, argv, cwd or self.folder), environment(self.home, env)
-        process = subprocess.Popen(entered, env=variables, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(
+            entered,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            # what a shell runs in the background ignores Ctrl-C, and hands that on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         self._started.append(process)
         return process
 
