@@ -22,7 +22,15 @@ from benchmarks.plan import Machine, print_plan  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
 from benchmarks.tables import print_summary  # noqa: E402
 from fedsim import environment, load  # noqa: E402
-from fedsim.cli import add_runtime, add_settings, exit_status, report_failures, runtime_maker  # noqa: E402
+from fedsim.cli import (  # noqa: E402
+    add_resume_anywhere,
+    add_runtime,
+    add_settings,
+    choose_numerics,
+    exit_status,
+    report_failures,
+    runtime_maker,
+)
 from fedsim.experiment import Experiment, nearest, with_settings  # noqa: E402
 from fedsim.profile import print_profile  # noqa: E402
 from fedsim.progress import label_of, overview_for  # noqa: E402
@@ -47,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--data", nargs="+", metavar="NAME", help="leave the other data sets out")
     command.add_argument("--scale", type=float, metavar="S", help="a share of the full size, for suites that take one")
     add_runtime(command)
+    add_resume_anywhere(command)
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each in its own process")
     add_settings(command)
     command.add_argument("--list", action="store_true", help="print the suites and algorithms there are")
@@ -72,6 +81,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -
         print_plan(wanted, out=out, data_dir=data_dir, machine=machine, console=console)
         return 0
 
+    choose_numerics(options, console)
     make_runtime, typed = runtime_maker(options, console), shlex.join(["python", "benchmarks/sweep.py", *words])
     if options.tensorboard:
         check_tensorboard()
@@ -92,6 +102,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str], console: Console) -
                 jobs=options.jobs,
                 command=typed,
                 profile=options.profile,
+                resume_anywhere=options.resume_anywhere,
             )
         if any((out / "runs").glob("*.parquet")):  # not even one row is left of a run whose process died early
             results = load(out)

@@ -34,28 +34,39 @@ def run(
     hosts: int | None = None,
     address: str | None = None,
     gpus: int | None = None,
+    numerics: str | None = None,
+    resume_anywhere: bool = False,
 ) -> "Results":
     """Run one experiment with a progress display, resume it if it was cut, and return its folder's results.
+
+    - `numerics`: `portable` gives the same bits on any x86-64 processor with AVX2; `native` is faster for wide models
+      on a CPU. None: portable, unless this process has computed with torch before; a message says so.
+    - `resume_anywhere`: go on with a cut run also where its rounds to come have other bits.
 
     **Raises:** `ValueError` for a request that cannot be met; `fedsim.simulation.RunFailed` for a run that broke.
     """
     from rich.console import Console
 
     from fedsim import environment
+    from fedsim.numerics import settle
     from fedsim.runner import check_data, check_folder, locked, run_all
-    from fedsim.runtime import make_runtime
+    from fedsim.runtime import Choice
     from fedsim.storage import place
 
     folder, data_dir, console = place(out), environment.data_dir(), Console()
+    numerics = settle(
+        numerics, here=runtime == "inline", say=lambda text: console.print(text, highlight=False, markup=False)
+    )
     check_data([experiment], data_dir)
     with locked(folder):
         check_folder(folder, [experiment], resume=True)
         failures = run_all(
             [experiment],
             out=folder,
-            make_runtime=lambda: make_runtime(runtime, hosts=hosts, address=address, gpus=gpus),
+            make_runtime=Choice(runtime, hosts=hosts, address=address, gpus=gpus, numerics=numerics),
             data_dir=data_dir,
             console=console,
+            resume_anywhere=resume_anywhere,
         )
     if failures:
         raise failures[0]

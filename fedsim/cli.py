@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fedsim import environment
+from fedsim.numerics import NUMERICS, settle
 from fedsim.runtime import RUNTIMES, Choice
 
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as afterwards:  # a Ray that nobody wants is ended when it has been said why
 
         def command() -> int:
+            if "numerics" in options and options.command != "submit_command":
+                choose_numerics(options, console)
             if arguments is None and "runtime" in options:
                 afterwards.enter_context(runtime_maker(options, console).ahead())
             return getattr(importlib.import_module("fedsim.commands"), options.command)(options, console)
@@ -67,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     run.set_defaults(command="run_command")
 
+    add_resume_anywhere(run)
+
     inspect = commands.add_parser("inspect", help="parameters, bytes, FLOPs and memory, before spending anything")
     add_experiment(inspect)
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
@@ -90,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument("--data", nargs="+", metavar="NAME")
     submit.add_argument("--scale", type=float, metavar="S")
     submit.add_argument("--resume", action="store_true", help="go on with an unfinished run (suites always do)")
+    add_resume_anywhere(submit)
+    add_numerics(submit)
     submit.add_argument("--profile", action="store_true", help="also write where every round's time went")
     submit.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="no secrets")
     submit.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="is not sent")
@@ -113,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
     exporting.add_argument("--participant", type=int, required=True, metavar="I")
     exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    add_numerics(exporting)
     exporting.set_defaults(command="export_command")
 
     cleaning = commands.add_parser("clean", help="delete checkpoints of finished runs; tables stay")
@@ -153,8 +161,34 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
         metavar="MINUTES",
         help="for a cluster that grows to bring what --hosts ask for",
     )
+    add_numerics(command)
     command.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")
     command.add_argument("--profile", action="store_true", help="also write and print where every round's time went")
+
+
+def add_numerics(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--numerics",
+        choices=NUMERICS,
+        help="portable: the same bits on any x86-64 processor with AVX2 (default where there is one); native: faster "
+        "for wide models on a CPU",
+    )
+
+
+def add_resume_anywhere(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resume-anywhere",
+        action="store_true",
+        help="go on with a run also where its rounds to come have other bits: other numerics, another processor",
+    )
+
+
+def choose_numerics(options: argparse.Namespace, console: Console) -> None:
+    """Settle `options.numerics`, before torch computes for the first time."""
+    here = getattr(options, "runtime", "inline") == "inline" and getattr(options, "jobs", 1) == 1
+    options.numerics = settle(
+        options.numerics, here=here, say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    )
 
 
 def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
@@ -173,6 +207,7 @@ def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
         gpus=options.gpus,
         say=lambda text: console.print(text, highlight=False),
         wait=60 * options.wait,
+        numerics=options.numerics,
     )
 
 

@@ -44,6 +44,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
             overview=overview,
             command=shlex.join(typed),
             profile=options.profile,
+            resume_anywhere=options.resume_anywhere,
         )
         if options.profile:
             print_profile(load(out).profile, console)

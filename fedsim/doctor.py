@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fedsim import environment
 from fedsim.machine import Facts, facts
+from fedsim.numerics import PORTABLE
 from fedsim.runtime.base import Runtime
 from fedsim.storage import Place, Remote, delete, write_atomically
 
@@ -96,7 +97,11 @@ def check_nodes(runtime: Runtime, out: Place) -> list[Finding]:
         if found.level == PROBLEM:
             where = f" on node {found.node}" if found.node else ""
             raise ValueError(f"{found.check}{where}: {found.text}: {found.remedy}")
-    return [found for found in findings if found.level == WARNING and found.check in SAME_MODEL]
+    portable = runtime.numerics == PORTABLE
+    if portable and (unfit := [found for found in findings if found.check == "numerics" and found.level == WARNING]):
+        raise ValueError(f"--numerics=portable on node {unfit[0].node}: {unfit[0].text}: {unfit[0].remedy}")
+    matters = SAME_MODEL[1:] if portable else SAME_MODEL
+    return [found for found in findings if found.level == WARNING and found.check in matters]
 
 
 # checks ------------------------------------------------------------------------------------------------------------
@@ -180,14 +185,24 @@ def of_machine(name: str, seen: Seen) -> list[Finding]:
 
 
 def of_processors(nodes: Mapping[str, Facts]) -> list[Finding]:
-    """Same bits are promised on processors, and on GPUs, of one model. `nodes`: those on which participants compute."""
-    findings = []
+    """Native numerics give the same bits on processors of one model, as GPUs do; portable ones on any with AVX2.
+
+    - `nodes`: those on which participants compute.
+    """
+    remedy = "take machines with AVX2, or compute with --numerics native"
+    findings = [
+        Finding(WARNING, "numerics", name, f"{there.cpu} has no {' and no '.join(there.lacking)}", remedy)
+        for name, there in nodes.items()
+        if there.lacking
+    ] or [Finding(OK, "numerics", "", "portable ones can be had everywhere")]
     models = ([there.cpu for there in nodes.values()], [gpu.name for there in nodes.values() for gpu in there.gpus])
     for check, found in zip(SAME_MODEL, models, strict=True):
         counts = Counter(found)
         if len(counts) > 1:
             text = "; ".join(f"{model} on {count}" for model, count in counts.most_common())
             remedy = "the same bits are promised on one model only: take machines of one type"
+            if check == "cpu":
+                remedy = "--numerics native is not bitwise here, --numerics portable (the default) is"
             findings.append(Finding(WARNING, check, "", text, remedy))
         elif counts:
             findings.append(Finding(OK, check, "", f"{next(iter(counts))} everywhere"))

@@ -1,6 +1,7 @@
 """The one place where environment variables are read, or set."""
 
 import os
+from collections.abc import Iterable, Mapping
 
 
 def data_dir() -> str | None:
@@ -55,3 +56,17 @@ def aws_region() -> str | None:
 def temporary_folder() -> str:
     """Where Ray's sessions and temporary files go unless somebody says otherwise, full or not: `TMPDIR`, or /tmp."""
     return os.environ.get("TMPDIR") or "/tmp"
+
+
+def variables(names: Iterable[str]) -> dict[str, str | None]:
+    """What is set; None where nothing is."""
+    return {name: os.environ.get(name) for name in names}
+
+
+def set_variables(values: Mapping[str, str | None]) -> None:
+    """Set variables, also for the processes this one starts; None: unset."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from fedsim import environment
+from fedsim import environment, numerics
 from fedsim.storage import place, write_atomically
 
 
@@ -41,6 +41,7 @@ class Gpu:
 class Facts:
     """Of one machine, seen by a process on it. Sizes in bytes.
 
+    - `lacking`: what portable numerics need and its processor has not.
     - `code_sha256`: of the packages' sources. - `disk_free`: where temporary files go; `disk`: the name of that place.
     - `open_files`, `processes`: how many this user may have; -1: no limit.
     - `clock`: seconds since 1970. - `storage`: None, or why the results folder cannot be used from there.
@@ -51,6 +52,7 @@ class Facts:
     versions: dict[str, str]
     code_sha256: str
     cpu: str
+    lacking: tuple[str, ...]
     cores: int
     memory: int
     memory_free: int
@@ -77,6 +79,7 @@ def facts(out: str | None = None, secret: str = "", job_server: str | None = Non
         versions=versions(),
         code_sha256=source_sha256(),
         cpu=cpu_model(),
+        lacking=tuple(numerics.lacking()),
         cores=os.cpu_count() or 1,
         memory=psutil.virtual_memory().total,
         memory_free=psutil.virtual_memory().available,
@@ -176,17 +179,20 @@ class Alike:
     """What the machine of a participant must have in common with the driver's; checked where participants are made.
 
     - `folder`: a folder of the run, that the driver makes. A machine that does not see it would lose private states.
+    - `fingerprint`: of the bits that portable numerics give; None: native ones, or not known.
     - `driver`: host and process.
     """
 
     versions: tuple[tuple[str, str], ...]
     code_sha256: str
     folder: str
+    fingerprint: str | None
     driver: tuple[str, int]
 
     @classmethod
-    def here(cls, folder: str) -> "Alike":
-        return cls(tuple(versions().items()), source_sha256(), folder, (socket.gethostname(), os.getpid()))
+    def here(cls, folder: str, fingerprint: str | None) -> "Alike":
+        driver = (socket.gethostname(), os.getpid())
+        return cls(tuple(versions().items()), source_sha256(), folder, fingerprint, driver)
 
     @functools.cache  # noqa: B019 one a run, and asked of for every participant
     def check(self) -> None:
@@ -198,6 +204,11 @@ class Alike:
                 raise Different(f"{socket.gethostname()} has {name} {versions()[name]}, the driver {wanted}")
         if source_sha256() != self.code_sha256:
             raise Different(f"{socket.gethostname()} has other sources of fedsim than the driver")
+        if self.fingerprint is not None and (found := numerics.fingerprint()) != self.fingerprint:
+            raise Different(
+                f"{socket.gethostname()} ({cpu_model()}) gives other bits under portable numerics than the driver: "
+                f"{found}, not {self.fingerprint}"
+            )
         if not os.path.isdir(self.folder) and "://" not in self.folder:
             raise Different(
                 f"{socket.gethostname()} does not see {self.folder}: --out must be on storage that all nodes share"

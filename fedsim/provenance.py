@@ -45,11 +45,12 @@ def _git(*arguments: str) -> str:
 
 @functools.cache
 def hardware() -> dict[str, Any]:
-    """The driver's machine: bits are promised to be equal only on processors of one model."""
+    """The driver's machine: native numerics give the same bits on processors of one model only."""
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
     }

@@ -10,6 +10,7 @@ from fedsim.cohort import check_checkpoints, members
 from fedsim.experiment import Experiment
 from fedsim.jobs import run_at_once
 from fedsim.locking import locked
+from fedsim.numerics import in_force
 from fedsim.progress import OneByOne, Overview, Progress, overview_for
 from fedsim.provenance import code_sha256
 from fedsim.runtime import Choice
@@ -60,6 +61,7 @@ def run_all(
     jobs: int = 1,
     command: str | None = None,
     profile: bool = False,
+    resume_anywhere: bool = False,
 ) -> list[RunFailed]:
     """Compute what is missing, in order: here, or, with `jobs` above 1, so many runs at once, each in its own process.
 
@@ -68,6 +70,7 @@ def run_all(
     - `progress`: is told of every run. - `overview`: is told of all runs instead. Without either, one job has one
       display after another, and several have `overview_for(console)`.
     - `command`: what was typed, for the runs table. - `profile`: write the table `profile` as well.
+    - `resume_anywhere`: go on with a run although the rounds to come would have other bits than its finished ones.
 
     **Returns:** the runs that failed. The caller holds the folder's lock (`locked`) and has made its checks.
 
@@ -80,11 +83,27 @@ def run_all(
         raise ValueError(f"jobs={jobs}: the runtimes of several jobs are made from a fedsim.runtime.Choice")
     if overview is None:
         overview = OneByOne(console, progress) if jobs == 1 or progress is not None else overview_for(console)
-    compute = functools.partial(run, out=out, suite=suite, data_dir=data_dir, command=command, profile=profile)
+    compute = functools.partial(
+        run,
+        out=out,
+        suite=suite,
+        data_dir=data_dir,
+        command=command,
+        profile=profile,
+        resume_anywhere=resume_anywhere,
+    )
 
     stores = {one.run_id: RunStore(out, one.run_id, code_sha256(one.algorithm)) for one in experiments}
     found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]
     todos = [Todo(experiment, status == "unfinished") for experiment, status in found if status != "finished"]
+    if isinstance(choice, Choice):
+        for todo in todos:
+            if todo.resume:
+                stores[todo.experiment.run_id].check_numerics(in_force(choice.numerics), resume_anywhere)
+        finished = [stores[one.run_id].finished_with() for one, status in found if status == "finished"]
+        if others := sum(numerics != choice.numerics for numerics in finished):
+            text = f"finished runs that were not computed with {choice.numerics} numerics, kept as they are: {others}"
+            console.print(text, highlight=False)
     overview.begin(found)
     try:
         if isinstance(choice, Choice) and jobs > 1 and todos:

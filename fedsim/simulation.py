@@ -10,6 +10,7 @@ from fedsim.cost import cost_of, too_small
 from fedsim.experiment import Experiment
 from fedsim.gpu import with_gpu_fractions
 from fedsim.machine import Alike
+from fedsim.numerics import PORTABLE, in_force
 from fedsim.participant import Participant, last_line
 from fedsim.progress import Progress, Silent
 from fedsim.provenance import code_sha256
@@ -48,9 +49,11 @@ def run(
     progress: Progress | None = None,
     command: str | None = None,
     profile: bool = False,
+    resume_anywhere: bool = False,
 ) -> str:
     """Run one experiment into a results folder that the caller has locked; the runtime stays open for the next.
 
+    - `resume_anywhere`: also where the rounds to come would have other bits than the finished ones.
     - `profile`: write down where the time of every round went, as one more table.
 
     **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
@@ -61,10 +64,13 @@ def run(
     run_id = experiment.run_id
     task = load_task(experiment.task, data_dir)
     population = members(experiment, task)
-    code = code_sha256(experiment.algorithm)
+    code, numerics = code_sha256(experiment.algorithm), in_force(runtime.numerics)
+    store = RunStore(out, run_id, code)
+    if resume:
+        store.check_numerics(numerics, resume_anywhere)
 
     folder = out.absolute() / "checkpoints" / run_id
-    alike = Alike.here(str(folder / "private"))
+    alike = Alike.here(str(folder / "private"), numerics["fingerprint"] if numerics["name"] == PORTABLE else None)
     make_participants: dict[int, Callable[[], Participant]] = {
         member.info.id: functools.partial(_participant, alike, experiment, member, data_dir, COUNTED)
         for member in population
@@ -79,8 +85,7 @@ def run(
     left_out = too_small(experiment, cost)
     outside = {member.info.id for member in population if member.info.tier in left_out}
 
-    store = RunStore(out, run_id, code)
-    first = store.open(resume)
+    first = store.open(resume, numerics)
     if task.dataset is not None and task.dataset.tokenizer is not None:
         with sent(folder / TOKENIZER) as here:
             task.dataset.tokenizer.save_pretrained(here)
@@ -93,6 +98,7 @@ def run(
         cost=cost,
         federation=federation_sha256(experiment, population),
         command=command,
+        numerics=numerics | {"before": store.numerics[:-1]},
         labels=label_histograms(population, task) if len(population) <= MAX_LABELS else None,
     )
     progress.begin(experiment, first)

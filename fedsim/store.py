@@ -19,6 +19,8 @@ import pyarrow as pa
 from fedsim import results
 from fedsim.checkpoint import read_json
 from fedsim.locking import check_held
+from fedsim.machine import cpu_model
+from fedsim.numerics import NATIVE
 from fedsim.rows import Row
 from fedsim.storage import Place, delete, size_of, write_atomically
 
@@ -37,6 +39,7 @@ class RunStore:
         self.clients = results.arrow_of("clients", run_id, [])  # of every round so far: converted once
         self.profile = results.arrow_of("profile", run_id, [])
         self.last: int | None = None
+        self.numerics: list[dict[str, Any]] = []  # of the rounds, oldest first: more than one if resumed elsewhere
 
     @property
     def wall_seconds(self) -> float:
@@ -52,8 +55,37 @@ class RunStore:
             return "absent"
         return "unfinished" if manifest["code_sha256"] == self.code_sha256 else "outdated"
 
-    def open(self, resume: bool) -> int:
+    def check_numerics(self, numerics: Mapping[str, Any], anywhere: bool = False) -> None:
+        """**Raises:** `ValueError` if what is finished of the run has other bits than `numerics` would give here."""
+        manifest = self._manifest()
+        if manifest is None or anywhere:
+            return
+        now, before = _bits(numerics), manifest["numerics"][-1]
+        if before["name"] != now["name"] or (now["name"] == NATIVE and before["cpu"] != now["cpu"]):
+            different = (
+                f"{before['name']} numerics on {before['cpu']}; here they would be {now['name']} on {now['cpu']}"
+            )
+        elif None not in (now["fingerprint"], before["fingerprint"]) and before["fingerprint"] != now["fingerprint"]:
+            different = (
+                f"{before['name']} numerics with bits {before['fingerprint']}; here they are {now['fingerprint']}"
+            )
+        else:
+            return
+        raise ValueError(
+            f"run {self.run_id}: rounds up to {manifest['round']} were computed with {different}: go on as it began, "
+            "or with --resume-anywhere (resume_anywhere=True) if the bits of the rounds to come do not matter"
+        )
+
+    def finished_with(self) -> str:
+        """The numerics of a finished run; `native` where its row does not say."""
+        row = self._run_row()
+        assert row is not None
+        return json.loads(row["hardware"]).get("numerics", {}).get("name", NATIVE)
+
+    def open(self, resume: bool, numerics: Mapping[str, Any]) -> int:
         """Prepare to compute; the number of the first round to do. Without `resume` what was there is deleted.
+
+        - `numerics`: what the rounds to come are computed with.
 
         **Raises:** `ValueError` naming a file that cannot be read.
         """
@@ -63,7 +95,10 @@ class RunStore:
             for table in results.TABLES:
                 (self.directory / table / f"{self.run_id}.parquet").unlink(missing_ok=True)
             self.private.mkdir(parents=True, exist_ok=True)
+            self.numerics = [_bits(numerics)]
             return 0
+        before = manifest["numerics"]
+        self.numerics = before if before[-1] == _bits(numerics) else [*before, _bits(numerics)]
         self.last = int(manifest["round"])
         self.rounds = self._rows("rounds", self.last)
         self.clients = results.arrow_of_run(self.directory, "clients", self.run_id, self.last)
@@ -85,7 +120,12 @@ class RunStore:
             written = [pool.submit(results.replace_table, self.directory, n, self.run_id, t) for n, t in tables.items()]
         for each in written:
             each.result()
-        manifest = {"run_id": self.run_id, "code_sha256": self.code_sha256, "round": round}
+        manifest = {
+            "run_id": self.run_id,
+            "code_sha256": self.code_sha256,
+            "round": round,
+            "numerics": self.numerics,
+        }
         write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
         self.last = round
 
@@ -114,6 +154,11 @@ class RunStore:
         if last is not None:
             frame = frame.loc[frame["round"] <= last]
         return results.rows_of(frame, table)
+
+
+def _bits(numerics: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides bits, of what is in force here."""
+    return {"name": numerics["name"], "cpu": cpu_model(), "fingerprint": numerics["fingerprint"]}
 
 
 def run_ids_in(directory: Place) -> set[str]:

@@ -139,6 +139,8 @@ def entrypoint(options: argparse.Namespace, hosts: int | None, wait: float) -> l
     words += ["--wait", f"{wait:g}"] if wait and hosts is not None else []
     words += ["--resume"] if options.resume and options.target else []
     words += ["--profile"] if options.profile else []
+    words += ["--numerics", options.numerics] if options.numerics else []
+    words += ["--resume-anywhere"] if options.resume_anywhere else []
     for name in ("seeds", "only", "data", "scale"):
         given = getattr(options, name)
         if given is not None and options.target:

@@ -240,7 +240,7 @@ def test_runtimes_of_this_process_alone_are_not_examined(tmp_path: Path) -> None
 
 
 def test_a_machine_unlike_the_drivers_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Alike.here(str(tmp_path / "not-there"))
+    here = Alike.here(str(tmp_path / "not-there"), None)
     here.check()  # the driver itself: it makes the folder later
     elsewhere = dataclasses.replace(here, driver=("laptop", 1))
     with pytest.raises(Different, match=r"does not see .*not-there: --out must be on storage that all nodes share"):

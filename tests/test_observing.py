@@ -51,6 +51,7 @@ def test_a_profile_goes_on_where_a_run_was_cut(observed: Path, tiny_experiment: 
     import shutil
 
     from fedsim.checkpoint import Versions
+    from fedsim.numerics import NATIVE, in_force
     from fedsim.store import RunStore
 
     out = tmp_path / "out"
@@ -60,7 +61,7 @@ def test_a_profile_goes_on_where_a_run_was_cut(observed: Path, tiny_experiment: 
     manifest = out / "checkpoints" / run_id / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"round": 2', '"round": 1'))
     assert Versions(manifest.parent, "server").load(before=2) is not None
-    assert RunStore(out, run_id, "").open(resume=True) == 2
+    assert RunStore(out, run_id, "").open(resume=True, numerics=in_force(NATIVE)) == 2
     assert run_all([tiny_experiment], out=out, make_runtime=InlineRuntime, profile=True) == []
     assert fedsim.load(out).profile["round"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 

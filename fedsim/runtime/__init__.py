@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fedsim.numerics import NATIVE
+
 
 if TYPE_CHECKING:
     from fedsim.runtime.base import Runtime
@@ -26,8 +28,9 @@ def make_runtime(
     share: int = 1,
     say: Callable[[str], None] = silent,
     wait: float = 0.0,
+    numerics: str = NATIVE,
 ) -> "Runtime":
-    """A runtime by name; all but `name` concerns Ray alone.
+    """A runtime by name; all but `name` and `numerics` concerns Ray alone.
 
     - `gpus`: logical GPUs of a private Ray. - `share`: runs at once, each with an equal part of what there is.
     - `wait`: seconds for a cluster's autoscaler to bring what `hosts` ask for.
@@ -35,10 +38,10 @@ def make_runtime(
     if name == "inline":
         from fedsim.runtime.inline import InlineRuntime
 
-        return InlineRuntime()
+        return InlineRuntime(numerics)
     from fedsim.runtime.ray_runtime import RayRuntime
 
-    return RayRuntime(address=address, hosts=hosts, num_gpus=gpus, share=share, say=say, wait=wait)
+    return RayRuntime(address=address, hosts=hosts, num_gpus=gpus, share=share, say=say, wait=wait, numerics=numerics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Choice:
     share: int = 1
     say: Callable[[str], None] = silent
     wait: float = 0.0
+    numerics: str = NATIVE
 
     @property
     def start_method(self) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 import torch
 
+from fedsim.numerics import check, use
 from fedsim.runtime.base import Answer, Call, Fold, Policy, answered, pin_threads
 from fedsim.runtime.metrics import Metrics
 
@@ -27,7 +28,9 @@ Batch = tuple[list[tuple[int, Answer]], str, float, float]  # by unit; node, sec
 class Host:
     """A process that holds participants of one run at a time and answers for them, one push of work after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, numerics: str) -> None:
+        use(numerics)
+        check(numerics)
         use_tensor_views()
         pin_threads()
         self.token, self.participants = "", OrderedDict[int, Any]()
@@ -105,7 +108,9 @@ class Host:
 class Server:
     """The process that holds the aggregator of one run at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, numerics: str) -> None:
+        use(numerics)
+        check(numerics)
         use_tensor_views()
         self.token, self.aggregator = "", None
         self.call: Any = None

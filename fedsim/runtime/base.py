@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fedsim.numerics import NATIVE
+
 
 Fold = Callable[[Sequence[tuple[int, Any]]], Any]  # replies of one chunk -> what is left of them
 Together = Callable[[Sequence[Callable[[], Any]]], list[Any]]  # calls of one chunk -> replies, or what they raised
@@ -132,7 +134,12 @@ class Call(Protocol):
 
 
 class Runtime(abc.ABC):
-    """Where the aggregator and the participants of a run live. Several runs may follow one another."""
+    """Where the aggregator and the participants of a run live. Several runs may follow one another.
+
+    - `numerics`: what they compute with: `portable` or `native` (`fedsim.numerics`).
+    """
+
+    numerics = NATIVE
 
     @abc.abstractmethod
     def start(

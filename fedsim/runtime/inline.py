@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fedsim.numerics import NATIVE, check, use
 from fedsim.runtime.base import (
     PLAIN,
     Call,
@@ -52,8 +53,10 @@ class InlineCall(Ledger):
 class InlineRuntime(Runtime):
     """One thread, no other process. `ask` returns when the aggregator does."""
 
-    def __init__(self) -> None:
-        self.threads = pin_threads()
+    def __init__(self, numerics: str = NATIVE) -> None:
+        use(numerics)
+        check(numerics)
+        self.numerics, self.threads = numerics, pin_threads()
 
     def start(
         self,

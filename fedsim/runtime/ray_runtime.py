@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fedsim.numerics import NATIVE, use
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
 from fedsim.runtime.joining import expect_connected, join
@@ -44,6 +45,7 @@ class RayRuntime(Runtime):
     - `num_gpus`: logical GPUs of a private Ray; None: the ones there are.
     - `share`: runs at once on the same Ray; this one plans with an equal part of what there is.
     - `say`: told, in words, how participants were placed.
+    - `numerics`: of the processes that Ray starts; this one may have computed with others before.
     - `wait`: seconds in which the autoscaler of a cluster that is joined may bring what is missing for `hosts`: these
       are then asked for without looking at what is there.
     """
@@ -57,13 +59,16 @@ class RayRuntime(Runtime):
         share: int = 1,
         say: Callable[[str], None] = lambda text: None,
         wait: float = 0.0,
+        numerics: str = NATIVE,
     ) -> None:
+        use(numerics)
         if hosts is not None and hosts < 1:
             raise ValueError(f"--hosts={hosts}: must be at least 1")
         self.address, self.hosts, self.num_gpus, self.share, self.say = address, hosts, num_gpus, share, say
         if wait and (hosts is None or address is None):
             raise ValueError(f"--wait={wait / 60:g}: needs --hosts, and a cluster to join (--address)")
         self.wait, self.patience = wait, max(wait, START_SECONDS)
+        self.numerics = numerics
         self.actors: list[Any] = []
         self.starting: list[Any] = []  # answers of hosts that are coming up
         self.server: Any = None
@@ -236,13 +241,13 @@ class RayRuntime(Runtime):
         for actor in self.actors:
             ray.kill(actor)
         host, server = ray.remote(Host), ray.remote(Server)
-        self.actors = [host.options(**options(request)).remote() for request in wanted.requests]
+        self.actors = [host.options(**options(request)).remote(self.numerics) for request in wanted.requests]
         if self.server is None:
             # Beside the driver: a worker of a cluster may be taken away, and nothing goes on without the driver's node.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             self.server = server.options(
                 num_cpus=0, max_restarts=-1, max_concurrency=2, scheduling_strategy=here
-            ).remote()
+            ).remote(self.numerics)
         self.starting = [actor.ready.remote() for actor in self.actors]
 
     def _wait_for_hosts(self) -> None:
