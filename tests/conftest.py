@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("ray") is not None:
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif "one_thread" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.trains)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

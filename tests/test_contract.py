@@ -72,6 +72,7 @@ ROUNDS: dict[str, Any] = {
     "batch_size": 8,
 }
 GROWTH: dict[str, Any] = ROUNDS | {"local_epochs": 2}
+SLOW = 16  # rounds: an operator's gradients are small at first, and which way it goes depends on the last bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Row:
     - `one_payload`: whether clients of one form receive the same. - `same_start`: whether private states begin alike.
     - `keeps_shapes`: whether the server's state has the same shapes after a round.
     - `fixed_point`: whether nothing changes where nothing is learned.
-    - `rounds`: after how many the loss has fallen; more than it takes windows to come round again.
+    - `rounds`: after how many the loss has fallen, whatever the rounding; more than it takes windows to come round
+        again.
     """
 
     algorithm: Algorithm
@@ -115,15 +117,17 @@ ADAPTERS: dict[str, Any] = LOCAL | {"rank": 2, "alpha": 4.0}
 
 
 METHODS = {
-    "fedgrow-paper": Row(FedGrow(preset="paper", **GROWTH), "operator"),
-    "fedgrow-preserving": Row(FedGrow(preset="preserving", **GROWTH), "operator"),
-    "fedgrow_joint-paper": Row(FedGrowJoint(preset="paper", **ROUNDS), "operator"),
-    "fedgrow_no_federation-paper": Row(fedgrow_no_federation(preset="paper", **GROWTH), "nothing", combines=False),
+    "fedgrow-paper": Row(FedGrow(preset="paper", **GROWTH), "operator", rounds=SLOW),
+    "fedgrow-preserving": Row(FedGrow(preset="preserving", **GROWTH), "operator", rounds=SLOW),
+    "fedgrow_joint-paper": Row(FedGrowJoint(preset="paper", **ROUNDS), "operator", rounds=SLOW),
+    "fedgrow_no_federation-paper": Row(
+        fedgrow_no_federation(preset="paper", **GROWTH), "nothing", combines=False, rounds=SLOW
+    ),
     "fedgrow_no_federation-preserving": Row(
-        fedgrow_no_federation(preset="preserving", **GROWTH), "nothing", combines=False
+        fedgrow_no_federation(preset="preserving", **GROWTH), "nothing", combines=False, rounds=SLOW
     ),
     "fedgrow_released_code-paper": Row(
-        FedGrowReleasedCode(preset="paper", **GROWTH), "everything", serves="target", first_mean=True
+        FedGrowReleasedCode(preset="paper", **GROWTH), "everything", serves="target", first_mean=True, rounds=SLOW
     ),
     "fedavg": Row(FedAvg(**LOCAL), "model", serves="target"),
     "fedavg_small": Row(fedavg_small(**LOCAL), "model", deploys="small", serves="small"),
@@ -508,7 +512,7 @@ def test_training_loss_falls(case: Case) -> None:
             updates.append(update)
         server = case.algorithm.server_aggregate(server, iter(updates), case.server(round))
         losses.append(total / sum(info.num_examples for info in case.clients))
-    assert losses[-1] < losses[0] - 0.05, losses
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.05, losses
 
 
 def test_a_client_without_data_trains_nothing(case: Case) -> None:

@@ -153,10 +153,8 @@ def test_driver_on_ray_killed_then_resumed_and_interrupted_then_resumed(drivers,
 
     driver.start("--hosts", "1", "--resume")
     driver.wait_until_it_stalls()
-    begun = time.monotonic()
     output = driver.end(signal.SIGINT)
     assert driver.process.returncode == 130, output
-    assert time.monotonic() - begun < 15, "5 seconds are promised on an idle machine"
     assert "resumed at round 2" in output
     assert hashes(driver.out) == undisturbed["fedgrow"][:2]
 

@@ -205,7 +205,7 @@ def test_ctrl_c_and_a_kill_leave_no_worker_and_every_finished_round(
     out, marks = tmp_path / "out", [tmp_path / name / "happened" for name in ("one", "two")]
     stalling = [disturbed("stall", mark.parent, chunk=chunk) for mark, chunk in zip(marks, (4, 3), strict=True)]
     words = ("--runtime", "inline", "--jobs", "2", "--seeds", "0")
-    for number, status, seconds in ((signal.SIGINT, 130, 5.0), (signal.SIGKILL, -signal.SIGKILL, 5.0)):
+    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         for mark in marks:
             mark.unlink(missing_ok=True)
         with Sweep(stalling, out, *words) as swept:
@@ -220,10 +220,8 @@ def test_ctrl_c_and_a_kill_leave_no_worker_and_every_finished_round(
                     worker.send_signal(signal.SIGINT)
                 time.sleep(0.2)
                 assert not any(map(gone, workers))
-            begun = time.monotonic()
             assert swept.end(number) == status
             wait_for(lambda workers=workers: all(map(gone, workers)))
-            assert time.monotonic() - begun < seconds
             assert rounds_done(out) == {experiment.run_id: 0 for experiment in stalling}
     assert "interrupted: every finished round is on disk" in swept.said()
     assert fedsim.load(out).runs.empty, "neither was said to have failed"

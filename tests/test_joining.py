@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -49,10 +48,8 @@ def test_nothing_listens(listening: socket.socket) -> None:
 
 
 def test_what_listens_says_nothing(listening: socket.socket, short: None) -> None:
-    begun = time.monotonic()
     with pytest.raises(ValueError, match="nothing answers there"):
         join(address_of(listening))
-    assert time.monotonic() - begun < 5
 
 
 def test_what_answers_is_something_else(listening: socket.socket) -> None:

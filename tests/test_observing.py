@@ -115,7 +115,8 @@ def test_ray_is_told_of_rounds_bytes_and_how_busy_hosts_were(two_hosts: Any, tmp
     assert risen("ray_fedsim_bytes_total", 'direction="down"') == rounds.bytes_down.sum() > 0
     assert risen("ray_fedsim_bytes_moved_total") == rounds.bytes_moved.sum()
     assert risen("ray_fedsim_retries_total") == 0
-    (utilisation,) = {value for name, value in seen.items() if name.startswith("ray_fedsim_utilisation{")}
+    # Servers of earlier tests, which are gone, may still have a series of their own.
+    utilisation = max(value for name, value in seen.items() if name.startswith("ray_fedsim_utilisation{"))
     assert 0 < utilisation <= 1
 
 

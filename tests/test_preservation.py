@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module", params=["vit"])
 def rows(request):
-    return {(row["preset"], row["growth"]): row for row in measured(request.param, epochs=3)}
+    return {(row["preset"], row["growth"]): row for row in measured(request.param, epochs=6)}
 
 
 def test_every_preset_and_growth_is_measured_or_refused(rows):
@@ -21,7 +21,8 @@ def test_every_preset_and_growth_is_measured_or_refused(rows):
 
 
 def test_the_small_model_has_learned_something_to_preserve(rows):
-    assert rows["preserving", "width x 2"]["loss_small"] < 1.9, "chance is 2.3"
+    # Between 0.8 and 1.2 under five settings of the numerical libraries; after three epochs between 1.7 and 2.3.
+    assert rows["preserving", "width x 2"]["loss_small"] < 1.6, "chance is 2.3"
 
 
 def test_where_a_preset_is_exact_the_trained_model_keeps_its_logits_and_loss(rows):
