@@ -51,7 +51,7 @@ def _environment_put_back() -> Iterator[None]:
 @pytest.fixture
 def late() -> None:
     """This process has computed, and not with portable numerics."""
-    torch.ones(2, 2) @ torch.ones(2, 2)
+    torch.mm(torch.ones(2, 2), torch.ones(2, 2))
     if numerics.libraries() == numerics.IN_FORCE:
         pytest.skip("the libraries of this process were told to compute with what portable numerics use")
 

@@ -6,7 +6,7 @@ from benchmarks.preservation import GROWTHS, measured
 from fedgrow_algo.presets import PRESETS
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("preservation")]  # measured once
 
 
 @pytest.fixture(scope="module", params=["vit"])
