@@ -58,6 +58,11 @@ def temporary_folder() -> str:
     return os.environ.get("TMPDIR") or "/tmp"
 
 
+def numerics() -> str | None:
+    """What to compute with where nobody says otherwise: `FEDSIM_NUMERICS`."""
+    return os.environ.get("FEDSIM_NUMERICS") or None
+
+
 def variables(names: Iterable[str]) -> dict[str, str | None]:
     """What is set; None where nothing is."""
     return {name: os.environ.get(name) for name in names}

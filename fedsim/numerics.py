@@ -59,13 +59,13 @@ def check(name: str) -> None:
 
 
 def settle(name: str | None, *, here: bool, say: Callable[[str], None]) -> str:
-    """Use `name` from now on. None: portable if that can be had; if not, `say` is told why.
+    """Use `name` from now on. None: `FEDSIM_NUMERICS`, else portable if that can be had; if not, `say` is told why.
 
     - `here`: this process itself will compute, not others that it starts.
 
     **Raises:** `ValueError` as `use` and `check` do, with the environment as it was.
     """
-    before = environment.variables(SETTINGS)
+    name, before = name or environment.numerics(), environment.variables(SETTINGS)
     try:
         use(name or PORTABLE)
         if here and "torch" in sys.modules:  # else nothing can have computed, and the runtime checks

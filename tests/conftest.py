@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import gc
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from fedsim.simulation import run
 from tests.disturbed import TINY_SETTINGS, Lent, small, without_federation
 
 
+# Commands in this process, which has computed before, and those it starts give the same bits.
+os.environ["FEDSIM_NUMERICS"] = "native"
 hypothesis.settings.register_profile("untimed", deadline=None)  # speed is measured in benchmarks
 hypothesis.settings.load_profile("untimed")
 

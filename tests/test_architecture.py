@@ -70,6 +70,7 @@ def test_runtimes_know_neither_algorithm_nor_participant(module: str) -> None:
     deciding = ["algorithm", "participant", "aggregator", "simulation", "experiment", "cohort", "task", "training"]
     assert not reaching(module, [f"fedsim.{name}" for name in [*deciding, "results", "store", "cli", "rows", "runner"]])
     others = {name for name in reaching(module, ["fedsim"]) if not name.startswith("fedsim.runtime")}
+    others -= {name for name in others if name == "fedsim" or name.startswith("fedsim.numerics")}
     assert not others, "runtimes import nothing of fedsim but one another"
 
 

@@ -42,7 +42,8 @@ GOLDEN = [
 
 
 @pytest.fixture(autouse=True)
-def _environment_put_back() -> Iterator[None]:
+def _environment_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("FEDSIM_NUMERICS")
     before = environment.variables(SETTINGS)
     yield
     environment.set_variables(before)

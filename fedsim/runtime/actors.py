@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import torch
 
-from fedsim.numerics import check, use
+from fedsim.numerics import NATIVE, check, use
 from fedsim.runtime.base import Answer, Call, Fold, Policy, answered, pin_threads
 from fedsim.runtime.metrics import Metrics
 
@@ -28,7 +28,7 @@ Batch = tuple[list[tuple[int, Answer]], str, float, float]  # by unit; node, sec
 class Host:
     """A process that holds participants of one run at a time and answers for them, one push of work after another."""
 
-    def __init__(self, numerics: str) -> None:
+    def __init__(self, numerics: str = NATIVE) -> None:
         use(numerics)
         check(numerics)
         use_tensor_views()
@@ -108,7 +108,7 @@ class Host:
 class Server:
     """The process that holds the aggregator of one run at a time."""
 
-    def __init__(self, numerics: str) -> None:
+    def __init__(self, numerics: str = NATIVE) -> None:
         use(numerics)
         check(numerics)
         use_tensor_views()
