@@ -71,7 +71,7 @@ class DryRun:
     def finish(self, **more: str) -> tuple[int, str]:
         """Exit status, and what was printed."""
         process = self.start(**more)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=300)
         return process.returncode, printed
 
     def noted(self) -> list[str]:
@@ -200,7 +200,7 @@ def test_a_signal_ends_the_sweep_in_order(three: DryRun, sent: int, restarts: in
     process = three.start(SLURM_RESTART_COUNT=str(restarts))
     three.until("sweep.py")
     process.send_signal(sent)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 143
     noted = three.noted()
     assert noted.count("sweep ended in order") == 1
@@ -217,7 +217,7 @@ def test_a_signal_before_the_sweep_ends_the_job(three: DryRun) -> None:
     process = three.start()
     three.until("--nodelist=n2")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 143
     assert not any("sweep.py" in line for line in three.noted())
     three.expect_nothing_left(steps=3)

@@ -113,7 +113,7 @@ class Driver:
     def end(self, number: signal.Signals) -> str:
         """Send a signal and wait for the end. Returns what was printed."""
         self.process.send_signal(number)
-        return self.process.communicate(timeout=60)[0]
+        return self.process.communicate(timeout=300)[0]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -89,7 +89,7 @@ def told_to_ray() -> dict[str, float]:
     """What this machine's Ray exports for Prometheus of runs: each series, with its labels, and its value."""
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     series = (line.rpartition(" ") for line in lines if line.startswith("ray_fedsim_"))
     return {name: float(value) for name, _, value in series}

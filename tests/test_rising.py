@@ -27,7 +27,7 @@ class Pretended:
         self.may_start.set()
 
     def start(self, cpus: float, gpus: int | None) -> None:
-        self.may_start.wait(timeout=10)
+        self.may_start.wait(timeout=60)
         self.events.append((cpus, gpus))
         if self.failing:
             self.failing = False

@@ -82,5 +82,5 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=120)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

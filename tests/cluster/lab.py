@@ -458,5 +458,5 @@ def start_cluster(lab: Lab, cluster: Path) -> str:
     """Run `ray up`, which returns when the head is up, and wait for the workers. Returns what `ray up` printed."""
     finished = lab.run(["ray", "up", "--yes", str(cluster)])
     count = ["python", "-c", WAIT_FOR_NODES, str(len(lab.nodes))]
-    lab.head.run(count, env={"RAY_AUTH_MODE": "token"}, timeout=120)
+    lab.head.run(count, env={"RAY_AUTH_MODE": "token"}, timeout=600)
     return finished.stdout + finished.stderr

@@ -189,7 +189,7 @@ def test_nodes_with_other_sources_are_refused_before_the_run(cluster: Cluster) -
     worker.run(["sh", "-c", f"cp {file} kept.py && echo '# older' >> {file}"])
     command = f"cd ~/fedsim && export {TOKEN_MODE} && python -m fedsim run benchmarks.suites:tiny --hosts 2 "
     command += f"--address {cluster.lab.head.address}:{GCS_PORT} --out s3://{BUCKET}/other"
-    finished = cluster.lab.head.run(["bash", "-ic", command], env=cluster.environment, check=False, timeout=200)
+    finished = cluster.lab.head.run(["bash", "-ic", command], env=cluster.environment, check=False, timeout=600)
     worker.run(["sh", "-c", f"mv kept.py {file}"])
     said = finished.stdout + finished.stderr
     assert finished.returncode == 2, said

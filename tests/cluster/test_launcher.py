@@ -43,7 +43,7 @@ def where():
 tasks = [
     ray.remote(where).options(scheduling_strategy=On(node["NodeID"], soft=False)).remote() for node in ray.nodes()
 ]
-print("result:", json.dumps(ray.get(tasks, timeout=60)))
+print("result:", json.dumps(ray.get(tasks, timeout=300)))
 """
 
 # Argument: the address of the node that will be switched off.
@@ -60,14 +60,14 @@ hosts = {
     address: ray.remote(Host).options(scheduling_strategy=On(node, soft=False)).remote()
     for address, node in alive().items()
 }
-ray.get([host.address.remote() for host in hosts.values()], timeout=60)
+ray.get([host.address.remote() for host in hosts.values()], timeout=300)
 print("ready", flush=True)
 while sys.argv[1] in alive():
     time.sleep(0.2)
 answers = {}
 for address, host in hosts.items():
     try:
-        answers[address] = ray.get(host.address.remote(), timeout=30)
+        answers[address] = ray.get(host.address.remote(), timeout=120)
     except ray.exceptions.ActorDiedError as error:
         answers[address] = type(error).__name__
 print("result:", json.dumps([answers, ray.cluster_resources()["CPU"]]), flush=True)
@@ -81,7 +81,7 @@ tokens = [None, "wrong", file.read_text().strip() if file.exists() else None]
 def status(url, token):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10).status
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60).status
     except urllib.error.HTTPError as error:
         return error.code
     except urllib.error.URLError as error:
