@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.exits import ends_at, exit_logits, shallower, tail, up_to
-from fedsim.fields import check_range
+from fedsim.core.fields import check_range
+from fedsim.core.tree import Tree, clone, prefixed, under
+from fedsim.learning.exits import ends_at, exit_logits, shallower, tail, up_to
+from fedsim.learning.rates import parameter_count
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import COSTS, Objective, check_settings, minimise, settings
 from fedsim.models import Form
-from fedsim.rates import parameter_count
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.task import Batch, Task
-from fedsim.training import COSTS, Objective, check_settings, minimise, settings
-from fedsim.tree import Tree, clone, prefixed, under
 
 
 EXIT = "exit."  # tails in the server's state: "exit.<depth>.<name>"
@@ -36,7 +36,7 @@ COVERED = "covered."  # beside each tensor: whether anyone has trained it so far
 class DepthFL(Algorithm):
     """DepthFL of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `exits`: parts that the target's blocks are divided into, each with a head after it.
     - `distillation`: c; 0: exits do not teach each other. - `ramp`: rounds over which it comes in, as exp(-5 (1-t)^2).
     - `server`: what the server makes of the mean.

@@ -26,21 +26,21 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_sum,
 )
-from fedsim.ensemble import Ensemble
-from fedsim.fields import check_range
+from fedsim.core.fields import check_range
+from fedsim.core.tree import Tree, prefixed, under
+from fedsim.learning.ensemble import Ensemble
+from fedsim.learning.rates import parameter_count, smallest
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.task import Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.rates import parameter_count, smallest
-from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.task import Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree, prefixed, under
 
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleSmall(Algorithm):
     """FedAvg of several models of the smallest form.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `members`: how many; None: as many as fit into the target's parameters.
     - `server`: what the server makes of the mean.
     """

@@ -27,20 +27,20 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_sum,
 )
-from fedsim.fields import check_range, refuse
+from fedsim.core.fields import check_range, refuse
+from fedsim.core.tree import Tree
+from fedsim.learning.rates import parameter_count
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.task import Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.rates import parameter_count
-from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.task import Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Exclusive(Algorithm):
     """FedAvg of the target without weak devices.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `share`: a participant is able if its small model has at least this share of the target's parameters.
     - `small_lr`, `small_epochs`: of the other participants' own models, once.
     - `server`: what the server makes of the mean.

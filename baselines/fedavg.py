@@ -6,7 +6,7 @@
 The model is the target; the controls that a growth method has to beat at equal bytes average smaller ones:
 `fedavg_small` the smallest small form there is, `fedavg_mid` the intermediate form. `fedprox` adds the proximal term of
 FedProx (Li et al., MLSys 2020) to the local objective. The server may do more with the mean than take it
-(`fedsim.server_opt`).
+(`fedsim.learning.server_opt`).
 
 Differs from the paper: local training uses AdamW with gradient clipping, like every method here, instead of SGD; the
 sum of n_k runs over the sampled participants (the paper's algorithm box prints it over all of them). FedProx: nobody
@@ -29,12 +29,12 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_sum,
 )
-from fedsim.fields import check_range, refuse
+from fedsim.core.fields import check_range, refuse
+from fedsim.core.tree import Tree
+from fedsim.learning.rates import smallest
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.training import COSTS, check_settings, minimise, proximal, settings, task_loss
 from fedsim.models import Form
-from fedsim.rates import smallest
-from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.training import COSTS, check_settings, minimise, proximal, settings, task_loss
-from fedsim.tree import Tree
 
 
 NAMES = {"target": "fedavg", "intermediate": "fedavg_mid", "smallest": "fedavg_small"}
@@ -44,7 +44,7 @@ NAMES = {"target": "fedavg", "intermediate": "fedavg_mid", "smallest": "fedavg_s
 class FedAvg(Algorithm):
     """FedAvg of one form, from scratch.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `of`: whose form: the target's, the intermediate, or the smallest of the participants' own.
     - `mu`: weight of FedProx's proximal term, for the target alone; None: no such term, and no such name.
     - `server`: what the server makes of the mean.

@@ -25,23 +25,23 @@ import torch
 from torch import nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.coverage import MODEL, averaged, covered_of, everywhere, model_of, start
-from fedsim.fields import check_range, refuse
+from fedsim.core.fields import check_range, refuse
+from fedsim.core.submodel import Cut
+from fedsim.core.tree import Tree, prefixed
+from fedsim.learning.coverage import MODEL, averaged, covered_of, everywhere, model_of, start
+from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form, window
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form, window
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.submodel import Cut
-from fedsim.task import Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree, prefixed
 
 
 @dataclasses.dataclass(frozen=True)
 class FedBRBLike(Algorithm):
     """The reconstruction of FedBRB, of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
-    - `rates`: the block sizes there are, largest first (`fedsim.rates.rate_of` says who trains which).
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
+    - `rates`: the block sizes there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `clock`: all participants of a rate train the same block ("together"), or each begins at another ("spread").
     - `broadcast`: lam; 0: none. - `decay`: rounds after which lam_t is half of it; None: constant.
     - `mode`: what is broadcast: the trained blocks themselves ("parameters"), or how they changed ("changes").
@@ -95,7 +95,7 @@ class FedBRBLike(Algorithm):
             key = self._block(ctx, ctx.clients[client])
             return trained.setdefault(key, _cut(ctx, *key))
 
-        after, now = averaged(state, updates, ctx, self.server, cut_of)
+        after, now = averaged(state, updates, ctx.task, ctx.target, self.server, cut_of)
         lam = self.broadcast / (1 + ctx.round / self.decay) if self.decay else self.broadcast
         if not lam or not trained:
             return after

@@ -21,24 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.coverage import averaged, covered_of, model_of, start
-from fedsim.fields import refuse
+from fedsim.core.fields import refuse
+from fedsim.core.seeding import generator
+from fedsim.core.submodel import Cut
+from fedsim.core.tree import Tree
+from fedsim.learning.coverage import averaged, covered_of, model_of, start
+from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form
-from fedsim.seeding import generator
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.submodel import Cut
-from fedsim.task import Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class FederatedDropout(Algorithm):
     """Federated Dropout of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
-    - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
+    - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `keep`: the share of each axis that everyone keeps, whatever its device; None: the participant's rate.
     - `server`: what the server makes of the mean.
     """
@@ -79,7 +79,9 @@ class FederatedDropout(Algorithm):
         return {client.id: self._cut(ctx, client).extract(model) for client in cohort}
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        return averaged(state, updates, ctx, self.server, lambda client: self._cut(ctx, ctx.clients[client]))[0]
+        return averaged(
+            state, updates, ctx.task, ctx.target, self.server, lambda client: self._cut(ctx, ctx.clients[client])
+        )[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

@@ -10,7 +10,7 @@ the window is wide: (2k - 1) / D of a D x D matrix for a window of k (`coverage`
 Differs from the paper: ceil instead of floor, as in the authors' code; that code rolls the other way (`step=-1`), and
 rolls the flattened axis of all heads, which mixes them; its transformer server drops the mean (since November 2022).
 AdamW. A participant deploys its window; the whole model's score is `accuracy_global`. Rotary families roll over heads
-of keys and values (`fedsim.rates`).
+of keys and values (`fedsim.learning.rates`).
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.coverage import averaged, covered_of, model_of, start
-from fedsim.fields import refuse
+from fedsim.core.fields import refuse
+from fedsim.core.submodel import Cut
+from fedsim.core.tree import Tree
+from fedsim.learning.coverage import averaged, covered_of, model_of, start
+from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.submodel import Cut
-from fedsim.task import Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class FedRolex(Algorithm):
     """FedRolex of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
-    - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
+    - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `step`: coordinates that windows move on by in a round; negative rolls the other way.
     - `by_examples`: weight the mean by examples.
     - `server`: what the server makes of the mean.
@@ -78,7 +78,7 @@ class FedRolex(Algorithm):
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: self._cut(ctx, rate) for rate in {*rates}}
-        return averaged(state, updates, ctx, self.server, lambda client: cuts[rates[client]])[0]
+        return averaged(state, updates, ctx.task, ctx.target, self.server, lambda client: cuts[rates[client]])[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

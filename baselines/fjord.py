@@ -15,22 +15,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.coverage import averaged, covered_of, model_of, start
+from fedsim.core.submodel import Cut
+from fedsim.core.tree import Tree
+from fedsim.learning.coverage import averaged, covered_of, model_of, start
+from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form, window
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import COSTS, Objective, check_settings, minimise, settings, task_loss
 from fedsim.models import Form
-from fedsim.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form, window
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.submodel import Cut
-from fedsim.task import Batch, Task
-from fedsim.training import COSTS, Objective, check_settings, minimise, settings, task_loss
-from fedsim.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class FjORD(Algorithm):
     """FjORD of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
-    - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who holds which).
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
+    - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who holds which).
     - `distillation`: smaller sub-models learn from the largest that the participant holds.
     - `server`: what the server makes of the mean.
     """
@@ -73,7 +73,7 @@ class FjORD(Algorithm):
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates}}
-        return averaged(state, updates, ctx, self.server, lambda client: cuts[rates[client]])[0]
+        return averaged(state, updates, ctx.task, ctx.target, self.server, lambda client: cuts[rates[client]])[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.adapters import A, B, adapted, applied, check_rank, fresh, logits_beside, rank_of
 from fedsim.algorithm import (
     Algorithm,
     ClientContext,
@@ -28,13 +27,15 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_mean,
 )
-from fedsim.exits import tail
-from fedsim.fields import check_range
+from fedsim.core.fields import check_range
+from fedsim.core.tree import Tree, clone, nbytes, prefixed, to, under
+from fedsim.learning.adapters import A, B, adapted, applied, check_rank, fresh, logits_beside, rank_of
+from fedsim.learning.exits import tail
+from fedsim.learning.starts import start_of
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.pretrained import Checkpoint, start_of
-from fedsim.task import Batch, Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree, clone, nbytes, prefixed, to, under
+from fedsim.models.pretrained import Checkpoint
 
 
 STACK, MATRICES, HEAD = "stack.", "w.", "head."
@@ -47,7 +48,7 @@ SINCE = "since"
 class FLoRA(Algorithm):
     """Stacked adapters of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `rank`: of the adapters of a device that holds the target; others have their rate's part of it.
     - `alpha`: B A counts alpha / rank times, for all ranks.
     - `base`: W at first, a checkpoint of the target's form; None: as the seed gives it.

@@ -27,13 +27,13 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_sum,
 )
-from fedsim.fields import check_range
+from fedsim.core.fields import check_range
+from fedsim.core.tree import Tree
+from fedsim.learning.rates import smallest
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.task import Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.rates import smallest
-from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.task import Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GrowThenFedAvg(Algorithm):
     """FedAvg of the smallest form, then of the target grown from it.
 
     - `preset`: the growth operator; see `fedgrow_algo.presets`.
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `small_rounds`: how many rounds the small model is averaged for.
     - `server`: what the server makes of the mean.
     """

@@ -13,7 +13,7 @@ Differs from the paper: rates follow the participants' devices and stay; AdamW; 
 that are the token embedding, which the scaler divides as an embedding alone: the norm before the head multiplies back;
 rows of padding, end and mask tokens are everyone's (in the authors' code the mask's row is never trained); sub-models
 are deployed (there, the full model alone is scored: `accuracy_global`); scores are never given a mask. Rotary families
-lose heads of keys and values instead of parts of heads (`fedsim.rates`).
+lose heads of keys and values instead of parts of heads (`fedsim.learning.rates`).
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.coverage import ROWS, averaged, covered_of, model_of, start
+from fedsim.core.submodel import ParamSpec
+from fedsim.core.tree import Tree, prefixed
+from fedsim.learning.coverage import ROWS, averaged, covered_of, model_of, start
+from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, rate_of, sub_form
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import COSTS, check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.rates import RATES, check_forms, check_rates, cut_at, rate_of, sub_form
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.submodel import ParamSpec
-from fedsim.task import Batch, Task
-from fedsim.training import COSTS, check_settings, local_train, settings
-from fedsim.tree import Tree, prefixed
 
 
 @dataclasses.dataclass(frozen=True)
 class HeteroFL(Algorithm):
     """HeteroFL of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
-    - `rates`: the sub-models there are, largest first (`fedsim.rates.rate_of` says who trains which).
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
+    - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `scaler`: divide what width layers compute by the rate, in training. - `masks`: absent classes do not count.
     - `by_examples`: weight the mean by examples.
     - `server`: what the server makes of the mean.
@@ -81,7 +81,7 @@ class HeteroFL(Algorithm):
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates}}
-        return averaged(state, updates, ctx, self.server, lambda client: cuts[rates[client]])[0]
+        return averaged(state, updates, ctx.task, ctx.target, self.server, lambda client: cuts[rates[client]])[0]
 
     def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))

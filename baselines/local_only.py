@@ -14,15 +14,15 @@ from torch import nn
 
 from fedgrow_algo.pretrain import trained_on_own_shard
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree
+from fedsim.core.tree import Tree
+from fedsim.learning.training import check_settings, local_train, settings
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalOnly(Algorithm):
     """Every participant alone, from a fresh model or its tier's checkpoint.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     """
 
     lr: float = 5e-4

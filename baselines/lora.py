@@ -21,7 +21,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fedsim.adapters import A, adapted, applied, check_rank, fresh, logits_beside, norm, rank_of, resized
 from fedsim.algorithm import (
     Algorithm,
     ClientContext,
@@ -32,15 +31,17 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_sum,
 )
-from fedsim.exits import tail
-from fedsim.fields import check_range
+from fedsim.core.fields import check_range
+from fedsim.core.seeding import generator
+from fedsim.core.tree import Tree, prefixed, to, under
+from fedsim.learning.adapters import A, adapted, applied, check_rank, fresh, logits_beside, norm, rank_of, resized
+from fedsim.learning.exits import tail
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.starts import start_of
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.pretrained import Checkpoint, start_of
-from fedsim.seeding import generator
-from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.task import Batch, Task
-from fedsim.training import check_settings, local_train, settings
-from fedsim.tree import Tree, prefixed, to, under
+from fedsim.models.pretrained import Checkpoint
 
 
 HEAD = "head."  # beside the adapters: what comes after the blocks
@@ -50,7 +51,8 @@ HEAD = "head."  # beside the adapters: what comes after the blocks
 class FederatedLoRA(Algorithm):
     """Adapters of the target that are averaged factor by factor.
 
-    - `method`: see the module. - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: see `fedsim.training.settings`.
+    - `method`: see the module. - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: see
+        `fedsim.learning.training.settings`.
     - `rank`: of every adapter; the largest, where they differ. - `alpha`: B A counts alpha / rank times, for all ranks.
     - `base`: W0, a checkpoint of the target's form; None: as the seed gives it. - `server`: what it makes of the mean.
     """

@@ -25,21 +25,21 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_sum,
 )
-from fedsim.exits import ends_at, shallower, tail, up_to
-from fedsim.fields import check_range
+from fedsim.core.fields import check_range
+from fedsim.core.seeding import derive
+from fedsim.core.tree import Tree
+from fedsim.learning.exits import ends_at, shallower, tail, up_to
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.task import Batch
+from fedsim.learning.training import COSTS, check_settings, local_train, settings
 from fedsim.models import Form
-from fedsim.seeding import derive
-from fedsim.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.task import Batch
-from fedsim.training import COSTS, check_settings, local_train, settings
-from fedsim.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgFed(Algorithm):
     """ProgFed of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.training.settings`.
+    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `stages`: parts that the target's blocks are divided into. - `stage_rounds`: rounds of each stage but the last.
     - `warmup`: rounds, at the beginning of each stage but the first, that train only what is new.
     - `server`: what the server makes of the mean.

@@ -1,8 +1,9 @@
 """What a run consists of, counted without data, and how long its parts take on one core of this machine.
 
-Nothing is learned: participants without data, one a tier, go through the rounds that differ (`fedsim.cost.Rehearsal`).
-Where seconds are asked for, steps on batches that hold no data are timed, each kind of them once. Not foreseen: what a
-participant is sent that depends on who else took part (FLoRA's stack of adapters is that of one participant a tier).
+Nothing is learned: participants without data, one a tier, go through the rounds that differ
+(`fedsim.engine.cost.Rehearsal`). Where seconds are asked for, steps on batches that hold no data are timed, each kind
+of them once. Not foreseen: what a participant is sent that depends on who else took part (FLoRA's stack of adapters is
+that of one participant a tier).
 """
 
 import contextlib
@@ -17,14 +18,14 @@ import torch
 from torch import nn
 
 from fedsim import simulation
-from fedsim.cost import Call, Rehearsal, Standing
+from fedsim.core.tree import nbytes
 from fedsim.data.config import PER_TOKEN, Split
 from fedsim.data.partition import Partition
+from fedsim.engine.cost import Call, Rehearsal, Standing
 from fedsim.experiment import Experiment
+from fedsim.learning.task import Task
+from fedsim.learning.training import Meter, Work
 from fedsim.runtime.base import pin_threads
-from fedsim.task import Task
-from fedsim.training import Meter, Work
-from fedsim.tree import nbytes
 
 
 SMALL = 2  # examples: a step is taken to be a straight line in the batch size, and this is one of two points on it

@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fedsim.cohort import federation_sha256, members
+from fedsim.engine.cohort import federation_sha256, members
 from fedsim.experiment import Experiment, canonical
-from fedsim.progress import label_of
-from fedsim.task import load_task
+from fedsim.learning.task import load_task
+from fedsim.sweep.progress import label_of
 
 
 # All that decides which participants there are, what they hold, and who of them takes part when.

@@ -10,8 +10,8 @@ from fedgrow_algo.fedgrow import FedGrow
 from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, digits, pydoc, sst2
 from fedsim.experiment import Experiment, Tier
+from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
-from fedsim.task import TaskConfig
 
 
 def on_digits() -> Experiment:

@@ -34,13 +34,13 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
 from fedgrow_algo.dual_ligo import grown_forward, operator_between  # noqa: E402
 from fedgrow_algo.ligo import Operator, widen  # noqa: E402
 from fedgrow_algo.presets import PRESETS  # noqa: E402
+from fedsim.core.seeding import generator  # noqa: E402
+from fedsim.core.submodel import join_fused  # noqa: E402
+from fedsim.core.tree import Tree, to  # noqa: E402
 from fedsim.data.config import DataConfig  # noqa: E402
+from fedsim.engine.participant import peak_memory, reset_peak_memory  # noqa: E402
+from fedsim.learning.task import Batch, Task, TaskConfig  # noqa: E402
 from fedsim.models import Form  # noqa: E402
-from fedsim.participant import peak_memory, reset_peak_memory  # noqa: E402
-from fedsim.seeding import generator  # noqa: E402
-from fedsim.submodel import join_fused  # noqa: E402
-from fedsim.task import Batch, Task, TaskConfig  # noqa: E402
-from fedsim.tree import Tree, to  # noqa: E402
 
 
 Step = Callable[[], float]

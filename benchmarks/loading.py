@@ -29,7 +29,7 @@ from benchmarks.readings import read  # noqa: E402
 from benchmarks.suites import baselines  # noqa: E402
 from benchmarks.tables import summary  # noqa: E402
 from fedsim.experiment import Experiment  # noqa: E402
-from fedsim.results import SCHEMAS, load, write_table  # noqa: E402
+from fedsim.results.tables import SCHEMAS, load, write_table  # noqa: E402
 
 
 def write_runs(directory: Path, runs: int, rounds: int, participants: int) -> None:

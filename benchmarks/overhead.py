@@ -35,13 +35,13 @@ from benchmarks.overhead_bench import Bench, flower_python, grown_mb, imports_mb
 from benchmarks.overhead_cases import KILOBYTES_10, MEGABYTES_40, SHARD, WORKERS, write_images  # noqa: E402
 from benchmarks.overhead_figures import POPULATIONS, Found, figures_of, lines_of, table_of  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
-from fedsim.fields import refuse  # noqa: E402
-from fedsim.machine import versions  # noqa: E402
-from fedsim.provenance import git_commit, hardware  # noqa: E402
+from fedsim.core.fields import refuse  # noqa: E402
+from fedsim.results.machine import versions  # noqa: E402
+from fedsim.results.provenance import git_commit, hardware  # noqa: E402
 
 
 DRIVER_IMPORTS = ("fedsim.simulation", "fedsim.runtime.ray_runtime")
-AGGREGATOR_IMPORTS = ("fedsim.aggregator", "fedsim.runtime.ray_runtime")
+AGGREGATOR_IMPORTS = ("fedsim.engine.aggregator", "fedsim.runtime.ray_runtime")
 
 
 # measuring ------------------------------------------------------------------------------------------------------------

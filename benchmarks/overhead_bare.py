@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.overhead_cases import work
-from fedsim.cohort import members
+from fedsim.core.seeding import generator
 from fedsim.data.source import Split
+from fedsim.engine.cohort import members
 from fedsim.experiment import Experiment
+from fedsim.learning.task import Task, load_task, subset
+from fedsim.learning.training import settings
 from fedsim.models import get_family
-from fedsim.seeding import generator
-from fedsim.task import Task, load_task, subset
-from fedsim.training import settings
 
 
 PROCESSES = 2
@@ -70,7 +70,7 @@ def train(
     batch_size: int,
     weight_decay: float,
 ) -> None:
-    """Train a model's parameters from `start`, as `fedsim.training.minimise` trains a tree."""
+    """Train a model's parameters from `start`, as `fedsim.learning.training.minimise` trains a tree."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(start[name])

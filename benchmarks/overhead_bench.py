@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple
 
 import psutil
 
-from fedsim.fields import refuse
-from fedsim.machine import versions
+from fedsim.core.fields import refuse
+from fedsim.results.machine import versions
 
 
 ROOT = Path(__file__).resolve().parent.parent

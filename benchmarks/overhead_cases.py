@@ -31,12 +31,12 @@ from fedsim.algorithm import (
     weighted_mean,
     weighted_sum,
 )
+from fedsim.core.tree import Tree, clone
 from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, digits
 from fedsim.experiment import Experiment, Tier, with_settings
+from fedsim.learning.task import TaskConfig
 from fedsim.models import Family, Form
-from fedsim.task import TaskConfig
-from fedsim.tree import Tree, clone
 
 
 CLASSES = 10

@@ -14,17 +14,17 @@ from typing import Any
 
 from benchmarks import overhead_cases as cases
 from fedsim import load
+from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
-from fedsim.progress import Silent
-from fedsim.runner import locked, run_all
 from fedsim.runtime import Choice
+from fedsim.sweep.runner import locked, run_all
 
 
 HOSTS = 2
 NODES, CPUS_OF_NODE = 2, 2
 
 
-class Stopwatch(Silent):
+class Stopwatch(ProgressListener):
     """Notes when each round was finished, with everything that belongs to it."""
 
     def __init__(self) -> None:

@@ -12,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.calibration import Calibration, Outline
-from fedsim.cohort import cohort_of, members, scored_in, tiers_of
 from fedsim.data.source import load
+from fedsim.engine.cohort import cohort_of, members, scored_in, tiers_of
 from fedsim.experiment import Experiment
-from fedsim.progress import label_of
-from fedsim.provenance import code_sha256
-from fedsim.storage import Place
-from fedsim.store import RunStore
-from fedsim.task import Task
+from fedsim.learning.task import Task
+from fedsim.results.provenance import code_sha256
+from fedsim.results.store import RunStore
+from fedsim.storage.place import Place
+from fedsim.sweep.progress import label_of
 
 
 PIXELS = 8  # side of the images that are loaded to be counted: whatever their size, they are dealt alike

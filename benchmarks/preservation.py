@@ -25,12 +25,12 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
 from fedgrow_algo.dual_ligo import grown, operator_between  # noqa: E402
 from fedgrow_algo.presets import PRESETS  # noqa: E402
 from fedsim.algorithm import ClientContext, ClientInfo  # noqa: E402
+from fedsim.core.seeding import generator  # noqa: E402
+from fedsim.core.tree import Tree  # noqa: E402
 from fedsim.data.source import digits, pydoc  # noqa: E402
+from fedsim.learning.task import Task, TaskConfig, load_task, subset  # noqa: E402
+from fedsim.learning.training import Meter, local_train  # noqa: E402
 from fedsim.models import Form, get_family  # noqa: E402
-from fedsim.seeding import generator  # noqa: E402
-from fedsim.task import Task, TaskConfig, load_task, subset  # noqa: E402
-from fedsim.training import Meter, local_train  # noqa: E402
-from fedsim.tree import Tree  # noqa: E402
 
 
 TEXTS = {"limit": 2000, "max_length": 48}

@@ -9,7 +9,6 @@ Runs are compared within a *setting*: one suite, one data set, one population of
 
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import statistics
@@ -19,7 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from fedsim.results import Results
+from fedsim.experiment import class_written
+from fedsim.results.tables import Results
 
 
 MEGABYTE = 10**6
@@ -353,9 +353,8 @@ def _default(config: Any, field: str) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _defaults(class_name: str) -> Mapping[str, str]:
-    module, _, name = class_name.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name) if module else None
+        kind = class_written(class_name) if "." in class_name else None
     except (ImportError, AttributeError):
         return {}  # a class of somebody's own module, which is not here: nothing goes without saying
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()

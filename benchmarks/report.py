@@ -44,8 +44,8 @@ from benchmarks.tables import (
     significant,
     summary,
 )
-from fedsim.results import Results, load
-from fedsim.storage import Place, place, sent, write_atomically
+from fedsim.results.tables import Results, load
+from fedsim.storage.place import Place, place, sent, write_atomically
 
 
 Row = Mapping[str, Any]

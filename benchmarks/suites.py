@@ -20,8 +20,8 @@ from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, digits, pydoc
 from fedsim.experiment import Experiment, Tier
+from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
-from fedsim.task import TaskConfig
 
 
 __all__ = ["ablations", "ablations_grid"]

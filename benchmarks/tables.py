@@ -28,8 +28,8 @@ from benchmarks.readings import (
     read,
     records,
 )
-from fedsim.results import Results
-from fedsim.storage import Place
+from fedsim.results.tables import Results
+from fedsim.storage.place import Place
 
 
 # What must be said wherever a method's numbers are.

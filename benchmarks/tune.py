@@ -21,7 +21,7 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
 
 from benchmarks.readings import finished_runs, histories, variant_names  # noqa: E402
 from benchmarks.tables import percent  # noqa: E402
-from fedsim.results import Results, load  # noqa: E402
+from fedsim.results.tables import Results, load  # noqa: E402
 
 
 Grid = dict[str, dict[float, list[float]]]  # method -> learning rate -> validation accuracy of each seed

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from fedgrow_algo.ligo import Operator
 from fedgrow_algo.presets import by_name
+from fedsim.core.tree import Tree
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import Forward
 from fedsim.models import Form, get_family
-from fedsim.task import Batch, Task
-from fedsim.training import Forward
-from fedsim.tree import Tree
 
 
 USUAL_BATCH = 64  # texts

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsim.submodel import ParamSpec
+from fedsim.core.submodel import ParamSpec
 
 
 Specs = Mapping[str, ParamSpec]

@@ -43,12 +43,12 @@ from fedgrow_algo.rounds import (
     stage_of,
 )
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.fields import check_range, check_types, refuse
+from fedsim.core.fields import check_range, check_types, refuse
+from fedsim.core.tree import Tree, prefixed, to, under
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Task
+from fedsim.learning.training import COSTS, local_train
 from fedsim.models import Form
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.task import Task
-from fedsim.training import COSTS, local_train
-from fedsim.tree import Tree, prefixed, to, under
 
 
 MIDDLE, OWN = "middle.", "global."  # parts of a participant's private state: M_i, and Global where nobody averages it

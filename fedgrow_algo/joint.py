@@ -39,12 +39,12 @@ from fedgrow_algo.rounds import (
     stage_of,
 )
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.fields import check_range, check_types
+from fedsim.core.fields import check_range, check_types
+from fedsim.core.tree import Tree, prefixed, to, under
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import COSTS, Forward, local_train
 from fedsim.models import Form
-from fedsim.server_opt import AVERAGE, ServerOptimizer
-from fedsim.task import Batch, Task
-from fedsim.training import COSTS, Forward, local_train
-from fedsim.tree import Tree, prefixed, to, under
 
 
 SMALL, LOCAL = "small.", "local."  # parts of a participant's private state: S_i, and Local_i

@@ -6,8 +6,8 @@
 Linear in the small weights, differentiable in its own tensors: `B` (how the coordinates of an axis are written), `A`
 (how they are read: the same matrix up to a fixed scale of its rows, or one of its own) and `w`, a table L2 x L1 for
 each module m of the block. Which matrices there are and what they start as is the preset's business
-(`fedgrow_algo.presets`); where they apply is read off the named axes (`fedsim.submodel`), so nothing here knows the
-name of a model or of a parameter.
+(`fedgrow_algo.presets`); where they apply is read off the named axes (`fedsim.core.submodel`), so nothing here knows
+the name of a model or of a parameter.
 
 A map need not span its whole dimension (`Factor`): coordinates that RoPE turns keep their place in every head, heads
 that share a key's and value's head are copied, and one map may serve several chunks of an MLP. Letters: D1, D2 small
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from fedgrow_algo.equations import Specs, copies, depth, mix, widen
-from fedsim.submodel import Dim, ParamSpec, join_fused, split_fused, split_specs
-from fedsim.tree import Tree
+from fedsim.core.submodel import Dim, ParamSpec, join_fused, split_fused, split_specs
+from fedsim.core.tree import Tree
 
 
 Axes = Mapping[str, int]

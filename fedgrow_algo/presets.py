@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fedgrow_algo.ligo import NEXT, READ, Operator, Preset, copies
-from fedsim.submodel import Dim
-from fedsim.tree import Tree
+from fedsim.core.submodel import Dim
+from fedsim.core.tree import Tree
 
 
 def by_name(name: str) -> Preset:

@@ -5,17 +5,17 @@ from typing import Literal
 
 import torch
 
-from fedsim import tree as trees
 from fedsim.algorithm import ClientContext
-from fedsim.exits import shallower
-from fedsim.fields import refuse
+from fedsim.core import tree as trees
+from fedsim.core.fields import refuse
+from fedsim.core.seeding import derive
+from fedsim.core.submodel import Cut
+from fedsim.core.tree import Tree, to
+from fedsim.learning.exits import shallower
+from fedsim.learning.starts import load_small
+from fedsim.learning.task import Task
+from fedsim.learning.training import PRETRAIN, local_train
 from fedsim.models import Form
-from fedsim.pretrained import load_small
-from fedsim.seeding import derive
-from fedsim.submodel import Cut
-from fedsim.task import Task
-from fedsim.training import PRETRAIN, local_train
-from fedsim.tree import Tree, to
 
 
 Draw = Literal["own", "common"]  # whether random numbers are each participant's own, or one draw for all

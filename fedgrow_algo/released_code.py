@@ -46,11 +46,11 @@ from fedsim.algorithm import (
     weighted_mean,
     weighted_sum,
 )
-from fedsim.fields import check_range, check_types
+from fedsim.core.fields import check_range, check_types
+from fedsim.core.tree import Tree, clone, prefixed, to, under
+from fedsim.learning.task import Task
+from fedsim.learning.training import COSTS, local_train
 from fedsim.models import Form
-from fedsim.task import Task
-from fedsim.training import COSTS, local_train
-from fedsim.tree import Tree, clone, prefixed, to, under
 
 
 MIDDLE, TARGET, GLOBAL = "middle.", "target.", "global."  # parts of the wrapper that travels

@@ -22,12 +22,12 @@ from fedsim.algorithm import (
     ServerContext,
     weighted_sum,
 )
+from fedsim.core.seeding import generator
+from fedsim.core.tree import Tree, prefixed, under
+from fedsim.learning.server_opt import ServerOptimizer, model_of
+from fedsim.learning.task import Task
+from fedsim.learning.training import local_train
 from fedsim.models import Form
-from fedsim.seeding import generator
-from fedsim.server_opt import ServerOptimizer, model_of
-from fedsim.task import Task
-from fedsim.training import local_train
-from fedsim.tree import Tree, prefixed, under
 
 
 FINETUNE = "finetune"  # the stage, and the purpose of its training

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedsim.experiment import Experiment
-    from fedsim.results import Results
-    from fedsim.storage import Place
+    from fedsim.results.tables import Results
+    from fedsim.storage.place import Place
 
 __version__ = "0.1.0"
 __all__ = ["load", "run"]
@@ -21,7 +21,7 @@ def load(directory: "Place | str") -> "Results":
 
     **Raises:** `ValueError` for a folder without results, or naming a file that cannot be read.
     """
-    from fedsim.results import load
+    from fedsim.results.tables import load
 
     return load(directory)
 
@@ -47,11 +47,11 @@ def run(
     """
     from rich.console import Console
 
-    from fedsim import environment
-    from fedsim.numerics import settle
-    from fedsim.runner import check_data, check_folder, locked, run_all
+    from fedsim.core import environment
+    from fedsim.core.numerics import settle
     from fedsim.runtime import Choice
-    from fedsim.storage import place
+    from fedsim.storage.place import place
+    from fedsim.sweep.runner import check_data, check_folder, locked, run_all
 
     folder, data_dir, console = place(out), environment.data_dir(), Console()
     numerics = settle(

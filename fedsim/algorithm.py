@@ -29,19 +29,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedsim import tree as trees
-from fedsim.seeding import derive, generator
-from fedsim.tree import Tree
+from fedsim.core.seeding import derive, generator
+from fedsim.core.tree import Tree
+from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum
 
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fedsim.data.source import Split
+    from fedsim.learning.task import Task
+    from fedsim.learning.training import Meter
     from fedsim.models import Form
-    from fedsim.pretrained import Checkpoint
-    from fedsim.task import Task
-    from fedsim.training import Meter
+    from fedsim.models.pretrained import Checkpoint
+
+__all__ = [
+    "Algorithm",
+    "ClientContext",
+    "ClientInfo",
+    "ClientUpdate",
+    "Partial",
+    "Payload",
+    "ServerContext",
+    "weighted_mean",
+    "weighted_sum",
+]
 
 Payload = Mapping[str, torch.Tensor]
 
@@ -112,23 +124,6 @@ class ClientContext:
         return derive(self.seed, purpose, self.round, self.info.id)
 
 
-@dataclasses.dataclass(frozen=True)
-class ClientUpdate:
-    """What one client uploads. `weight` is its weight in a mean (usually its number of examples)."""
-
-    client: int
-    tree: Tree
-    weight: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Partial:
-    """A sum over a fixed chunk of clients: `tree` is sum(weight * update) in float64, `weight` sum(weight)."""
-
-    tree: Tree
-    weight: float
-
-
 class Algorithm(abc.ABC):
     """A federated algorithm. Concrete classes are frozen dataclasses and are never subclassed."""
 
@@ -189,25 +184,3 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> "nn.Module":
         """What this client would deploy: the model that is scored."""
-
-
-def weighted_sum(updates: Sequence[ClientUpdate]) -> Partial:
-    """`(sum_k w_k theta_k, sum_k w_k)` in the order given: what `combine` returns for methods that average."""
-    total: Tree | None = None
-    for update in updates:
-        total = trees.scaled_sum(total, update.tree, update.weight)
-    assert total is not None
-    return Partial(total, sum(update.weight for update in updates))
-
-
-def weighted_mean(updates: Iterable[ClientUpdate | Partial], like: Tree) -> Tree:
-    """`sum_k w_k theta_k / sum_k w_k` (FedAvg, McMahan et al. 2017, Algorithm 1, over the sampled clients only).
-
-    One accumulator, in the order of the iterator; `like` gives the dtypes and is returned if nobody contributed.
-    """
-    total: Tree | None = None
-    weight = 0.0
-    for update in updates:
-        partial = update if isinstance(update, Partial) else weighted_sum([update])
-        total, weight = trees.accumulated(total, partial.tree), weight + partial.weight
-    return like if total is None else trees.quotient(total, weight, like)

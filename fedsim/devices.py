@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from fedsim.fields import check_range, check_types, refuse
+from fedsim.core.fields import check_range, check_types, refuse
 
 
 MEGABIT, MEBIBYTE = 10**6, 2**20

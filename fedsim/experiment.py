@@ -12,17 +12,24 @@ import os
 import sys
 import typing
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 from fedsim.algorithm import Algorithm
+from fedsim.core.fields import check_range, check_types, matches, refuse
 from fedsim.data.partition import Partition
 from fedsim.devices import Conditions, Device, device_named
-from fedsim.fields import check_range, check_types, matches, refuse
+from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form, get_family
-from fedsim.pretrained import Checkpoint, form_of
-from fedsim.task import Task, TaskConfig
+from fedsim.models.pretrained import Checkpoint, form_of
 
 
+# Modules whose classes are written into configs and run ids under another name, which is older than where they lie.
+WRITTEN_AS = {
+    "fedsim.learning.task": "fedsim.task",
+    "fedsim.learning.server_opt": "fedsim.server_opt",
+    "fedsim.models.pretrained": "fedsim.pretrained",
+}
 PLACEMENT = {"placement": True}  # marks fields that say where a run is computed: left out of its identity
 
 
@@ -31,15 +38,15 @@ class Tier:
     """A class of device: the small form its owners have, and what a participant of it asks of the machine.
 
     - `form`: the participant's own small model.
-    - `checkpoint`: the pretrained model its owners start from (`fedsim.pretrained`); None: each trains its own. Its
-      form must be `form`: `from_pretrained` makes a tier from a checkpoint alone.
+    - `checkpoint`: the pretrained model its owners start from (`fedsim.models.pretrained`); None: each trains its own.
+      Its form must be `form`: `from_pretrained` makes a tier from a checkpoint alone.
     - `share`: the tier's part of the population, relative to the other tiers'.
     - `device`: what its owners compute with, in simulated time (`fedsim.devices`): the name of a profile, or a
       `Device`; None: nothing is known of it, and it takes no time.
     - `num_cpus`, `num_gpus` (fractions allowed), `memory_mb`: resources of one participant's actor on Ray.
     - `resources`: further ones, as nodes were started with: `(("phone_rack", 1.0),)`.
-    - `gpu_fraction`: "auto" measures one participant on a GPU, and asks for the fraction that it needs (`fedsim.gpu`);
-      None: `num_gpus` says it.
+    - `gpu_fraction`: "auto" measures one participant on a GPU, and asks for the fraction that it needs
+      (`fedsim.engine.gpu`); None: `num_gpus` says it.
     """
 
     name: str
@@ -106,7 +113,7 @@ class Experiment:
     - `on_error`: what a participant that raises does: "stop" the run, be "drop"ped from the round, or "retry" once and
       then stop. Where a device had too little memory, the participant tries again when nobody else computes.
     - `batched`: participants of a chunk whose trainings are alike are trained in one batched computation
-      (`fedsim.together`): the same results to rounding, not bit by bit.
+      (`fedsim.learning.together`): the same results to rounding, not bit by bit.
     - `conditions`: who is away, too slow or too small to take part.
     """
 
@@ -208,7 +215,8 @@ def canonical(value: Any) -> Any:
     """A JSON value that says the same as a tree of dataclasses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field for field in dataclasses.fields(value) if not field.metadata.get("placement")]
-        kind = {"class": f"{type(value).__module__}.{type(value).__qualname__}"}
+        module = type(value).__module__
+        kind = {"class": f"{WRITTEN_AS.get(module, module)}.{type(value).__qualname__}"}
         return kind | {field.name: canonical(getattr(value, field.name)) for field in fields}
     if isinstance(value, tuple | list):
         return [canonical(item) for item in value]
@@ -220,13 +228,19 @@ def canonical(value: Any) -> Any:
 def revived(value: Any, hint: Any = None) -> Any:
     """The inverse of `canonical`: the dataclasses a JSON value describes. Placement fields take their defaults."""
     if isinstance(value, dict):
-        module, _, name = value["class"].rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
+        kind = class_written(value["class"])
         hints = typing.get_type_hints(kind)
         return kind(**{field: revived(item, hints[field]) for field, item in value.items() if field != "class"})
     if isinstance(value, list):
         return tuple(revived(item) for item in value)
     return value
+
+
+def class_written(name: str) -> Any:
+    """The class that configs call so. **Raises:** `ImportError` or `AttributeError` if there is none."""
+    written, _, name = name.rpartition(".")
+    lies_in = {old: new for new, old in WRITTEN_AS.items()}
+    return getattr(importlib.import_module(lies_in.get(written, written)), name)
 
 
 # named on the command line -------------------------------------------------------------------------------------------
@@ -240,10 +254,8 @@ def load_experiments(target: str) -> list[Experiment]:
     module_name, _, function_name = target.partition(":")
     if not function_name or not module_name or module_name.startswith("."):
         refuse("MODULE:FUNCTION", target, "an importable module and a function in it, such as benchmarks.suites:tiny")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own module lies where the command is typed
     try:
-        module = importlib.import_module(module_name)
+        module = module_named(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"MODULE:FUNCTION={target!r}: {error} (looked in {os.getcwd()} as well)") from error
     function = getattr(module, function_name, None)
@@ -260,6 +272,13 @@ def load_experiments(target: str) -> list[Experiment]:
     if not experiments or len(experiments) < len(results):
         refuse("MODULE:FUNCTION", target, "a function that returns an Experiment or a list of them")
     return experiments
+
+
+def module_named(name: str) -> ModuleType:
+    """A module that the user names; it may lie where the command is typed. **Raises:** `ModuleNotFoundError`."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
 
 
 def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment:

@@ -4,22 +4,22 @@ import functools
 import time
 from collections.abc import Callable
 
-from fedsim.aggregator import Aggregator, ParticipantError
-from fedsim.cohort import Member, federation_sha256, label_histograms, members, scored_in, turnout_of
-from fedsim.cost import cost_of, too_small
+from fedsim.core.numerics import PORTABLE, in_force
+from fedsim.engine.aggregator import Aggregator, ParticipantError
+from fedsim.engine.cohort import Member, federation_sha256, label_histograms, members, scored_in, turnout_of
+from fedsim.engine.cost import cost_of, too_small
+from fedsim.engine.gpu import with_gpu_fractions
+from fedsim.engine.participant import Participant, last_line
+from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
-from fedsim.gpu import with_gpu_fractions
-from fedsim.machine import Alike
-from fedsim.numerics import PORTABLE, in_force
-from fedsim.participant import Participant, last_line
-from fedsim.progress import Progress, Silent
-from fedsim.provenance import code_sha256
-from fedsim.rows import client_columns, profile_rows, round_row, run_row
+from fedsim.learning.task import load_task
+from fedsim.learning.training import StepCost
+from fedsim.results.machine import Alike
+from fedsim.results.provenance import code_sha256
+from fedsim.results.rows import client_columns, profile_rows, round_row, run_row
+from fedsim.results.store import TOKENIZER, RunStore
 from fedsim.runtime.base import Call, Resources, Runtime
-from fedsim.storage import Place, sent
-from fedsim.store import TOKENIZER, RunStore
-from fedsim.task import load_task
-from fedsim.training import StepCost
+from fedsim.storage.place import Place, sent
 
 
 MAX_LABELS = 1000  # label histograms of larger populations are left out of the runs table
@@ -46,7 +46,7 @@ def run(
     suite: str = "",
     resume: bool = False,
     data_dir: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressListener | None = None,
     command: str | None = None,
     profile: bool = False,
     resume_anywhere: bool = False,
@@ -59,7 +59,7 @@ def run(
     **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
     `RunFailed` for a run that broke, with everything finished so far on disk and a row saying why.
     """
-    progress = progress or Silent()
+    progress = progress or ProgressListener()
     experiment = with_gpu_fractions(experiment, runtime.probe)
     run_id = experiment.run_id
     task = load_task(experiment.task, data_dir)

@@ -12,11 +12,11 @@ import torch
 
 from benchmarks.suites import tiny
 from fedsim.experiment import Experiment, with_settings
-from fedsim.runner import run_all
 from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from tests.disturbed import TINY_SETTINGS, Lent, small, without_federation
+from fedsim.sweep.runner import run_all
+from tests.support.disturbed import TINY_SETTINGS, Lent, small, without_federation
 
 
 # Commands in this process, which has computed before, and those it starts give the same bits.

@@ -35,14 +35,14 @@ from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
-from fedsim.cost import cost_of
+from fedsim.core.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
 from fedsim.data.config import Split, digits, pydoc
+from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment, Tier
+from fedsim.learning.rates import rate_of, sub_form
+from fedsim.learning.task import Task, TaskConfig, load_task, subset
+from fedsim.learning.training import Meter, StepCost
 from fedsim.models import Form
-from fedsim.rates import rate_of, sub_form
-from fedsim.task import Task, TaskConfig, load_task, subset
-from fedsim.training import Meter, StepCost
-from fedsim.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
 
 
 SEED, CLIENTS = 3, 2

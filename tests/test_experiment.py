@@ -18,14 +18,14 @@ from benchmarks.suites import tiny
 from fedsim.cli import main
 from fedsim.data.config import DataConfig, pydoc
 from fedsim.data.partition import Partition
+from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment, Tier, load_experiments, parsed, revived, with_settings
-from fedsim.locking import locked
+from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
-from fedsim.pretrained import Checkpoint
-from fedsim.progress import Silent
+from fedsim.models.pretrained import Checkpoint
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from fedsim.task import TaskConfig
+from fedsim.storage.locking import locked
 
 
 PLACEMENT = {"num_cpus", "num_gpus", "memory_mb", "resources", "gpu_fraction"}
@@ -364,7 +364,7 @@ def test_known_data_that_are_not_in_the_data_folder(
         (".suites:tiny", [".suites:tiny"]),
         ("benchmarks.suites:tinny", ["did you mean", "tiny"]),
         ("benchmarks.suites:__doc__", ["function of benchmarks.suites"]),
-        ("fedsim.environment:ray_address", ["returns an Experiment"]),
+        ("fedsim.core.environment:ray_address", ["returns an Experiment"]),
         ("fedsim.models:families", ["returns an Experiment"]),
         ("fedsim.experiment:canonical", ["fedsim.experiment:canonical"]),  # needs an argument
     ],
@@ -441,7 +441,7 @@ def test_an_output_folder_of_a_different_experiment(
 def test_an_unfinished_run_without_resume(
     tmp_path: Path, tiny_experiment: Experiment, tiny_settings: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    class Impatient(Silent):
+    class Impatient(ProgressListener):
         def finished(self, row: dict[str, Any]) -> None:
             raise KeyboardInterrupt
 

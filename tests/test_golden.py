@@ -18,16 +18,16 @@ import fedsim.simulation
 from benchmarks.methods import DIGITS, methods
 from benchmarks.suites import quick
 from fedsim.algorithm import Algorithm
+from fedsim.core.numerics import PORTABLE
 from fedsim.data.config import digits
 from fedsim.data.partition import Partition
-from fedsim.numerics import PORTABLE
-from fedsim.progress import Silent
-from fedsim.results import load
+from fedsim.engine.progress import ProgressListener
+from fedsim.learning.task import TaskConfig
+from fedsim.learning.training import StepCost
+from fedsim.results.tables import load
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from fedsim.task import TaskConfig
-from fedsim.training import StepCost
-from tests.other_processors import ELSEWHERE, needs_avx2
+from tests.support.other_processors import ELSEWHERE, needs_avx2
 
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -49,7 +49,7 @@ def curves(algorithm: Algorithm, folder: Path) -> Curves:
     )
     runtime = InlineRuntime(PORTABLE)
     try:
-        run(base, runtime=runtime, out=folder, progress=Silent())
+        run(base, runtime=runtime, out=folder, progress=ProgressListener())
     finally:
         runtime.close()
     rounds = load(folder).rounds.sort_values("round")

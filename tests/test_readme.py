@@ -12,11 +12,12 @@ from fedsim.experiment import load_experiments, with_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def tree() -> set[str]:
-    """The files the README's tree names."""
-    block = README.partition("## Where things are")[2].partition("##")[0]
+    """The files that docs/architecture.md names."""
+    block = ARCHITECTURE.partition("## Every file")[2]
     found, folders = set(), {0: ""}
     for line in block.splitlines():
         match = re.match(r"( {4,})((?:\S+, )*\S+)(?:  +|$)", line)
@@ -38,7 +39,16 @@ def test_tree_is_the_files_there_are():
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     tracked = {path for path in listing.splitlines() if not path.startswith("tests/")}
-    assert tree() | {"README.md", "LICENSE", ".gitignore"} == tracked
+    named = tree() | {"README.md", "LICENSE", ".gitignore"}
+    assert named | {path for path in tracked if path.endswith("/__init__.py")} == tracked and not named - tracked
+
+
+def test_the_readme_names_every_room():
+    block = README.partition("## Where things are")[2].partition("##")[0]
+    rooms = {path.parent.name for path in (ROOT / "fedsim").glob("*/__init__.py")}
+    assert rooms | {"fedsim", "fedgrow_algo", "baselines", "benchmarks", "docs", "tests"} == {
+        match[1] for match in re.finditer(r"^ +(\w+)/ ", block, re.M)
+    }
 
 
 def test_every_module_of_the_tree_has_a_docstring():

@@ -7,11 +7,11 @@ import pytest
 import fedsim
 from benchmarks.suites import tiny
 from fedgrow_algo.fedgrow import FedGrow
-from fedsim import environment
+from fedsim.core import environment
 from fedsim.data.partition import Partition
 from fedsim.data.source import cifar10, pydoc, sst2
 from fedsim.experiment import Experiment
-from fedsim.task import TaskConfig
+from fedsim.learning.task import TaskConfig
 
 
 def needs(name: str) -> None:

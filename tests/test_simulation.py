@@ -15,26 +15,26 @@ import torch
 from rich.console import Console
 
 import fedsim
-import fedsim.runner
+import fedsim.results.store
 import fedsim.simulation
-import fedsim.store
+import fedsim.sweep.runner
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import ClientContext, ClientUpdate, weighted_mean, weighted_sum
-from fedsim.checkpoint import Versions, private_of
-from fedsim.cohort import cohort_of, members
-from fedsim.cost import cost_of
+from fedsim.core.tree import Tree, sha256, sha256_of_text
+from fedsim.engine.cohort import cohort_of, members
+from fedsim.engine.cost import cost_of
+from fedsim.engine.participant import Participant, Reply
+from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
-from fedsim.participant import Participant, Reply
-from fedsim.progress import Silent
-from fedsim.provenance import code_sha256
-from fedsim.results import SCHEMAS, Results, load
-from fedsim.runner import check_folder, run_all
+from fedsim.learning.task import load_task
+from fedsim.results.provenance import code_sha256
+from fedsim.results.store import RunStore
+from fedsim.results.tables import SCHEMAS, Results, load
 from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import COUNTED, RunFailed, run
-from fedsim.store import RunStore
-from fedsim.task import load_task
-from fedsim.tree import Tree, sha256, sha256_of_text
+from fedsim.storage.checkpoint import Versions, private_of
+from fedsim.sweep.runner import check_folder, run_all
 
 
 # What may differ between two computations of the same numbers.
@@ -45,7 +45,7 @@ class Interrupted(BaseException):
     """What Ctrl-C looks like: no `Exception`, so nothing on the way may swallow it."""
 
 
-class Cut(Silent):
+class Cut(ProgressListener):
     """Stops a run right after a round was finished."""
 
     def __init__(self, after: int) -> None:
@@ -56,7 +56,7 @@ class Cut(Silent):
             raise Interrupted
 
 
-class Told(Silent):
+class Told(ProgressListener):
     """Remembers what it was told."""
 
     def __init__(self) -> None:
@@ -345,14 +345,14 @@ def cut_before_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cut_between_rows_and_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of round 2 are on disk, the manifest still says 1."""
-    real = fedsim.store.write_atomically
+    real = fedsim.results.store.write_atomically
 
     def write_atomically(path: Path, data: bytes) -> None:
         if json.loads(data)["round"] == 2:
             raise Interrupted
         real(path, data)
 
-    monkeypatch.setattr(fedsim.store, "write_atomically", write_atomically)
+    monkeypatch.setattr(fedsim.results.store, "write_atomically", write_atomically)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_results_of_other_sources_are_computed_again_and_that_is_said(
 ) -> None:
     out, progress, said = tmp_path / "out", Told(), StringIO()
     shutil.copytree(tiny_run, out)
-    for module in (fedsim.runner, fedsim.simulation):
+    for module in (fedsim.sweep.runner, fedsim.simulation):
         monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
     assert RunStore(out, tiny_experiment.run_id, "other sources").status() == "outdated"
     console = Console(file=said, width=200)
@@ -491,7 +491,7 @@ def test_an_unfinished_run_of_other_sources_is_not_resumed(
     with pytest.raises(Interrupted):
         inline(tiny_experiment, tmp_path, progress=Cut(1))
     progress = Told()
-    for module in (fedsim.runner, fedsim.simulation):
+    for module in (fedsim.sweep.runner, fedsim.simulation):
         monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
     run_all([tiny_experiment], out=tmp_path, make_runtime=InlineRuntime, progress=progress)
     assert progress.rounds == [0, 1, 2]

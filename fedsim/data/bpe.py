@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedsim.fields import refuse
+from fedsim.core.fields import refuse
 
 
 if TYPE_CHECKING:

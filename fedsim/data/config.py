@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from fedsim.core.fields import check_range, check_types, refuse
 from fedsim.data import bpe, text
-from fedsim.fields import check_range, check_types, refuse
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.core.seeding import numpy_generator
 from fedsim.data import text
-from fedsim.seeding import numpy_generator
 
 
 # Which examples are test examples must not depend on an experiment's seed: results of two seeds share one test set.

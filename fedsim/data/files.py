@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedsim.core.fields import refuse
 from fedsim.data.config import EMBEDDED, KNOWN, DataConfig, KnownSet
-from fedsim.fields import refuse
 
 
 SUFFIXES = (".parquet", ".csv", ".tsv")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedsim.fields import check_range, check_types, matches, refuse
-from fedsim.seeding import numpy_generator
+from fedsim.core.fields import check_range, check_types, matches, refuse
+from fedsim.core.seeding import numpy_generator
 
 
 SCHEMES = ("iid", "dirichlet", "shards", "by_size", "natural")

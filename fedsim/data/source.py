@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.core.fields import refuse
+from fedsim.core.seeding import numpy_generator
 from fedsim.data import bpe, embedded, files, tags, text, vision
 from fedsim.data.config import EMBEDDED, PER_TOKEN, DataConfig, Dataset, Split, cifar10, digits, pydoc, sst2
 from fedsim.data.partition import train_validation
-from fedsim.fields import refuse
-from fedsim.seeding import numpy_generator
 
 
 __all__ = ["DataConfig", "Dataset", "Split", "cifar10", "digits", "load", "pydoc", "sst2"]

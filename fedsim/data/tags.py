@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.core.fields import refuse
 from fedsim.data.config import DataConfig
 from fedsim.data.text import IGNORED
-from fedsim.fields import refuse
 
 
 def word_lists(table: Any, column: str) -> list[list[str]]:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.core.fields import refuse
 from fedsim.data import bpe
-from fedsim.fields import refuse
 
 
 BYTE_PADDING = 256

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
 
+from fedsim.core.submodel import ParamSpec
 from fedsim.models.declare import (
     ACTIVATIONS,
     Accepted,
@@ -20,7 +21,6 @@ from fedsim.models.declare import (
     stacked,
 )
 from fedsim.models.family import Family, Form, Inputs
-from fedsim.submodel import ParamSpec
 
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedsim.fields import describe, matches, refuse
+from fedsim.core.fields import describe, matches, refuse
+from fedsim.core.submodel import ParamSpec
 from fedsim.models.family import Form, Inputs
-from fedsim.submodel import ParamSpec
 
 
 if TYPE_CHECKING:  # torch models are only built where they are needed

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fedsim.fields import check_range, check_types
-from fedsim.submodel import ParamSpec
+from fedsim.core.fields import check_range, check_types
+from fedsim.core.submodel import ParamSpec
 
 
 if TYPE_CHECKING:  # torch models are only built where they are needed

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from fedsim.core.submodel import ParamSpec
 from fedsim.models.declare import (
     ACTIVATIONS,
     Accepted,
@@ -19,7 +20,6 @@ from fedsim.models.declare import (
     stacked,
 )
 from fedsim.models.family import Family, Form, Inputs
-from fedsim.submodel import ParamSpec
 
 
 if TYPE_CHECKING:

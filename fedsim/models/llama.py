@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from fedsim.fields import refuse
+from fedsim.core.fields import refuse
+from fedsim.core.submodel import ParamSpec
 from fedsim.models.declare import ACTIVATIONS, Accepted, chosen, refuse_foreign, refuse_kind, stacked, without
 from fedsim.models.family import Family, Form, Inputs
-from fedsim.submodel import ParamSpec
 
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from transformers import ViTConfig, ViTForImageClassification
 
+from fedsim.core.submodel import ParamSpec
 from fedsim.models.declare import (
     ACTIVATIONS,
     chosen,
@@ -14,7 +15,6 @@ from fedsim.models.declare import (
     without,
 )
 from fedsim.models.family import Family, Form, Inputs
-from fedsim.submodel import ParamSpec
 
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fedsim.numerics import NATIVE
+from fedsim.core.numerics import NATIVE
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import torch
 
-from fedsim.numerics import NATIVE, check, use
+from fedsim.core.numerics import NATIVE, check, use
 from fedsim.runtime.base import Answer, Call, Fold, Policy, answered, pin_threads
 from fedsim.runtime.metrics import Metrics
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedsim.numerics import NATIVE
+from fedsim.core.numerics import NATIVE
 
 
 Fold = Callable[[Sequence[tuple[int, Any]]], Any]  # replies of one chunk -> what is left of them
@@ -136,7 +136,7 @@ class Call(Protocol):
 class Runtime(abc.ABC):
     """Where the aggregator and the participants of a run live. Several runs may follow one another.
 
-    - `numerics`: what they compute with: `portable` or `native` (`fedsim.numerics`).
+    - `numerics`: what they compute with: `portable` or `native` (`fedsim.core.numerics`).
     """
 
     numerics = NATIVE

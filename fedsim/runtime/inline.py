@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fedsim.numerics import NATIVE, check, use
+from fedsim.core.numerics import NATIVE, check, use
 from fedsim.runtime.base import (
     PLAIN,
     Call,

@@ -21,7 +21,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedsim.numerics import NATIVE, use
+from fedsim.core.numerics import NATIVE, use
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
 from fedsim.runtime.joining import expect_connected, join

@@ -21,8 +21,8 @@ from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, NodeProviderAdapter
 from ray.autoscaler.v2.instance_manager.ray_installer import RayInstaller
 
-from tests.clouds import CLUSTER, LAUNCHER_FILES, TOKEN, Aws, Call, Laptop, as_a_user_sets_it, tags_of
-from tests.test_cluster_files import MESSAGES
+from tests.cluster.test_cluster_files import MESSAGES
+from tests.support.clouds import CLUSTER, LAUNCHER_FILES, TOKEN, Aws, Call, Laptop, as_a_user_sets_it, tags_of
 
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("aws")]

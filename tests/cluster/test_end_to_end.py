@@ -20,8 +20,8 @@ import yaml
 import fedsim
 from benchmarks.suites import quick, tiny
 from fedsim.experiment import with_settings
-from fedsim.runner import run_all
 from fedsim.runtime.inline import InlineRuntime
+from fedsim.sweep.runner import run_all
 from tests.cluster.lab import GCS_PORT, TOKEN_MODE, Lab, cluster_file, make_token, pid_space, start_cluster, wait_until
 
 

@@ -1,0 +1,163 @@
+"""What the commands of `fedsim` do. They import torch; the command line itself (`fedsim.cli`) does not."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from fedsim.cli.options import address_of, report_failures, runtime_maker
+from fedsim.cluster.doctor import PROBLEM, as_json, examine, print_findings
+from fedsim.core import environment
+from fedsim.devices import MEBIBYTE
+from fedsim.engine.cost import Cost, cost_of
+from fedsim.experiment import Experiment, load_experiments, module_named, with_settings
+from fedsim.learning.training import StepCost
+from fedsim.results.export import export
+from fedsim.results.store import clean, runs_in
+from fedsim.results.tables import load
+from fedsim.runtime import Choice
+from fedsim.storage.place import place
+from fedsim.sweep.profile import print_profile
+from fedsim.sweep.progress import OneByOne, label_of
+from fedsim.sweep.runner import check_data, check_folder, locked, run_all
+from fedsim.sweep.suites import experiments_of, suites_in
+from fedsim.sweep.tensorboard import Boards
+
+
+SUITES = "benchmarks.suites"  # where --suite NAME is looked up, as if MODULE:FUNCTION had been typed
+
+
+def run_command(options: argparse.Namespace, console: Console) -> int:
+    experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
+    out = place(options.out or Path("results") / options.target.partition(":")[2])
+    make, data_dir, typed = runtime_maker(options, console), environment.data_dir(), ["fedsim", *options.words]
+    overview = Boards(OneByOne(console), out) if options.tensorboard else None
+    check_data(experiments, data_dir)
+    with locked(out, lambda text: console.print(text, highlight=False)):
+        check_folder(out, experiments, options.resume)
+        suite = options.target.partition(":")[2]
+        failures = run_all(
+            experiments,
+            out=out,
+            make_runtime=make,
+            suite=suite,
+            data_dir=data_dir,
+            console=console,
+            overview=overview,
+            command=shlex.join(typed),
+            profile=options.profile,
+            resume_anywhere=options.resume_anywhere,
+        )
+        if options.profile:
+            print_profile(load(out).profile, console)
+    report_failures(failures, shlex.join(typed if options.resume else [*typed, "--resume"]), console)
+    if not failures:
+        console.print(f"results: {out}/runs, {out}/rounds, {out}/clients", highlight=False, soft_wrap=True)
+    return 1 if failures else 0
+
+
+def inspect_command(options: argparse.Namespace, console: Console) -> int:
+    experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
+    counted: dict[tuple, StepCost] = {}
+    costs = [cost_of(experiment, counted) for experiment in experiments]
+    if options.json:
+        objects = [cost.as_json(experiment) for cost, experiment in zip(costs, experiments, strict=True)]
+        print(json.dumps(objects[0] if len(objects) == 1 else objects, indent=2))
+        return 0
+    for cost, experiment in zip(costs, experiments, strict=True):
+        print_cost(cost, experiment, console)
+    return 0
+
+
+def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
+    """The cost of one experiment in words: totals, then one line a tier."""
+    figures = cost.as_json(experiment)
+    lines = {
+        "target": f"{figures['target_params']:,} parameters ({experiment.target})",
+        "upload, mean": f"{figures['upload_params']:,} parameters, {figures['upload_bytes'] / 1e6:.2f} MB",
+        "FedAvg upload": f"{figures['fedavg_upload_bytes'] / 1e6:.2f} MB",
+        "trained and kept, mean": f"{figures['local_params']:,} parameters",
+        "trained, mean": f"{figures['trainable_params']:,} parameters",
+        "communication saved": f"{100 * figures['communication_saved']:.2f} % of FedAvg's upload",
+        "trainable parameters saved": f"{100 * figures['trainable_saved']:.2f} % of the target's",
+        "private state on disk": f"{figures['private_bytes'] / 1e6:.2f} MB for all participants",
+        "memory of a step": f"{figures['peak_bytes'] / 1e6:.1f} MB at most, by count",
+    }
+    console.print(f"{label_of(experiment)}  run {experiment.run_id}", highlight=False)
+    for name, text in lines.items():
+        console.print(f"  {name:<28}{text}", highlight=False, soft_wrap=True)
+    for tier in cost.participants:
+        trained = ", ".join(f"{purpose} {count:,}" for purpose, count in tier.trainable.items())
+        flops = ", ".join(f"{purpose} {count / 1e6:,.0f}" for purpose, count in tier.flops_per_step.items())
+        console.print(f"  {tier.tier}, {tier.count} participants of {tier.form}:", highlight=False)
+        console.print(f"    {'own model':<26}{tier.small_params:,} parameters", highlight=False)
+        console.print(f"    {'trained':<26}{trained}", highlight=False, soft_wrap=True)
+        console.print(f"    {'uploaded':<26}{tier.upload_params:,}", highlight=False)
+        console.print(f"    {'MFLOP a step':<26}{flops}", highlight=False, soft_wrap=True)
+        device = next(each.simulated for each in experiment.tiers if each.name == tier.tier)
+        if device is not None:
+            steps = ", ".join(
+                f"{purpose} {device.seconds(down=0, flops=count, up=0):.3g}"
+                for purpose, count in tier.flops_per_step.items()
+            )
+            lines = device.seconds(down=tier.download_bytes, flops=0, up=tier.upload_bytes)
+            memory = f"{tier.peak_bytes / MEBIBYTE:.1f} MB of {device.memory_mb:g} MB (2^20 bytes)"
+            console.print(f"    {'seconds a step':<26}{steps} (simulated)", highlight=False, soft_wrap=True)
+            console.print(f"    {'seconds on the line':<26}{lines:.3g} a round (simulated)", highlight=False)
+            console.print(f"    {'memory of a step':<26}{memory}", highlight=False)
+
+
+def export_command(options: argparse.Namespace, console: Console) -> int:
+    folder = export(place(options.directory), options.run, options.participant, options.to)
+    console.print(f"written: {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def clean_command(options: argparse.Namespace, console: Console) -> int:
+    directory = place(options.directory)
+    runs_in(directory)  # a folder without results is refused before a lock is made in it
+    with locked(directory):
+        freed = clean(directory, unfinished=options.unfinished)
+    console.print(f"freed {freed.bytes / 1e6:.1f} MB: checkpoints of {freed.runs} runs", highlight=False)
+    if freed.unfinished:
+        console.print(f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)", highlight=False)
+    return 0
+
+
+def experiments_for(options: argparse.Namespace) -> list[Experiment]:
+    """What `fedsim submit` will run: of MODULE:FUNCTION, or of suites at one seed, for all seeds ask for the same."""
+    if options.target:
+        return [with_settings(each, options.settings) for each in load_experiments(options.target)]
+    known = suites_in(module_named(SUITES))
+    chosen = argparse.Namespace(**{**vars(options), "seeds": [(options.seeds or [0])[0]]})
+    return [each for name in options.suite for each in experiments_of(known, name, chosen)]
+
+
+def submit_command(options: argparse.Namespace, console: Console) -> int:
+    environment.use_ray_token()  # Ray reads what this says when it is imported
+    from fedsim.cluster.submit import submit
+
+    return submit(options, console, lambda: experiments_for(options))
+
+
+def doctor_command(options: argparse.Namespace, console: Console) -> int:
+    if options.cluster:
+        if options.json or options.address:
+            raise ValueError(f"--cluster={options.cluster!r}: not with --json or --address")
+        environment.use_ray_token()
+        from fedsim.cluster.submit import examined
+
+        return examined(options, console)
+    out = place(options.out) if options.out else None
+    runtime = Choice("ray", address=address_of(options))()
+    try:
+        findings = examine(runtime, out)
+    finally:
+        runtime.close()
+    if options.json:
+        print(json.dumps(as_json(findings), indent=2))
+    else:
+        print_findings(findings, console)
+    return 1 if any(found.level == PROBLEM for found in findings) else 0

@@ -1,0 +1,129 @@
+"""Options that several commands share, what is made of them, and exit statuses."""
+
+import argparse
+import gc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from fedsim.core import environment
+from fedsim.core.numerics import NUMERICS, settle
+from fedsim.runtime import RUNTIMES, Choice
+
+
+if TYPE_CHECKING:
+    from fedsim.simulation import RunFailed
+
+
+def exit_status(command: Callable[[], int], console: Console) -> int:
+    """Run a command; turn what it raises into a message and an exit status."""
+    try:
+        return command()
+    except ValueError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except OSError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted: every finished round is on disk", highlight=False)
+        gc.freeze()  # or Python takes seconds, as it ends, to collect what torch and transformers are made of
+        return 130
+
+
+def add_experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", metavar="MODULE:FUNCTION", help="a function that returns an Experiment")
+    add_settings(command)
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field; dotted paths reach inside",
+    )
+
+
+def add_runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--runtime", choices=RUNTIMES, default="ray")
+    command.add_argument("--address", metavar="auto|HOST:PORT", help="Ray cluster to join (default: RAY_ADDRESS)")
+    command.add_argument("--hosts", type=int, metavar="N", help="host processes (default: one a participant that fits)")
+    command.add_argument(
+        "--gpus", type=int, metavar="N", help="logical GPUs of a private Ray (default: those there are)"
+    )
+    command.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="for a cluster that grows to bring what --hosts ask for",
+    )
+    add_numerics(command)
+    command.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")
+    command.add_argument("--profile", action="store_true", help="also write and print where every round's time went")
+
+
+def add_numerics(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--numerics",
+        choices=NUMERICS,
+        help="portable: the same bits on any x86-64 processor with AVX2 (default where there is one); native: faster "
+        "for wide models on a CPU",
+    )
+
+
+def add_resume_anywhere(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resume-anywhere",
+        action="store_true",
+        help="go on with a run also where its rounds to come have other bits: other numerics, another processor",
+    )
+
+
+def choose_numerics(options: argparse.Namespace, console: Console) -> None:
+    """Settle `options.numerics`, before torch computes for the first time."""
+    here = getattr(options, "runtime", "inline") == "inline" and getattr(options, "jobs", 1) == 1
+    options.numerics = settle(
+        options.numerics, here=here, say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    )
+
+
+def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
+    """What makes the runtime the options ask for, when it is needed."""
+    if options.hosts is not None and options.hosts < 1:
+        raise ValueError(f"--hosts={options.hosts}: must be at least 1")
+    if options.gpus is not None and options.gpus < 0:
+        raise ValueError(f"--gpus={options.gpus}: must be at least 0")
+    address = address_of(options)
+    if options.wait < 0 or (options.wait and (options.hosts is None or address is None)):
+        raise ValueError(f"--wait={options.wait:g}: must be minutes, with --hosts and a cluster to join (--address)")
+    return Choice(
+        options.runtime,
+        address=address,
+        hosts=options.hosts,
+        gpus=options.gpus,
+        say=lambda text: console.print(text, highlight=False),
+        wait=60 * options.wait,
+        numerics=options.numerics,
+    )
+
+
+def address_of(options: argparse.Namespace) -> str | None:
+    """The Ray cluster to join, if there is one; this user's token then goes with every request."""
+    address = options.address or environment.ray_address()
+    if address is not None:
+        environment.use_ray_token()
+    return address
+
+
+def report_failures(failures: Sequence["RunFailed"], command: str, console: Console) -> None:
+    """Which runs failed, why, and how to go on."""
+    for failure in failures:
+        console.print(str(failure), highlight=False, markup=False, soft_wrap=True)
+    if failures:
+        console.print(f"go on with: {command}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,114 @@
+"""The words of `fedsim`: which commands there are, and what each takes.
+
+Importing torch and what is built on it takes seconds: it waits until the words are understood, and Ray comes up beside.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fedsim.cli.options import (
+    add_experiment,
+    add_numerics,
+    add_resume_anywhere,
+    add_runtime,
+    add_settings,
+    choose_numerics,
+    exit_status,
+    runtime_maker,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console command."""
+    console = Console()
+    options = parser().parse_args(arguments)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
+
+    with contextlib.ExitStack() as afterwards:  # a Ray that nobody wants is ended when it has been said why
+
+        def command() -> int:
+            if "numerics" in options and options.command != "submit_command":
+                choose_numerics(options, console)
+            if arguments is None and "runtime" in options:
+                afterwards.enter_context(runtime_maker(options, console).ahead())
+            from fedsim.cli import commands
+
+            return getattr(commands, options.command)(options, console)
+
+        return exit_status(command, console)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="fedsim", description="Study how participants grow a transformer together.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run an experiment (or each of a list) into a results folder")
+    add_experiment(run)
+    add_runtime(run)
+    run.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs:// (default: results/<function>)")
+    run.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    run.set_defaults(command="run_command")
+
+    add_resume_anywhere(run)
+
+    inspect = commands.add_parser("inspect", help="parameters, bytes, FLOPs and memory, before spending anything")
+    add_experiment(inspect)
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(command="inspect_command")
+
+    submit = commands.add_parser("submit", help="run on a cluster elsewhere: send, follow, fetch")
+    submit.add_argument("target", nargs="?", metavar="MODULE:FUNCTION", help="a function that returns an Experiment")
+    submit.add_argument("--suite", nargs="+", metavar="NAME", help="or suites, as for benchmarks/sweep.py")
+    submit.add_argument("--cluster", metavar="FILE", help="the cluster that `ray up FILE` started")
+    submit.add_argument(
+        "--address", metavar="http://HOST:PORT", help="or its job server, if it can be reached from here"
+    )
+    submit.add_argument("--out", metavar="DIR", help="s3://BUCKET/PREFIX, gs://..., or a folder all its nodes share")
+    submit.add_argument(
+        "--fetch", metavar="FOLDER", help="copy tables and report here (default: results/fetched/<name>)"
+    )
+    submit.add_argument("--hosts", type=int, metavar="N", help="host processes (default: as many as there is room for)")
+    submit.add_argument("--wait", type=float, metavar="MINUTES", help="for nodes to come (default: 20, if it grows)")
+    submit.add_argument("--seeds", nargs="+", type=int, metavar="N")
+    submit.add_argument("--only", nargs="+", metavar="ALGORITHM")
+    submit.add_argument("--data", nargs="+", metavar="NAME")
+    submit.add_argument("--scale", type=float, metavar="S")
+    submit.add_argument("--resume", action="store_true", help="go on with an unfinished run (suites always do)")
+    add_resume_anywhere(submit)
+    add_numerics(submit)
+    submit.add_argument("--profile", action="store_true", help="also write where every round's time went")
+    submit.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="no secrets")
+    submit.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="is not sent")
+    submit.add_argument("--detach", action="store_true", help="do not follow it")
+    submit.add_argument("--attach", metavar="JOB", help="follow a job that was sent before")
+    submit.add_argument("--stop", metavar="JOB", help="end a job; every finished round stays")
+    add_settings(submit)
+    submit.set_defaults(command="submit_command")
+
+    doctor = commands.add_parser("doctor", help="what would make a run fail, here or on a cluster, and its remedy")
+    doctor.add_argument("--address", metavar="auto|HOST:PORT", help="Ray cluster to look at (default: RAY_ADDRESS)")
+    doctor.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs://: tried from every node")
+    doctor.add_argument(
+        "--cluster", metavar="FILE", help="a launcher's file: checked here, and on its cluster if it is up"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(command="doctor_command")
+
+    exporting = commands.add_parser("export", help="write a participant's grown model as a Hugging Face folder")
+    exporting.add_argument("directory", metavar="DIR", help="results folder")
+    exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
+    exporting.add_argument("--participant", type=int, required=True, metavar="I")
+    exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    add_numerics(exporting)
+    exporting.set_defaults(command="export_command")
+
+    cleaning = commands.add_parser("clean", help="delete checkpoints of finished runs; tables stay")
+    cleaning.add_argument("directory", metavar="DIR", help="results folder")
+    cleaning.add_argument("--unfinished", action="store_true", help="also of runs that could be resumed")
+    cleaning.set_defaults(command="clean_command")
+    return top

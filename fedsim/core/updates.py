@@ -1,0 +1,46 @@
+"""What clients upload, and weighted sums and means of it."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from fedsim.core import tree as trees
+from fedsim.core.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientUpdate:
+    """What one client uploads. `weight` is its weight in a mean (usually its number of examples)."""
+
+    client: int
+    tree: Tree
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A sum over a fixed chunk of clients: `tree` is sum(weight * update) in float64, `weight` sum(weight)."""
+
+    tree: Tree
+    weight: float
+
+
+def weighted_sum(updates: Sequence[ClientUpdate]) -> Partial:
+    """`(sum_k w_k theta_k, sum_k w_k)` in the order given: what `combine` returns for methods that average."""
+    total: Tree | None = None
+    for update in updates:
+        total = trees.scaled_sum(total, update.tree, update.weight)
+    assert total is not None
+    return Partial(total, sum(update.weight for update in updates))
+
+
+def weighted_mean(updates: Iterable[ClientUpdate | Partial], like: Tree) -> Tree:
+    """`sum_k w_k theta_k / sum_k w_k` (FedAvg, McMahan et al. 2017, Algorithm 1, over the sampled clients only).
+
+    One accumulator, in the order of the iterator; `like` gives the dtypes and is returned if nobody contributed.
+    """
+    total: Tree | None = None
+    weight = 0.0
+    for update in updates:
+        partial = update if isinstance(update, Partial) else weighted_sum([update])
+        total, weight = trees.accumulated(total, partial.tree), weight + partial.weight
+    return like if total is None else trees.quotient(total, weight, like)

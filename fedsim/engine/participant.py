@@ -1,0 +1,292 @@
+"""One participant: its shard, its private state, and the calls the aggregator makes of it."""
+
+import dataclasses
+import functools
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsim.algorithm import ClientContext, ClientUpdate, Payload
+from fedsim.core import tree as trees
+from fedsim.core.environment import use_large_pages
+from fedsim.core.tree import Tree
+from fedsim.data.config import PER_TOKEN, Split
+from fedsim.engine.cohort import Member
+from fedsim.experiment import Experiment
+from fedsim.learning.task import Task, load_task, subset
+from fedsim.learning.training import Meter, StepCost
+from fedsim.storage.checkpoint import private_of
+
+
+SMALL_SHARD = 2**18  # bytes
+DISTINCT = 8  # payloads of a call of which copies are held
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a participant sends: an update (or None) and what it notes about its work, without tensors."""
+
+    update: ClientUpdate | None
+    row: dict[str, Any]
+    state_sha256: str
+
+
+class DeviceMemoryError(RuntimeError):
+    """A participant's device has too little memory left. Says whose, and the sizes; its cause is torch's error."""
+
+
+# With the payload that was received: an update, and more for the row.
+Work = Callable[[Tree, Meter], tuple[ClientUpdate | None, dict[str, Any]]]
+
+
+class Participant:
+    """A plain class: it runs wherever a runtime puts it.
+
+    Its private state is written to `folder` before a reply leaves, and read by nobody else. A call for round r always
+    starts from the newest state older than r, so a repeated call gives the same answer.
+    """
+
+    def __init__(
+        self, experiment: Experiment, member: Member, data_dir: str | None, folder: str, counted: dict[tuple, StepCost]
+    ) -> None:
+        use_large_pages()
+        self.experiment, self.member, self.counted = experiment, member, counted
+        self.data_dir = data_dir
+        self.key = Meter.of(experiment.algorithm, counted).key
+        self.versions = private_of(folder, member.info.id)
+        gpu = member.tier.num_gpus > 0 and torch.cuda.is_available()
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.version: int | None = None
+        self.state: Tree = {}
+        self.sha256 = ""
+        self.shard: Split | None = None  # held where it is small: cutting it out anew takes longer than a small model
+        self.shard_bytes = 0
+        self.begun_flops = 0  # of making the private state, within the current call
+
+    @property
+    def nbytes(self) -> int:
+        """Of what this object holds between calls."""
+        return self.shard_bytes + sum([tensor.nbytes for tensor in self.state.values()])
+
+    # calls ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, round: int, payload: Payload) -> Reply:
+        """Make the private state (Fed-Grow's local stage)."""
+
+        def work(received: Tree, meter: Meter) -> tuple[None, dict[str, Any]]:
+            self._enter(round, round, meter)
+            return None, {}
+
+        return self._measured(("begin", round), payload, work)
+
+    def train(self, round: int, payload: Payload) -> Reply:
+        """One round of local work; the update is what is sent."""
+
+        def work(received: Tree, meter: Meter) -> tuple[ClientUpdate, dict[str, Any]]:
+            self._enter(round, round, meter)
+            algorithm, context = self.experiment.algorithm, self._context(round, meter)
+            update, state = algorithm.client_update(received, self.state, context)
+            if state is not self.state:
+                self._keep(round, state)
+            sent = _own(trees.to(update.tree, "cpu"), received, self.state)
+            counted = {"bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
+            return ClientUpdate(update.client, sent, update.weight), counted | {"upload_params": trees.numel(sent)}
+
+        return self._measured(("train", round), payload, work)
+
+    def score(self, round: int, payload: Payload) -> Reply:
+        """Accuracy and loss of the model this participant would deploy, after a round."""
+
+        def work(received: Tree, meter: Meter) -> tuple[None, dict[str, Any]]:
+            self._enter(round + 1, round, meter)
+            context = self._context(round, meter)
+            return None, self._scores(self.experiment.algorithm.client_model(received, self.state, context))
+
+        return self._measured(("score", round), payload, work)
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    def _enter(self, before: int, round: int, meter: Meter) -> None:
+        """Hold the newest state older than round `before`; make one, in this round, if there never was any."""
+        if self.version is not None and self.version < before:
+            return
+        found = self.versions.load(before)
+        if found is not None:
+            self.version, state, _ = found
+            self.state = trees.to(state, self.device)
+            self.sha256 = trees.sha256(state)
+            return
+        before = meter.flops
+        state = self.experiment.algorithm.client_init(self._context(0, meter))
+        self.begun_flops = meter.flops - before
+        # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
+        self._keep(round, state, on_disk=bool(state or self.begun_flops))
+
+    def _keep(self, version: int, state: Tree, on_disk: bool = True) -> None:
+        """Save before use: what a reply reports is already on disk."""
+        kept = trees.clone(state)
+        if on_disk:
+            self.versions.save(version, kept)
+        self.version, self.state, self.sha256 = version, kept, trees.sha256(kept)
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task with its data, loaded once a process."""
+        return load_task(self.experiment.task, self.data_dir)
+
+    def _context(self, round: int, meter: Meter) -> ClientContext:
+        task = self.task
+        assert task.dataset is not None
+        return ClientContext(
+            seed=self.experiment.seed,
+            round=round,
+            task=task,
+            intermediate=self.experiment.intermediate,
+            target=self.experiment.target,
+            info=self.member.info,
+            train=self._shard(task.dataset.train),
+            device=self.device,
+            meter=meter,
+            precision=self.experiment.precision,
+            forms=self.experiment.forms,
+        )
+
+    def _shard(self, everybodys: Split) -> Split:
+        """This participant's part of the training data."""
+        if self.shard is not None:
+            return self.shard
+        shard = subset(everybodys, self.member.train)
+        size = shard.labels.nbytes + sum(tensor.nbytes for tensor in shard.inputs.values())
+        if size <= SMALL_SHARD:
+            self.shard, self.shard_bytes = shard, size
+        return shard
+
+    def _scores(self, model: torch.nn.Module) -> dict[str, Any]:
+        dataset = self.task.dataset
+        assert dataset is not None
+        test = self.task.score(model, dataset.test)
+        validation = self.task.score(model, subset(dataset.train, self.member.validation))
+        if dataset.kind in PER_TOKEN:
+            local = validation.accuracy  # examples carry no label to weight by: the participant's own held-out part
+        else:
+            labels = dataset.train.labels.numpy()[self.member.train]
+            local = test.accuracy_under(np.bincount(labels, minlength=dataset.num_classes))
+        return {
+            "accuracy": nullable(test.accuracy),
+            "accuracy_local": nullable(local),
+            "accuracy_val": nullable(validation.accuracy),
+            "loss": nullable(test.loss),
+            "num_test_examples": len(dataset.test.labels),
+            "precision": nullable(test.precision),
+            "recall": nullable(test.recall),
+            "f1": nullable(test.f1),
+        }
+
+    def _measured(self, call: tuple[str, int], payload: Payload, work: Work) -> Reply:
+        """Run some work and note what it took."""
+        meter = Meter(self.key, self.counted)
+        reset_peak_memory(self.device)
+        self.begun_flops = 0
+        started = time.perf_counter()
+        try:
+            received = INBOX.copy_of(payload, self.device, call)
+            update, noted = work(received, meter)
+        except torch.OutOfMemoryError as error:
+            info, tier = self.member.info, self.member.tier
+            raise DeviceMemoryError(
+                f"participant {info.id} of tier {tier.name!r} ({info.form}, num_gpus={tier.num_gpus:g}) found too "
+                f"little memory on {self.device}: {error}"
+            ) from error
+        row = {
+            "train_seconds": time.perf_counter() - started,
+            "train_loss": meter.loss,
+            "flops": meter.flops,
+            "begun_flops": self.begun_flops,
+            "trainable_params": meter.trainable,
+            "peak_memory_bytes": peak_memory(self.device),
+            "small_sha256": meter.small_sha256,
+        }
+        return Reply(update, row | noted, self.sha256)
+
+
+class Inbox:
+    """What participants of this process have received: copies, for nobody may write into what was sent.
+
+    Those who were sent the same share a copy. Somebody who writes into it, against the contract, ends that: the next
+    one gets a new copy.
+    """
+
+    def __init__(self) -> None:
+        self.call: tuple[str, int] | None = None
+        self.copies: dict[tuple[int, torch.device], tuple[Payload, Tree, list[int]]] = {}
+
+    def copy_of(self, payload: Payload, device: torch.device, call: tuple[str, int]) -> Tree:
+        """A payload on a device. Copies are held as long as the same `call` (method and round) lasts."""
+        if call != self.call:
+            self.copies.clear()
+            self.call = call
+        sent, copy, written = self.copies.get((id(payload), device), ({}, {}, []))
+        if sent is payload and written == [tensor._version for tensor in copy.values()]:
+            return dict(copy)
+        copy = trees.to(trees.clone(payload), device)
+        if len(self.copies) < DISTINCT:
+            self.copies[id(payload), device] = (payload, copy, [tensor._version for tensor in copy.values()])
+        return dict(copy)
+
+
+INBOX = Inbox()
+
+
+def _own(tree: Tree, *others: Tree) -> Tree:
+    """A tree in order of name, of no graph, that shares no memory with others: copied where it does."""
+    held = {tensor.untyped_storage().data_ptr() for other in others for tensor in other.values()}
+    return {
+        name: tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
+        for name, tensor in trees.ordered(tree).items()
+    }
+
+
+def nullable(number: float) -> float | None:
+    """NaN (nothing to score) as None."""
+    return None if np.isnan(number) else number
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new high-water mark, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (marks := _marks(os.getpid())) is not None:
+        os.pwrite(marks, b"5", 0)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """High-water mark in bytes: of the device's allocations on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    # Of a thread, Linux gives the same mark and need not add up the times of all others, of which Ray starts dozens.
+    who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+    return resource.getrusage(who).ru_maxrss * unit
+
+
+@functools.cache
+def _marks(process: int) -> int | None:
+    """What this process writes to for a new high-water mark, opened once; None where there is no such file."""
+    try:
+        return os.open("/proc/self/clear_refs", os.O_WRONLY)
+    except OSError:
+        return None  # not Linux, or not allowed: the mark is then the process's own
+
+
+def last_line(error: BaseException) -> str:
+    """What a traceback ends in."""
+    return traceback.format_exception_only(error)[-1].strip()

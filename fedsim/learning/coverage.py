@@ -1,0 +1,91 @@
+"""What the server of a partial-training method holds: the model, and which of its coordinates were ever trained."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedsim.core.submodel import Cut, ScatterMean, join_fused, split_fused, split_specs
+from fedsim.core.tree import Tree, prefixed, under
+from fedsim.core.updates import ClientUpdate, Partial
+from fedsim.learning import server_opt
+from fedsim.learning.server_opt import ServerOptimizer
+from fedsim.learning.task import Task
+from fedsim.models import Form
+
+
+MODEL, COVERED = "model.", "covered."  # parts of the server's state
+ROWS = "rows."  # beside the parameters in an update: which classes and tokens it vouches for
+
+
+def start(model: Mapping[str, Tensor], server: ServerOptimizer) -> Tree:
+    """The server's first state: nothing is covered."""
+    nothing = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in model.items()}
+    return prefixed(server.start(model), MODEL) | prefixed(nothing, COVERED)
+
+
+def model_of(state: Mapping[str, Tensor]) -> Tree:
+    """The model in a server's state."""
+    return server_opt.model_of(under(dict(state), MODEL))
+
+
+def covered_of(state: Mapping[str, Tensor]) -> Tree:
+    """Which of its coordinates were trained so far, of bools."""
+    return under(dict(state), COVERED)
+
+
+def averaged(
+    state: Mapping[str, Tensor],
+    updates: Iterable[ClientUpdate | Partial],
+    task: Task,
+    target: Form,
+    server: ServerOptimizer,
+    cut_of: Callable[[int], Cut],
+) -> tuple[Tree, Tree]:
+    """Each coordinate's mean over the clients of the round that have it (`fedsim.core.submodel.ScatterMean`).
+
+    **Arguments:**
+
+    - `target`: the form of the model in `state`. - `server`: what it makes of the mean.
+    - `cut_of`: where a client's sub-model lies in the target.
+
+    **Returns:** the next state, and which coordinates were trained in this round, of bools.
+    """
+    mean = ScatterMean(model_of(state), task.specs(target), target.axes)
+    for update in updates:
+        assert isinstance(update, ClientUpdate), "sums do not say where they belong"
+        tree = {name: tensor for name, tensor in update.tree.items() if not name.startswith(ROWS)}
+        mean.add(cut_of(update.client), tree, update.weight, under(update.tree, ROWS))
+    now, before = mean.covered(), covered_of(state)
+    ever = {name: before[name] | now[name] for name in before}
+    moved = server.step(under(dict(state), MODEL), mean.mean(), where=now)
+    return prefixed(moved, MODEL) | prefixed(ever, COVERED), now
+
+
+def everywhere(cuts: Sequence[tuple[int, Cut]], source: Mapping[str, Tensor]) -> Tree:
+    """The mean of some blocks of a model, in the place of every block, in float64.
+
+    **Arguments:**
+
+    - `cuts`: how many blocks an axis has, and where the block lies. Where numbers differ, the mean of what each gives.
+
+    A block of one tensor counts once, however many of the cuts it is in.
+    """
+    specs, total = cuts[0][1].specs, {}
+    numbers = sorted({number for number, _ in cuts})
+    for number in numbers:
+        of_size = [cut for n, cut in cuts if n == number]
+        axes, mean = of_size[0].small_axes, {}
+        blocks = [split_fused(cut.extract(source), specs, axes) for cut in of_size]
+        for name in blocks[0]:
+            distinct = {_first(cut, name): block[name].double() for cut, block in zip(of_size, blocks, strict=True)}
+            mean[name] = torch.stack([*distinct.values()]).mean(0)
+        tiles = {axis: torch.arange(size) % axes[axis] for axis, size in of_size[0].axes.items()}
+        tiled = Cut(split_specs(specs), axes, tiles).extract(mean)
+        total = {name: tensor / len(numbers) + total.get(name, 0.0) for name, tensor in tiled.items()}
+    return join_fused(total, specs)
+
+
+def _first(cut: Cut, name: str) -> tuple[int, ...]:
+    """Where the block of one parameter begins: what tells it from others of its size."""
+    return tuple(0 if kept is None else int(kept[0]) for kept in cut.places[name])

@@ -1,0 +1,346 @@
+"""Pretrained small models: a folder that `transformers` saved, or a name on the hub.
+
+A checkpoint is taken only if the model it holds is the one the experiment says: the same family and form, the same
+constants (activation, positions, vocabulary; `Family.constants`), every parameter of its body. Only its head may be
+another's: where a checkpoint has none, or one for another number of classes, the head is drawn from the experiment's
+seed, alike for all who start from it; a head for the same number of classes is kept, whatever its classes are called.
+Weights are read as fp32, in whatever precision they were saved.
+
+ViT checkpoints may be DeiT's where these are saved as `vit`; a model of type `deit` has a distillation token and is
+another family.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.core import tree as trees
+from fedsim.core.fields import check_types, refuse
+from fedsim.core.seeding import derive, torch_seeded
+from fedsim.core.tree import Tree
+from fedsim.data import bpe
+from fedsim.data.text import BYTE_END
+from fedsim.models import Family, Form, Inputs, get_family
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Fields of a Hugging Face config that the experiment decides elsewhere than in `task.settings`.
+DECIDED = {"image_size": "task.data.image_size", "num_channels": "task.data.channels", "patch_size": "task.patch_size"}
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+
+PROBE = "Any text will do: 0123456789 ÄÖÜ naïve 東京"  # some of it one byte a letter, some two or three
+
+# Constants that older versions of the library saved among the weights.
+SAVED_CONSTANTS = ("masked_bias", "position_ids", "inv_freq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where a pretrained model lies.
+
+    - `path`: a folder, or a hub name (with `hub`).
+    - `hub`: whether a name may be fetched from the hub; a folder never needs it.
+    - `revision`: the hub's branch, tag or commit; only a commit names the same weights for ever.
+    """
+
+    path: str
+    hub: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "checkpoint")
+        if not self.path:
+            refuse("checkpoint.path", self.path, "a folder, or a hub name together with checkpoint.hub=true")
+
+
+def form_of(family: str, checkpoint: Checkpoint) -> Form:
+    """The form of a checkpoint's model, every field given; reads its config alone.
+
+    **Raises:** `ValueError` if there is no such checkpoint, or it is another family's.
+    """
+    return _form(get_family(family), family, _config(checkpoint), checkpoint)
+
+
+def load(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int) -> Tree:
+    """The parameters of a checkpoint's model, fp32 on the CPU, under the names of the family's `specs`.
+
+    Read once a process: all who start from it hold the same tensors, which nobody may write to.
+
+    **Arguments:**
+
+    - `seed`: the experiment's; a head that the checkpoint lacks is drawn from it.
+
+    **Raises:** `ValueError` naming what is not as the experiment says: a field with both values, or parameters.
+    """
+    return dict(_loaded(family, form, inputs, checkpoint, seed, _contents(checkpoint)))
+
+
+def check(
+    family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int, tokenizer: str, hub: bool
+) -> None:
+    """Everything that can be wrong with a checkpoint, before anything starts from it.
+
+    - `tokenizer`: the task's. - `hub`: whether it may be fetched.
+
+    **Raises:** `ValueError` as `load` does, or for a tokenizer that is not the task's.
+    """
+    _check_config(family, form, inputs, checkpoint)
+    _check_tokenizer(tokenizer, hub, inputs, checkpoint, _contents(checkpoint))
+    load(family, form, inputs, checkpoint, seed)
+
+
+# its config -----------------------------------------------------------------------------------------------------------
+
+
+def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    with _readable(checkpoint, "its config.json could not be read"):
+        if Path(checkpoint.path).is_dir() and not Path(checkpoint.path, "config.json").is_file():
+            raise ValueError(f"{_named(checkpoint)}: holds no config.json, so it is no folder of a saved model")
+        return AutoConfig.from_pretrained(checkpoint.path, **_source(checkpoint))
+
+
+def _form(family: Family, name: str, config: "PretrainedConfig", checkpoint: Checkpoint) -> Form:
+    try:
+        return family.form(config)
+    except (ArithmeticError, TypeError, ValueError) as error:  # a config may say that there are 0 heads
+        text = f"holds a model of type {config.model_type!r}, which task.family={name!r} cannot read ({error})"
+        raise ValueError(f"{_named(checkpoint)}: {text}") from error
+
+
+def _check_config(family_name: str, form: Form, inputs: Inputs, checkpoint: Checkpoint) -> None:
+    """Hold a checkpoint's config against the one its model would have in this experiment."""
+    family, held = get_family(family_name), _config(checkpoint)
+    wanted = family.config(form, inputs)
+    held_form, wanted_form = _form(family, family_name, held, checkpoint), family.form(wanted)
+    for field in dataclasses.fields(Form):
+        given, theirs, ours = (getattr(one, field.name) for one in (form, held_form, wanted_form))
+        if not math.isclose(theirs, ours, rel_tol=1e-6):  # an epsilon may have been computed in another way
+            stands_for = "" if given is not None else f" (None stands for {ours!r} here)"
+            refuse(f"form.{field.name}", given, f"{theirs!r}, as in {_named(checkpoint)}{stands_for}")
+    _check_lengths(held, inputs, checkpoint)
+    _check_constants(family, form, inputs, wanted, held, checkpoint)
+
+
+def _check_lengths(held: "PretrainedConfig", inputs: Inputs, checkpoint: Checkpoint) -> None:
+    """Refuse data with more positions or more tokens than the checkpoint has."""
+    positions = getattr(held, "max_position_embeddings", None)
+    if inputs.max_length and positions is not None and positions < inputs.max_length:
+        refuse("task.data.max_length", inputs.max_length, f"at most {positions}, the positions of {_named(checkpoint)}")
+    tokens = getattr(held, "vocab_size", None)
+    if inputs.vocab_size and tokens is not None and tokens < inputs.vocab_size:
+        text = f"its vocabulary has {tokens} tokens, that of task.data.tokenizer {inputs.vocab_size}"
+        raise ValueError(f"{_named(checkpoint)}: {text}; it must be the one that the checkpoint was trained with")
+
+
+def _check_constants(
+    family: Family,
+    form: Form,
+    inputs: Inputs,
+    wanted: "PretrainedConfig",
+    held: "PretrainedConfig",
+    checkpoint: Checkpoint,
+) -> None:
+    ours, theirs = _constants(family, wanted), _constants(family, held)
+    differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+    for name in differing:
+        if name in DECIDED:
+            refuse(DECIDED[name], ours.get(name), f"{theirs.get(name)!r}, as in {_named(checkpoint)}")
+    if not differing:
+        return
+    said = "; ".join(f"{name} is {theirs.get(name)!r}, here it is {ours.get(name)!r}" for name in differing)
+    settings = {name: value for name, value in inputs.settings if name not in differing}
+    settings |= {name: theirs[name] for name in differing if name in theirs}
+    remedy = f"task.settings={tuple(settings.items())!r} gives every model of the experiment what this one has"
+    if "vocab_size" in differing:
+        remedy += " (if its vocabulary is task.data.tokenizer's, and only padded)"
+    try:
+        family.check(form, dataclasses.replace(inputs, settings=tuple(settings.items())))
+    except ValueError as error:
+        remedy = f"no model of this experiment can have that ({error})"
+    raise ValueError(f"{_named(checkpoint)}: {said}: {remedy}")
+
+
+def _constants(family: Family, config: "PretrainedConfig") -> dict[str, Any]:
+    """What `Family.constants` names, entries of a mapping (rotary positions) each on its own."""
+    flat: dict[str, Any] = {}
+    for name in family.constants:
+        value = getattr(config, name, None)
+        flat |= dict(value) if isinstance(value, Mapping) else {name: value}
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+# its tokenizer --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=32)
+def _check_tokenizer(tokenizer: str, hub: bool, inputs: Inputs, checkpoint: Checkpoint, contents: object) -> None:
+    """Refuse a checkpoint that comes with another tokenizer than the task's: equal sizes do not make equal tokens."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    if inputs.vocab_size is None or tokenizer == checkpoint.path:
+        return
+    with _readable(checkpoint, "its tokenizer could not be read"):
+        source = _source(checkpoint)
+        where = {name: source[name] for name in ("local_files_only", "revision")}
+        where["_raise_exceptions_for_missing_entries"] = False
+        if not any(cached_file(checkpoint.path, name, **where) for name in TOKENIZER_FILES):
+            return
+        held: Any = AutoTokenizer.from_pretrained(checkpoint.path, **source)
+    accepted = f"the tokenizer that {_named(checkpoint)} was trained with and comes with"
+    if tokenizer == "bytes":
+        ids, expected = held(PROBE, add_special_tokens=False)["input_ids"], list(PROBE.encode())
+        if ids not in (expected, [*expected, BYTE_END]):  # some close a text before they look for special tokens
+            refuse("task.data.tokenizer", tokenizer, accepted)
+        return
+    if bpe.parsed(tokenizer) is not None:
+        refuse("task.data.tokenizer", tokenizer, accepted)
+    task_own: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub)
+    ours, theirs = task_own.get_vocab(), held.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token) != theirs.get(token):
+            difference = f"the id of {token!r} is {theirs.get(token)} there and {ours.get(token)} here"
+            refuse("task.data.tokenizer", tokenizer, f"{accepted}: {difference}")
+
+
+# its weights ----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=32)
+def _loaded(
+    family_name: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int, contents: object
+) -> Mapping[str, Any]:
+    import torch
+
+    _check_config(family_name, form, inputs, checkpoint)
+    family = get_family(family_name)
+    model_class: Any = family.model_class(inputs)
+    with _readable(checkpoint, "its weights could not be read"), torch_seeded(0):
+        module, report = model_class.from_pretrained(
+            checkpoint.path,
+            config=family.config(form, inputs),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # which sizes may differ is decided below
+            output_loading_info=True,
+            **_source(checkpoint),
+        )
+    drawn = _to_draw(module, report, inputs, checkpoint)
+    tree = dict(module.named_parameters())
+    if drawn:
+        with torch_seeded(derive(seed, "head")):
+            fresh = dict(family.build(form, inputs).named_parameters())
+        tree |= {name: fresh[name] for name in drawn}
+    return trees.clone(tree)  # what was read is still the file itself, mapped into memory
+
+
+def _to_draw(module: "PreTrainedModel", report: Mapping[str, Any], inputs: Inputs, checkpoint: Checkpoint) -> list[str]:
+    """The parameters that a checkpoint need not have; refuse it if it lacks others, or holds what no such model has."""
+    names = [name for name, _ in module.named_parameters()]
+    missing = {name for name in report["missing_keys"] if name in names}
+    shapes = {name: (tuple(held), tuple(wanted)) for name, held, wanted in report["mismatched_keys"]}
+    drawn: list[str] = []
+    for part in _heads(module):
+        resized = [name for name in part if name in shapes]
+        if missing.issuperset(part) or (resized and all(_other_classes(*shapes[name], inputs) for name in resized)):
+            drawn += part
+    for name, (held, wanted) in sorted(shapes.items()):
+        if name not in drawn:
+            raise ValueError(
+                f"{_named(checkpoint)}: {name} has shape {held}, where its config and this form say {wanted}"
+            )
+    lacking = sorted(missing.difference(drawn))
+    if lacking:
+        raise ValueError(f"{_named(checkpoint)}: lacks {_some(lacking)}")
+    strays = sorted(name for name in report["unexpected_keys"] if _of_body(name, module))
+    if strays:
+        raise ValueError(f"{_named(checkpoint)}: holds {_some(strays)} that a model of its config does not have")
+    return drawn
+
+
+def _heads(module: "PreTrainedModel") -> list[list[str]]:
+    """Names of the parameters that come after the body, one list a part: only these differ between tasks.
+
+    A pooler belongs to the body's class, but is there for one kind of head alone.
+    """
+    body: nn.Module = module.base_model
+    inside = {id(parameter) for name, parameter in body.named_parameters() if "pooler" not in name.split(".")}
+    parts: dict[str, list[str]] = {}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in inside:  # a tied head is inside
+            parts.setdefault(name.split(".")[0], []).append(name)
+    return list(parts.values())
+
+
+def _of_body(name: str, module: "PreTrainedModel") -> bool:
+    """Whether a saved tensor that the model has no place for lies in the body; a saved body alone has no prefix."""
+    steps = name.removeprefix(f"{module.base_model_prefix}.").split(".")
+    body = {inner.split(".")[0] for inner, _ in module.base_model.named_parameters()}
+    return steps[0] in body and steps[-1] not in SAVED_CONSTANTS
+
+
+def _other_classes(held: tuple[int, ...], wanted: tuple[int, ...], inputs: Inputs) -> bool:
+    """Whether two shapes differ in the number of classes and in nothing else."""
+    return wanted[:1] == (inputs.num_classes,) and held[1:] == wanted[1:]
+
+
+# where it lies --------------------------------------------------------------------------------------------------------
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where `transformers` may look, and that it runs no code it finds there.
+
+    **Raises:** `ValueError` for a name that is no folder and may not be fetched.
+    """
+    # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
+    local = Path(checkpoint.path).is_dir()
+    if not local and not checkpoint.hub:
+        accepted = "a folder that transformers saved, or a hub name together with checkpoint.hub=true"
+        refuse("checkpoint.path", checkpoint.path, accepted)
+    return {"local_files_only": local, "revision": checkpoint.revision or "main", "trust_remote_code": False}
+
+
+def _contents(checkpoint: Checkpoint) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of each file of a folder: what is remembered of a checkpoint is forgotten with these."""
+    found = [(path, path.stat()) for path in sorted(Path(checkpoint.path).glob("*")) if path.is_file()]
+    return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Checkpoint, otherwise: str) -> Iterator[None]:
+    """Turn what the library raises about a broken checkpoint into a `ValueError`, and keep it from printing tables."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    hook = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:  # of any kind: files can be broken in more ways than their readers foresee
+        if str(error).startswith("checkpoint."):
+            raise
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise ValueError(f"{_named(checkpoint)}: {otherwise} ({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.set_tqdm_hook(hook)
+
+
+def _named(checkpoint: Checkpoint) -> str:
+    return f"checkpoint.path={checkpoint.path!r}"
+
+
+def _some(names: list[str]) -> str:
+    """At most three names, and how many there are."""
+    count = "a parameter" if len(names) == 1 else f"{len(names)} parameters"
+    return f"{count} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

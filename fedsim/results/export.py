@@ -1,0 +1,183 @@
+"""A participant's grown model as a folder that plain `transformers` loads, with a card that says how it came about."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
+from fedsim.core.fields import refuse
+from fedsim.data import bpe, text
+from fedsim.data.byte_tokenizer import byte_tokenizer
+from fedsim.data.config import DataConfig
+from fedsim.data.source import Split
+from fedsim.engine.cohort import tiers_of
+from fedsim.experiment import Experiment, revived
+from fedsim.learning.task import Task
+from fedsim.learning.training import Meter
+from fedsim.models import get_family
+from fedsim.results import card
+from fedsim.results import tables as results
+from fedsim.results.store import TOKENIZER
+from fedsim.storage.checkpoint import Versions, private_of, read_json
+from fedsim.storage.place import Place, fetched
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.image_processing_backends import PilBackend
+
+
+def export(directory: Place, run_id: str | None, participant: int, to: Path) -> Path:
+    """Write the model `participant` would deploy after a finished run; needs no data.
+
+    **Raises:** `ValueError` naming what is not there: the run, the participant, its checkpoint, its tokenizer.
+    """
+    run = finished_run(directory, run_id)
+    experiment: Experiment = revived(json.loads(run["config"]))
+    if not 0 <= participant < experiment.participants:
+        refuse("--participant", participant, f"from 0 to {experiment.participants - 1}")
+    model, told = deployed(directory, run, experiment, participant)
+    data = experiment.task.data
+    if bpe.parsed(data.tokenizer) is None:
+        write(model, data, card.card(told), to)
+        return to
+    folder = directory / "checkpoints" / run["run_id"] / TOKENIZER
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: the tokenizer that was trained for the run is not there any more")
+    with fetched(folder) as here:
+        write(model, replace(data, tokenizer=str(here)), card.card(told), to)
+    return to
+
+
+def finished_run(directory: Place, run_id: str | None) -> dict[str, Any]:
+    """The row of the `runs` table of a finished run in a results folder.
+
+    **Raises:** `ValueError` if there is no such run, it failed, or there are several and none is named.
+    """
+    runs = {row["run_id"]: row for row in results.rows_of(results.read_table(directory, "runs"), "runs")}
+    if not runs:
+        raise ValueError(f"{directory}: holds no run that finished or failed; resume the one that was cut")
+    if run_id is None and len(runs) > 1:
+        known = ", ".join(f"{id_} ({row['algorithm']}, seed {row['seed']})" for id_, row in runs.items())
+        raise ValueError(f"--run: {directory} holds several runs, name one of {known}")
+    chosen = run_id if run_id is not None else next(iter(runs))
+    if chosen not in runs:
+        refuse("--run", chosen, f"one of {', '.join(runs)}")
+    if runs[chosen]["status"] != "finished":
+        refuse("--run", chosen, f"a run that finished; this one failed ({runs[chosen]['error']}): resume it first")
+    return runs[chosen]
+
+
+def deployed(
+    directory: Place, run: dict[str, Any], experiment: Experiment, participant: int
+) -> tuple["PreTrainedModel", card.Deployed]:
+    """The model of one participant after the last round, made as it is made for scoring, and what its card tells.
+
+    **Raises:** `ValueError` if the checkpoints are not there.
+    """
+    folder = directory / "checkpoints" / experiment.run_id
+    manifest = read_json(folder / "manifest.json")
+    if manifest is None:
+        raise ValueError(f"{folder}: holds no checkpoint of run {experiment.run_id}")
+    last = int(manifest["round"])
+    server = Versions(folder, "server").load(last + 1)
+    private = private_of(folder / "private", participant).load(last + 1)
+    clients = results.rows_of(results.read_run(directory, "clients", experiment.run_id), "clients")
+    sizes = {row["client"]: row["num_examples"] for row in clients}
+    if server is None or (private is None and participant not in sizes):
+        raise ValueError(f"--participant={participant}: took part in no round of run {experiment.run_id}")
+    state = private[1] if private is not None else {}  # an empty one is not written
+
+    population = [
+        ClientInfo(id_, tier.name, tier.form, sizes.get(id_, 0), checkpoint=tier.checkpoint)
+        for id_, tier in enumerate(tiers_of(experiment))
+    ]
+    task, algorithm, info = Task(experiment.task), experiment.algorithm, population[participant]
+    seed, middle, target = experiment.seed, experiment.intermediate, experiment.target
+    at_server = ServerContext(seed, last, task, middle, target, population)
+    nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
+    meter, precision = Meter("", {}), experiment.precision
+    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision, experiment.forms)
+    payload = algorithm.server_broadcast(server[1], [info], at_server)[participant]
+    model: Any = algorithm.client_model(payload, state, at_client)
+    if not hasattr(model, "config"):
+        raise ValueError(f"run {experiment.run_id}: {algorithm.name} deploys several models, which no folder can hold")
+    told = card.Deployed(
+        experiment=experiment,
+        form=get_family(experiment.task.family).form(model.config),
+        info=info,
+        round=last,
+        run=run,
+        clients=sorted((row for row in clients if row["client"] == participant), key=lambda row: row["round"]),
+        received=payload,
+        private=state,
+    )
+    return model, told
+
+
+def write(model: "PreTrainedModel", data: DataConfig, readme: str, to: Path) -> None:
+    """The folder: model, what brings data to it, and README.
+
+    **Raises:** `ValueError` if the folder cannot be written to, or the tokenizer is gone.
+    """
+    describe(model, data)
+    preprocessor = image_processor(data) if data.kind == "image" else text_tokenizer(data)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(to)
+        preprocessor.save_pretrained(to)
+        (to / "README.md").write_text(readme, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--to={str(to)!r}: not a folder that can be written to ({error})") from error
+
+
+def describe(model: "PreTrainedModel", data: DataConfig) -> None:
+    """Put into the config what users of the model rely on, and training had no use for."""
+    if data.kind == "lm":
+        model.config.use_cache = True
+        assert model.generation_config is not None
+        model.generation_config.use_cache = True
+    if data.kind in ("image", "text"):
+        model.config.problem_type = "single_label_classification"
+    if data.class_names and data.kind in ("image", "text", "tokens"):
+        model.config.id2label = dict(enumerate(data.class_names))
+        model.config.label2id = {name: number for number, name in enumerate(data.class_names)}
+
+
+def image_processor(data: DataConfig) -> "PilBackend":
+    """What `fedsim.data.vision` and `Task.batch` do to an image that is RGB, or grey where `data.channels` is 1.
+
+    Bilinear resizing to a square, then `x / 127.5 - 1`: written as `(x / 255 - 1/2) / (1/2)`, which rounds alike. Works
+    without torchvision. An image with transparency would be laid on white, where `fedsim` leaves transparency out.
+    """
+    from PIL.Image import Resampling
+    from transformers import ViTImageProcessorPil
+
+    half = [0.5] * data.channels
+    return ViTImageProcessorPil(
+        do_convert_rgb=data.channels == 3,
+        do_resize=True,
+        size={"height": data.image_size, "width": data.image_size},
+        resample=Resampling.BILINEAR,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=half,
+        image_std=half,
+    )
+
+
+def text_tokenizer(data: DataConfig) -> "PreTrainedTokenizerBase":
+    """The tokenizer that made the data, set to cut and pad as they were."""
+    if data.tokenizer == "bytes":
+        return byte_tokenizer(data.kind, data.max_length)
+    # Types of tokens, which some tokenizers add, were never given to the model.
+    settings: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"]}
+    if data.kind == "tokens":
+        settings["add_prefix_space"] = True  # as for the lists of words that were learned from
+    tokenizer = text._pretrained(data.tokenizer, data.hub, **settings)
+    tokenizer.model_max_length = data.max_length
+    return tokenizer

@@ -1,0 +1,203 @@
+"""One run's place in a results folder: rows, checkpoints, and the manifest that says which round was finished last.
+
+DIR/runs | rounds | clients/<run_id>.parquet
+DIR/checkpoints/<run_id>/manifest.json       written last: what it does not vouch for never happened
+DIR/checkpoints/<run_id>/server.<r>.safetensors
+DIR/checkpoints/<run_id>/private/<participant>/state.<r>.safetensors
+DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from fedsim.core.numerics import NATIVE
+from fedsim.results import tables as results
+from fedsim.results.machine import cpu_model
+from fedsim.results.rows import Row
+from fedsim.storage.checkpoint import read_json
+from fedsim.storage.locking import check_held
+from fedsim.storage.place import Place, delete, size_of, write_atomically
+
+
+TOKENIZER = "tokenizer"  # the folder's name
+
+
+class RunStore:
+    """Reads and writes what belongs to one run."""
+
+    def __init__(self, directory: Place, run_id: str, code_sha256: str) -> None:
+        self.directory, self.run_id, self.code_sha256 = directory, run_id, code_sha256
+        self.folder = directory / "checkpoints" / run_id
+        self.private = self.folder / "private"
+        self.rounds: list[Row] = []
+        self.clients = results.arrow_of("clients", run_id, [])  # of every round so far: converted once
+        self.profile = results.arrow_of("profile", run_id, [])
+        self.last: int | None = None
+        self.numerics: list[dict[str, Any]] = []  # of the rounds, oldest first: more than one if resumed elsewhere
+
+    @property
+    def wall_seconds(self) -> float:
+        return sum(row["wall_seconds"] for row in self.rounds)
+
+    def status(self) -> str:
+        """`finished`, `unfinished`, `absent`, or `outdated`: computed, at least in part, by other sources."""
+        row = self._run_row()
+        if row is not None and row["status"] == "finished":
+            return "finished" if row["code_sha256"] == self.code_sha256 else "outdated"
+        manifest = self._manifest()
+        if manifest is None:
+            return "absent"
+        return "unfinished" if manifest["code_sha256"] == self.code_sha256 else "outdated"
+
+    def check_numerics(self, numerics: Mapping[str, Any], anywhere: bool = False) -> None:
+        """**Raises:** `ValueError` if what is finished of the run has other bits than `numerics` would give here."""
+        manifest = self._manifest()
+        if manifest is None or anywhere:
+            return
+        now, before = _bits(numerics), manifest["numerics"][-1]
+        if before["name"] != now["name"] or (now["name"] == NATIVE and before["cpu"] != now["cpu"]):
+            different = (
+                f"{before['name']} numerics on {before['cpu']}; here they would be {now['name']} on {now['cpu']}"
+            )
+        elif None not in (now["fingerprint"], before["fingerprint"]) and before["fingerprint"] != now["fingerprint"]:
+            different = (
+                f"{before['name']} numerics with bits {before['fingerprint']}; here they are {now['fingerprint']}"
+            )
+        else:
+            return
+        raise ValueError(
+            f"run {self.run_id}: rounds up to {manifest['round']} were computed with {different}: go on as it began, "
+            "or with --resume-anywhere (resume_anywhere=True) if the bits of the rounds to come do not matter"
+        )
+
+    def finished_with(self) -> str:
+        """The numerics of a finished run; `native` where its row does not say."""
+        row = self._run_row()
+        assert row is not None
+        return json.loads(row["hardware"]).get("numerics", {}).get("name", NATIVE)
+
+    def open(self, resume: bool, numerics: Mapping[str, Any]) -> int:
+        """Prepare to compute; the number of the first round to do. Without `resume` what was there is deleted.
+
+        - `numerics`: what the rounds to come are computed with.
+
+        **Raises:** `ValueError` naming a file that cannot be read.
+        """
+        manifest = self._manifest() if resume else None
+        if manifest is None:
+            delete(self.folder)
+            for table in results.TABLES:
+                (self.directory / table / f"{self.run_id}.parquet").unlink(missing_ok=True)
+            self.private.mkdir(parents=True, exist_ok=True)
+            self.numerics = [_bits(numerics)]
+            return 0
+        before = manifest["numerics"]
+        self.numerics = before if before[-1] == _bits(numerics) else [*before, _bits(numerics)]
+        self.last = int(manifest["round"])
+        self.rounds = self._rows("rounds", self.last)
+        self.clients = results.arrow_of_run(self.directory, "clients", self.run_id, self.last)
+        self.profile = results.arrow_of_run(self.directory, "profile", self.run_id, self.last)
+        if [row["round"] for row in self.rounds] != list(range(self.last + 1)):
+            raise ValueError(
+                f"{self.directory}: rows of run {self.run_id} are missing; delete the folder to start anew"
+            )
+        return self.last + 1
+
+    def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
+        """A round is finished: its rows, then the manifest that vouches for them."""
+        check_held(self.directory)
+        self.rounds.append(round_row)
+        added = results.arrow_of_columns("clients", self.run_id, client_columns)
+        self.clients = pa.concat_tables([self.clients, added])
+        tables = {"clients": self.clients, "rounds": results.arrow_of("rounds", self.run_id, self.rounds)}
+        with ThreadPoolExecutor(len(tables)) as pool:  # most of it is waiting for the disk
+            written = [pool.submit(results.replace_table, self.directory, n, self.run_id, t) for n, t in tables.items()]
+        for each in written:
+            each.result()
+        manifest = {
+            "run_id": self.run_id,
+            "code_sha256": self.code_sha256,
+            "round": round,
+            "numerics": self.numerics,
+        }
+        write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
+        self.last = round
+
+    def add_profile(self, rows: list[Row]) -> None:
+        """Where the time of a round that is finished went."""
+        self.profile = pa.concat_tables([self.profile, results.arrow_of("profile", self.run_id, rows)])
+        results.replace_table(self.directory, "profile", self.run_id, self.profile)
+
+    def finish(self, run_row: Row) -> None:
+        """The run finished or failed: the row that says so."""
+        check_held(self.directory)
+        results.write_table(self.directory, "runs", self.run_id, [run_row])
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    def _manifest(self) -> dict[str, Any] | None:
+        return read_json(self.folder / "manifest.json")
+
+    def _run_row(self) -> Row | None:
+        rows = self._rows("runs", None)
+        return rows[0] if rows else None
+
+    def _rows(self, table: str, last: int | None) -> list[Row]:
+        """This run's rows of a table, up to round `last`; rows of a round that was not finished are left out."""
+        frame = results.read_run(self.directory, table, self.run_id)
+        if last is not None:
+            frame = frame.loc[frame["round"] <= last]
+        return results.rows_of(frame, table)
+
+
+def _bits(numerics: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides bits, of what is in force here."""
+    return {"name": numerics["name"], "cpu": cpu_model(), "fingerprint": numerics["fingerprint"]}
+
+
+def run_ids_in(directory: Place) -> set[str]:
+    """Every run that left something in a results folder."""
+    tables = {path.stem for table in results.TABLES for path in (directory / table).glob("*.parquet")}
+    return tables | {path.parent.name for path in (directory / "checkpoints").glob("*/manifest.json")}
+
+
+def runs_in(directory: Place) -> pd.DataFrame:
+    """The `runs` table of a folder. **Raises:** `ValueError` if the folder holds no results."""
+    return results.read_table(directory, "runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Freed:
+    """What `clean` deleted, and what it left: runs whose checkpoints went, bytes on disk, unfinished runs."""
+
+    runs: int
+    bytes: int
+    unfinished: int
+
+
+def clean(directory: Place, *, unfinished: bool = False) -> Freed:
+    """Delete the checkpoints of finished runs, and what killed processes left half-written; tables stay as they are.
+
+    A run without checkpoints is still known to be finished, but cannot be exported any more.
+
+    - `unfinished`: also those of runs that did not finish: they can then not be resumed.
+
+    **Raises:** `ValueError` if the folder holds no results.
+    """
+    runs = runs_in(directory)
+    finished = {*runs["run_id"][runs["status"] == "finished"]}
+    folders = [path for path in sorted((directory / "checkpoints").glob("*")) if path.is_dir()]
+    chosen = [path for path in folders if unfinished or path.name in finished]
+    leftovers = [path for table in results.TABLES for path in (directory / table).glob(".*.tmp")]
+    freed = sum(map(size_of, (*chosen, *leftovers)))
+    for path in chosen:
+        delete(path)
+    for path in leftovers:
+        path.unlink()
+    return Freed(len(chosen), freed, len(folders) - len(chosen))

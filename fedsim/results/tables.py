@@ -1,0 +1,399 @@
+"""Results on disk: three Parquet tables, one file a run and table, and the frames they are read back into.
+
+    DIR/runs/<run_id>.parquet      one row: a run that finished or failed
+    DIR/rounds/<run_id>.parquet    one row a round, round 0 included
+    DIR/clients/<run_id>.parquet   one row a participant and round
+
+A file is replaced as a whole and atomically, never appended to: whoever reads a folder while a run is writing into it
+sees every finished round and nothing half-written. Temporary files start with a dot, which every reader of Parquet
+folders (pandas, pyarrow, duckdb's `*.parquet`) leaves out.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedsim.storage.place import AT_ONCE, Place, Remote, place, write_atomically
+
+
+SCHEMA_KEY = b"fedsim_schema"
+SCHEMA_VERSION = 1
+
+
+def _schema(**columns: str) -> pa.Schema:
+    """Columns by name in order. A type that ends with `?` may be null."""
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    fields = [pa.field(name, types[kind.rstrip("?")], nullable=kind.endswith("?")) for name, kind in columns.items()]
+    return pa.schema(fields, metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
+
+
+RUNS = _schema(
+    run_id="str",
+    suite="str",
+    algorithm="str",
+    preset="str?",  # null where the method grows nothing
+    dataset="str",
+    family="str",
+    partition="str",
+    alpha="float?",  # null where the partition has no such parameter
+    participants="int",  # the population
+    cohort="int",
+    rounds="int",
+    seed="int",
+    target_params="int?",  # null, like the counts below, where a run failed before they were known
+    trainable_params="float?",  # mean over participants, who may differ: a fraction is possible
+    upload_params="float?",
+    status="str",  # finished | failed
+    wall_seconds="float?",
+    git_commit="str?",  # null outside a checkout
+    code_sha256="str",
+    versions="str",  # JSON
+    hardware="str",  # JSON
+    config="str",  # JSON: the experiment, canonical
+    bytes_per_upload="int?",  # one participant's upload in a federated round
+    model="str?",  # the target form, for example "128x4"
+    federation_sha256="str?",  # partition, small models and cohorts: equal for all methods of a suite and seed
+    error="str?",  # null unless failed
+    labels="str?",  # JSON: the participants' label histograms, a list of lists
+    held_bytes="int?",  # the participant with most: its private state and what it receives, by count
+    peak_bytes="int?",  # the same, in a training step: with gradients, moments and what waits for the backward pass
+    command="str?",  # what was typed to start it
+)
+
+ROUNDS = _schema(
+    run_id="str",
+    algorithm="str",
+    seed="int",
+    round="int",
+    stage="str",  # local (round 0, and every round in which nothing is shared) | federated | finetune
+    accuracy_mean="float?",
+    accuracy_std="float?",
+    accuracy_min="float?",
+    accuracy_local_mean="float?",
+    accuracy_local_std="float?",
+    accuracy_local_min="float?",
+    accuracy_val_mean="float?",
+    accuracy_global="float?",
+    loss_mean="float?",
+    train_loss="float?",
+    bytes_up="int",
+    bytes_down="int",
+    bytes_up_total="int",
+    bytes_down_total="int",
+    flops="int?",
+    wall_seconds="float",
+    retries="int",
+    participants="int",  # the size of this round's cohort
+    state_sha256="str",
+    bytes_moved="int?",  # what physically moved inside the cluster
+    seam_bytes_up="int?",  # the runtime's own count, independent of bytes_up
+    seam_bytes_down="int?",
+    accuracy_val_std="float?",
+    accuracy_val_min="float?",
+    failed="int",  # participants dropped from this round
+    precision_mean="float?",  # of entities, like the two below: null unless token classes are the tags of entities
+    recall_mean="float?",
+    f1_mean="float?",
+    coverage="float?",  # share of the target's parameters trained so far; null where every round trains all
+    coverage_min="float?",  # the same, of the matrix of which the least was trained
+    simulated_seconds="float?",  # how long the server waited, by the devices of the cohort (`fedsim.devices`)
+    late="int?",  # of the cohort: those whose update came when the round was over
+    dropped_out="int?",  # those who received what was sent and were not heard of again
+    excluded="int?",  # those whose device is too small for the method
+)
+
+CLIENTS = _schema(
+    run_id="str",
+    algorithm="str",
+    seed="int",
+    round="int",
+    client="int",
+    tier="str?",
+    num_examples="int",
+    num_test_examples="int?",
+    accuracy="float?",
+    accuracy_local="float?",
+    accuracy_val="float?",
+    loss="float?",
+    train_loss="float?",
+    bytes_up="int",
+    bytes_down="int",
+    train_seconds="float?",
+    flops="int?",
+    peak_memory_bytes="int?",  # null where it cannot be read
+    host="str?",
+    node="str?",
+    retries="int",
+    stage="str",
+    model="str?",  # the participant's small form, for example "64x2"
+    trainable_params="int?",
+    upload_params="int?",
+    precision="float?",  # of entities on the global test set, like the two below
+    recall="float?",
+    f1="float?",
+    small_sha256="str?",  # of the small model it trained for itself, in the round it did
+    simulated_seconds="float?",  # from the payload to the update, and making its private state where it did
+    outcome="str?",  # in_time | late | dropped_out | excluded | failed; null where it was only scored
+)
+
+DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
+
+PROFILE = _schema(
+    run_id="str",
+    algorithm="str",
+    seed="int",
+    round="int",
+    place="str",  # driver | aggregator | host N
+    broadcast_seconds="float",  # payloads are made, or arrive
+    compute_seconds="float",  # participants train and are scored; at the aggregator: its own model is scored
+    sum_seconds="float",  # updates are added up
+    write_seconds="float",  # states and hashes; at the driver: tables; at a host: what is left of its updates is sent
+    idle_seconds="float",  # the rest of the round
+)
+
+SCHEMAS: Mapping[str, pa.Schema] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS}
+TABLES = SCHEMAS | {"profile": PROFILE}  # and the one that is written only when it is asked for
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The tables of one folder. A table without rows still has its columns.
+
+    `clients` is by far the largest; it is read when it is first asked for.
+    """
+
+    directory: Place
+    runs: pd.DataFrame
+    rounds: pd.DataFrame
+
+    @functools.cached_property
+    def clients(self) -> pd.DataFrame:
+        """One row a participant and round."""
+        return read_table(self.directory, "clients")
+
+    @functools.cached_property
+    def profile(self) -> pd.DataFrame:
+        """One row a place and round: where its time went. Empty unless a run was asked for it."""
+        return read_table(self.directory, "profile")
+
+    @functools.cached_property
+    def deployed(self) -> pd.DataFrame:
+        """One row a run and participant: `DEPLOYED`, of the last round in which it was scored. Reads no more."""
+        return self._last_rows[0]
+
+    @functools.cached_property
+    def small_models(self) -> pd.DataFrame:
+        """One row a run and participant that trained a small model of its own: `run_id`, `client`, `small_sha256`."""
+        return self._last_rows[1]
+
+    @functools.cached_property
+    def _last_rows(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return _last_rows(self.directory)
+
+
+def write_table(directory: Place, table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> Place:
+    """Replace one run's part of a table by `rows`, atomically.
+
+    **Arguments:**
+
+    - `directory`: the results folder; made if it is not there.
+    - `table`: `runs`, `rounds` or `clients`.
+    - `run_id`: names the file, and must be what every row carries.
+    - `rows`: all of the run's rows so far, each with exactly the table's columns; only nullable ones may be `None`.
+
+    **Returns:** the file's path. Raises `OSError` naming it when it cannot be written; what lay there before stays.
+    """
+    return replace_table(directory, table, run_id, arrow_of(table, run_id, rows))
+
+
+def replace_table(directory: Place, table: str, run_id: str, content: pa.Table) -> Place:
+    """`write_table` of rows that `arrow_of` has made."""
+    path = place(directory) / table / f"{run_id}.parquet"
+    assert run_id and Path(run_id).name == run_id and run_id[0] not in "._", f"run_id {run_id!r} cannot name a file"
+    # Serialised in memory, so that a disk that fills up fails in one plain write.
+    buffer = pa.BufferOutputStream()
+    pq.write_table(content, buffer, write_page_checksum=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise OSError(error.errno, f"results not written: {error.strerror or error}", str(path)) from error
+    if isinstance(path, Path):
+        _sync_folder(path.parent)
+    return path
+
+
+def arrow_of(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of one run as a table of the right schema, checked as `write_table` says."""
+    names = set(TABLES[table].names)
+    for row in rows:
+        if row.keys() != names:
+            _check_names(table, set(row))
+    return arrow_of_columns(table, run_id, {name: [row[name] for row in rows] for name in names})
+
+
+def arrow_of_columns(table: str, run_id: str, columns: Mapping[str, Sequence]) -> pa.Table:
+    """The same from columns."""
+    schema = TABLES[table]
+    _check_names(table, set(columns))
+    others = {run for run in columns["run_id"] if run != run_id}
+    assert not others, f"{table}: a row of run {min(others)!r} in the file of run {run_id!r}"
+    arrays = []
+    for field in schema:
+        values = columns[field.name]
+        assert field.nullable or None not in values, f"{table}: column {field.name!r} must not be null"
+        if field.type == pa.int64():  # pyarrow would cut 1.5 down to 1 without a word
+            odd = {kind for kind in set(map(type, values)) if not issubclass(kind, Integral | type(None))}
+            first = next((value for value in values if type(value) in odd), None) if odd else None
+            assert not odd, f"{table}: column {field.name!r} must hold int64, got {first!r}"
+        try:
+            arrays.append(pa.array(values, field.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise AssertionError(f"{table}: column {field.name!r} must hold {field.type}: {error}") from error
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _check_names(table: str, found: set[str]) -> None:
+    names = set(TABLES[table].names)
+    assert not names - found, f"{table}: a row lacks the columns {sorted(names - found)}"
+    assert not found - names, f"{table}: a row has the unknown columns {sorted(found - names)}"
+
+
+def arrow_of_run(directory: Place, table: str, run_id: str, last: int) -> pa.Table:
+    """One run's rows of a table up to round `last`, as they lie on disk; empty if it has none yet."""
+    path, schema = place(directory) / table / f"{run_id}.parquet", TABLES[table]
+    part = _read_file(path, schema) if path.exists() else schema.empty_table()
+    return part.filter(pa.array(part["round"].to_numpy() <= last))
+
+
+def read_table(directory: Place, table: str) -> pd.DataFrame:
+    """All rows of one table, ordered by run id. Empty if only the other tables have rows yet.
+
+    Raises `ValueError` for a folder without any results, a file that cannot be read, or one of a newer schema.
+    """
+    schema, folder = TABLES[table], place(directory)
+    _check_has_results(folder)
+    parts = _each(_files(folder, table), lambda path: _read_file(path, schema))
+    return pa.concat_tables([schema.empty_table(), *parts]).to_pandas()
+
+
+def read_run(directory: Place, table: str, run_id: str) -> pd.DataFrame:
+    """One run's rows of one table; empty if it has none yet."""
+    path, schema = place(directory) / table / f"{run_id}.parquet", SCHEMAS[table]
+    return (_read_file(path, schema) if path.exists() else schema.empty_table()).to_pandas()
+
+
+def rows_of(frame: pd.DataFrame, table: str) -> list[dict[str, Any]]:
+    """A frame of a table as rows that `write_table` takes back: nulls as None, whole numbers as int."""
+    whole = {field.name for field in SCHEMAS[table] if field.type == pa.int64()}
+    columns = {
+        name: [None if pd.isna(value) else int(value) if name in whole else value for value in frame[name]]
+        for name in SCHEMAS[table].names
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def load(directory: Place | str) -> Results:
+    """The results of a folder that `fedsim run` or `benchmarks/sweep.py` wrote into."""
+    folder = place(directory)
+    return Results(folder, read_table(folder, "runs"), read_table(folder, "rounds"))
+
+
+def _last_rows(directory: Place) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`deployed` and `small_models` in one pass over the files of `clients`, a few columns of each."""
+    hashed = ("run_id", "client", "small_sha256")
+    scored, trained = (
+        [pa.schema([CLIENTS.field(name) for name in names]).empty_table()] for names in (DEPLOYED, hashed)
+    )
+    columns = tuple(dict.fromkeys((*DEPLOYED, *hashed)))
+    for part in _each(_files(directory, "clients"), lambda path: _read_file(path, CLIENTS, columns)):
+        trained.append(part.select(hashed).filter(part["small_sha256"].is_valid()))
+        part = part.select(DEPLOYED).filter(part["accuracy"].is_valid())
+        if part.num_rows:
+            rounds = part["round"].to_numpy()
+            scored.append(part.filter(pa.array(rounds == rounds.max())))
+    return pa.concat_tables(scored).to_pandas(), pa.concat_tables(trained).to_pandas()
+
+
+def _each(files: Sequence[Place], read: Callable[[Place], pa.Table]) -> Iterable[pa.Table]:
+    """What is read from each file, in order; from an object store, where one waits for every answer, many at once."""
+    if any(isinstance(file, Remote) for file in files):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(read, files))
+    return map(read, files)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut. Not every file system (or system) can: then the write itself still counts."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _files(directory: Place, table: str) -> Sequence[Place]:
+    return sorted(path for path in (directory / table).glob("*.parquet") if path.name[0] not in "._")
+
+
+def _check_has_results(directory: Place) -> None:
+    if not any(_files(directory, table) for table in SCHEMAS):
+        what = "is not a folder" if not directory.is_dir() else "holds no results"
+        looked_for = ", ".join(f"{table}/*.parquet" for table in SCHEMAS)
+        raise ValueError(f"{directory} {what}: looked for {looked_for} in it")
+
+
+def _read_file(path: Place, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """A file's rows; of all columns, or of those named alone."""
+    source = pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path
+    try:
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
+            metadata = file.schema_arrow.metadata or {}
+            _check_version(path, metadata.get(SCHEMA_KEY))
+            known = set(file.schema_arrow.names)
+            # One file is small: threads cost more than they save.
+            part = file.read(
+                None if columns is None else [name for name in columns if name in known], use_threads=False
+            )
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # the system's refusal to read; pyarrow's own complaints carry no number
+            raise
+        raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
+    kept = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    return _conform(path, part, kept)
+
+
+def _conform(path: Place, part: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Bring a file of this or an older schema to the columns of this one; what it did not know yet is null."""
+    found = dict(zip(part.column_names, part.columns, strict=True))
+    columns = []
+    for field in schema:
+        column = found.get(field.name)
+        if column is None and not field.nullable:
+            raise ValueError(f"{path} has no column {field.name!r}, which fedsim schema {SCHEMA_VERSION} requires")
+        if column is not None and column.type != field.type:
+            raise ValueError(f"{path} has {column.type} in column {field.name!r}, fedsim wants {field.type}")
+        columns.append(pa.nulls(part.num_rows, field.type) if column is None else column)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _check_version(path: Place, found: bytes | None) -> None:
+    if found is None or not found.isdigit():
+        raise ValueError(f"{path} was not written by fedsim: its metadata has {SCHEMA_KEY.decode()} = {found!r}")
+    if int(found) > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has fedsim schema {int(found)}, this fedsim reads up to {SCHEMA_VERSION}: read it with a newer one"
+        )

@@ -1,0 +1,217 @@
+"""Several runs at once, each in a process of its own. This process hands them out, listens, and tells an overview.
+
+A worker computes one run after another with the runtime it was handed. Whatever ends it (the out-of-memory killer, a
+crash in native code) ends the run it was computing and nothing else. A worker ends when this process does, however
+that happens: it reads from a pipe whose other end only this process holds.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fedsim.engine.progress import ProgressListener
+from fedsim.experiment import Experiment
+from fedsim.results.provenance import code_sha256
+from fedsim.results.store import RunStore
+from fedsim.runtime import Choice
+from fedsim.simulation import COUNTED, RunFailed
+from fedsim.storage.locking import check_held
+from fedsim.storage.place import Place
+from fedsim.sweep.attempt import Compute, Todo, attempt, opened
+from fedsim.sweep.progress import REDRAW_SECONDS, Overview
+
+
+LET_GO_SECONDS = 10.0  # in which a worker that has nothing left to do lets go of its actors
+
+
+def run_at_once(
+    todos: Sequence[Todo],
+    *,
+    jobs: int,
+    choice: Choice,
+    compute: Compute,
+    out: Place,
+    overview: Overview,
+    say: Callable[[str], None],
+) -> list[RunFailed]:
+    """Compute runs, `jobs` at a time, the first ones first. **Returns:** those that failed.
+
+    - `choice`, `compute`: picklable; each worker makes its runtime from the one and computes runs with the other.
+    - `say`: told what the workers' runtimes say.
+
+    **Raises:** `ValueError` for a request that cannot be met; the runs under way are then cut, as by an interrupt.
+    """
+    context = multiprocessing.get_context(choice.start_method)
+    # What a server imports its children share: the platform, and the models that were checked here.
+    context.set_forkserver_preload([__name__, *(name for name in sys.modules if ".modeling_" in name)])
+    demands = [(todo.experiment.participants, max(t.num_cpus for t in todo.experiment.tiers)) for todo in todos]
+    waiting, workers, failures = deque(todos), list[Worker](), list[RunFailed]()
+    with choice.shared(jobs, demands) as shared:
+        patience = 0.0
+        try:
+            while waiting or any(worker.experiment for worker in workers):
+                while waiting and len(workers) < jobs:
+                    workers.append(Worker(context, out, compute, shared))
+                    workers[-1].give(waiting.popleft())
+                check_held(out)
+                for worker in _with_news(workers):
+                    match worker.receive():
+                        case ("tell", method, *arguments):
+                            getattr(overview.of(worker.run_id), method)(*arguments)
+                        case ("say", text):
+                            say(text)
+                        case ("over", reason, counted):
+                            COUNTED.update(counted)
+                            if reason is not None:
+                                failures.append(RunFailed(worker.run_id, reason))
+                            worker.give(waiting.popleft() if waiting else None)
+                        case ("refused", text):
+                            raise ValueError(text)
+                        case None:
+                            workers.remove(worker)
+                            failures += _bereaved(worker, out, overview)
+            patience = LET_GO_SECONDS
+        finally:
+            _end([worker.process for worker in workers], patience)
+    return failures
+
+
+class Worker:
+    """A worker process, as this process sees it. `experiment`: what it computes; None once it has been let go."""
+
+    def __init__(self, context: Any, out: Place, compute: Compute, choice: Choice) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, out, compute, choice), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.experiment: Experiment | None = None
+
+    @property
+    def run_id(self) -> str:
+        assert self.experiment is not None
+        return self.experiment.run_id
+
+    def give(self, todo: Todo | None) -> None:
+        """Hand it a run, with what others have counted; None: there is nothing left to do."""
+        self.experiment = todo.experiment if todo else None
+        with contextlib.suppress(OSError):  # it is dead, as `receive` is about to say
+            self.connection.send((todo, COUNTED))
+
+    def receive(self) -> tuple | None:
+        """Its next message; None: there are no more, for it ended."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
+
+
+def _with_news(workers: Sequence[Worker]) -> list[Worker]:
+    ready = multiprocessing.connection.wait([worker.connection for worker in workers])
+    return [worker for worker in workers if worker.connection in ready]
+
+
+def _bereaved(worker: Worker, out: Place, overview: Overview) -> list[RunFailed]:
+    """The run that ended with its worker, if there is one and it was not finished."""
+    worker.process.join()
+    experiment = worker.experiment
+    if experiment is None:
+        return []
+    if RunStore(out, experiment.run_id, code_sha256(experiment.algorithm)).status() == "finished":
+        overview.of(experiment.run_id).end()
+        return []
+    code = worker.process.exitcode or 0
+    reason = f"the process that computed it died ({f'signal {-code}' if code < 0 else f'exit status {code}'})"
+    overview.of(experiment.run_id).failed(reason)
+    return [RunFailed(experiment.run_id, reason)]
+
+
+def _end(processes: Sequence[Any], patience: float) -> None:
+    """Let processes end by themselves for so many seconds, then kill them: a run can be cut anywhere."""
+    end = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+# a worker -----------------------------------------------------------------------------------------------------------
+
+
+def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) -> None:
+    """What a worker does: one run after another, until there is nothing left to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the process that hands out runs decides
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    sender = Sender(connection)
+
+    def say(text: str) -> None:
+        sender.send("say", text)
+
+    with opened(replace(choice, say=say), out, say) as runtime:
+        while (received := inbox.get())[0] is not None:
+            todo, counted = received
+            COUNTED.update(counted)
+            try:
+                attempt(compute, todo, out, runtime, sender, worker=True)
+            except RunFailed as failure:
+                sender.send("over", failure.reason, COUNTED)
+            except ValueError as error:
+                sender.send("refused", str(error))
+            else:
+                sender.send("over", None, COUNTED)
+
+
+def _listen(connection: Connection, inbox: queue.SimpleQueue) -> None:
+    """Pass on what arrives. End this process, at once, when nothing can arrive any more."""
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # whoever would have been told why is gone
+    except Exception:  # for example an algorithm from a module that cannot be imported here
+        traceback.print_exc()
+        os._exit(1)
+
+
+class Sender(ProgressListener):
+    """Tells the process that hands out runs what a progress is told."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.next = connection, 0.0
+
+    def begin(self, experiment: Experiment, first: int) -> None:
+        self.send("tell", "begin", experiment, first)
+
+    def within(self, method: str, done: int, total: int) -> None:
+        if time.monotonic() >= self.next:  # a display draws no faster
+            self.next = time.monotonic() + REDRAW_SECONDS
+            self.send("tell", "within", method, done, total)
+
+    def finished(self, row: dict[str, Any]) -> None:
+        self.send("tell", "finished", row)
+
+    def failed(self, reason: str) -> None:
+        self.send("tell", "failed", reason)
+
+    def end(self) -> None:
+        self.send("tell", "end")
+
+    def send(self, kind: str, *content: Any) -> None:
+        try:
+            self.connection.send((kind, *content))
+        except OSError:  # nobody listens any more: a run must not be said to have failed for that
+            os._exit(0)

@@ -1,0 +1,127 @@
+"""Several runs into one results folder: finished ones are skipped, cut ones resumed, and one failure stops no other."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from fedsim.core.numerics import in_force
+from fedsim.engine.cohort import check_checkpoints, members
+from fedsim.engine.progress import ProgressListener
+from fedsim.experiment import Experiment
+from fedsim.learning.task import load_task
+from fedsim.results.provenance import code_sha256
+from fedsim.results.store import RunStore, run_ids_in
+from fedsim.runtime import Choice
+from fedsim.runtime.base import Runtime
+from fedsim.simulation import RunFailed, run
+from fedsim.storage.locking import locked
+from fedsim.storage.place import Place
+from fedsim.sweep.attempt import Todo, attempt, opened
+from fedsim.sweep.jobs import run_at_once
+from fedsim.sweep.progress import OneByOne, Overview, overview_for
+
+
+def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
+    """Read checkpoints, load the data and deal them: whatever they cannot do is said before anything starts.
+
+    **Raises:** `ValueError` naming the field, and for a checkpoint the participants who were to start from it.
+    """
+    for experiment in experiments:
+        check_checkpoints(experiment)
+        members(experiment, load_task(experiment.task, data_dir))
+
+
+def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) -> None:
+    """Refuse (`ValueError`) a folder that holds other experiments, or an unfinished run that is not to be resumed."""
+    wanted = {experiment.run_id: experiment for experiment in experiments}
+    others = sorted(run_ids_in(out) - set(wanted))
+    if others:
+        raise ValueError(
+            f"--out={str(out)!r}: holds a different experiment (run {', '.join(others[:3])}; this one is "
+            f"{', '.join(list(wanted)[:3])}): give another folder, or the settings that run was started with"
+        )
+    for run_id, experiment in wanted.items():
+        status = RunStore(out, run_id, code_sha256(experiment.algorithm)).status()
+        if status == "unfinished" and not resume:
+            raise ValueError(
+                f"--out={str(out)!r}: holds run {run_id}, which is unfinished: add --resume to go on with it"
+            )
+
+
+def run_all(
+    experiments: Sequence[Experiment],
+    *,
+    out: Place,
+    make_runtime: Callable[[], Runtime],
+    suite: str = "",
+    data_dir: str | None = None,
+    console: Console | None = None,
+    progress: ProgressListener | None = None,
+    overview: Overview | None = None,
+    jobs: int = 1,
+    command: str | None = None,
+    profile: bool = False,
+    resume_anywhere: bool = False,
+) -> list[RunFailed]:
+    """Compute what is missing, in order: here, or, with `jobs` above 1, so many runs at once, each in its own process.
+
+    - `make_runtime`: with several jobs a `Choice`, which other processes can be handed. A script that asks for several
+      must do so under `if __name__ == "__main__"`, for the processes import it.
+    - `progress`: is told of every run. - `overview`: is told of all runs instead. Without either, one job has one
+      display after another, and several have `overview_for(console)`.
+    - `command`: what was typed, for the runs table. - `profile`: write the table `profile` as well.
+    - `resume_anywhere`: go on with a run although the rounds to come would have other bits than its finished ones.
+
+    **Returns:** the runs that failed. The caller holds the folder's lock (`locked`) and has made its checks.
+
+    **Raises:** `ValueError` for a request that cannot be met.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: must be at least 1")
+    choice, console = make_runtime, console or Console(quiet=True)
+    if jobs > 1 and not isinstance(choice, Choice):
+        raise ValueError(f"jobs={jobs}: the runtimes of several jobs are made from a fedsim.runtime.Choice")
+    if overview is None:
+        overview = OneByOne(console, progress) if jobs == 1 or progress is not None else overview_for(console)
+    compute = functools.partial(
+        run,
+        out=out,
+        suite=suite,
+        data_dir=data_dir,
+        command=command,
+        profile=profile,
+        resume_anywhere=resume_anywhere,
+    )
+
+    stores = {one.run_id: RunStore(out, one.run_id, code_sha256(one.algorithm)) for one in experiments}
+    found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]
+    todos = [Todo(experiment, status == "unfinished") for experiment, status in found if status != "finished"]
+    if isinstance(choice, Choice):
+        for todo in todos:
+            if todo.resume:
+                stores[todo.experiment.run_id].check_numerics(in_force(choice.numerics), resume_anywhere)
+        finished = [stores[one.run_id].finished_with() for one, status in found if status == "finished"]
+        if others := sum(numerics != choice.numerics for numerics in finished):
+            text = f"finished runs that were not computed with {choice.numerics} numerics, kept as they are: {others}"
+            console.print(text, highlight=False)
+    overview.begin(found)
+    try:
+        if isinstance(choice, Choice) and jobs > 1 and todos:
+            say = functools.partial(console.print, highlight=False)
+            return run_at_once(
+                todos, jobs=min(jobs, len(todos)), choice=choice, compute=compute, out=out, overview=overview, say=say
+            )
+        failures: list[RunFailed] = []
+        with opened(make_runtime, out, lambda text: console.print(text, highlight=False)) as runtime:
+            for todo in todos:
+                try:
+                    attempt(compute, todo, out, runtime, overview.of(todo.experiment.run_id))
+                except RunFailed as failure:
+                    failures.append(failure)
+        return failures
+    finally:
+        overview.close()
+
+
+__all__ = ["check_data", "check_folder", "locked", "run_all"]

@@ -1,0 +1,93 @@
+"""Suites: functions of a module that return lists of experiments, and what is chosen of them."""
+
+import argparse
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import ModuleType
+
+from fedsim.experiment import Experiment, nearest, with_settings
+from fedsim.sweep.progress import label_of
+
+
+Suites = Mapping[str, Callable[..., list[Experiment]]]
+
+
+def suites_in(module: ModuleType) -> Suites:
+    """Name -> function, for every function of a module that returns a list of experiments unasked.
+
+    Names have hyphens where those of functions have underscores (`spelled`).
+    """
+    return {
+        spelled(name): function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_") and _is_suite(inspect.signature(function))
+    }
+
+
+def _is_suite(signature: inspect.Signature) -> bool:
+    optional = all(parameter.default is not inspect.Parameter.empty for parameter in signature.parameters.values())
+    return optional and signature.return_annotation == list[Experiment]
+
+
+def spelled(name: str) -> str:
+    """How a suite is called in results, whichever way it was typed: `paper-cv`."""
+    return name.replace("_", "-")
+
+
+def experiments_of(known: Suites, name: str, options: argparse.Namespace) -> list[Experiment]:
+    """The experiments of a suite for all seeds, with `--scale`, `--only`, `--data` and `--set` applied.
+
+    **Raises:** `ValueError` for an unknown suite, algorithm or data set, for a scale that the suite does not take, and
+    for a setting that one of the experiments refuses.
+    """
+    suite = spelled(name)
+    if suite not in known:
+        raise ValueError(f"--suite={name!r}: no such suite{nearest(suite, list(known))}")
+    base = _chosen(known[suite](**_given_scale(known, suite, options.scale)), suite, options)
+    experiments = []
+    for seed in dict.fromkeys(options.seeds):
+        for experiment in base:
+            try:
+                experiments.append(with_settings(replace(experiment, seed=seed), options.settings))
+            except ValueError as error:
+                raise ValueError(f"suite {suite!r}, {label_of(experiment)}: {error}") from error
+    return experiments
+
+
+def _chosen(base: list[Experiment], suite: str, options: argparse.Namespace) -> list[Experiment]:
+    """What `--only` and `--data` leave of a suite."""
+    for option, asked, names in (
+        ("--only", options.only, [experiment.algorithm.name for experiment in base]),
+        ("--data", options.data, [experiment.task.data.name for experiment in base]),
+    ):
+        for each in asked or ():
+            if each not in names:
+                raise ValueError(f"{option}={each!r}: not in suite {suite!r}{nearest(each, [*dict.fromkeys(names)])}")
+    left = [
+        experiment
+        for experiment in base
+        if experiment.algorithm.name in (options.only or [experiment.algorithm.name])
+        and experiment.task.data.name in (options.data or [experiment.task.data.name])
+    ]
+    if not left:
+        raise ValueError(f"--only={options.only}, --data={options.data}: suite {suite!r} has no such experiment")
+    return left
+
+
+def _given_scale(known: Suites, suite: str, scale: float | None) -> dict[str, float]:
+    """The arguments of a suite's function, where `--scale` may be given or not."""
+    if scale is None:
+        return {}
+    if not 0 < scale <= 1:
+        raise ValueError(f"--scale={scale}: must be above 0 and at most 1")
+    arguments = arguments_of(known[suite], scale)
+    if not arguments:
+        others = ", ".join(name for name, each in known.items() if arguments_of(each, scale))
+        raise ValueError(f"--scale={scale}: suite {suite!r} has one size only; scales are for {others}")
+    return arguments
+
+
+def arguments_of(make: Callable[..., list[Experiment]], scale: float) -> dict[str, float]:
+    """The arguments of a suite's function; none where it takes no scale."""
+    return {"scale": scale} if "scale" in inspect.signature(make).parameters else {}

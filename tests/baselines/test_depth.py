@@ -1,0 +1,545 @@
+"""Models cut in depth: exits against models built that shallow, DepthFL, ProgFed, and growing once before FedAvg."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import baselines.depthfl
+from baselines.depthfl import COVERED, DepthFL
+from baselines.fedavg import FedAvg, fedavg_small
+from baselines.grow_then_fedavg import GrowThenFedAvg
+from baselines.progfed import ProgFed
+from fedsim.algorithm import ClientUpdate
+from fedsim.core.tree import Tree, nbytes, sha256, under
+from fedsim.learning.exits import ends_at, exit_logits, shallower, tail, up_to
+from fedsim.learning.rates import parameter_count
+from fedsim.learning.task import Task, TaskConfig
+from fedsim.models import Form
+from tests.support.family_rows import NEXT_TOKEN, ROWS, Row, batch_of, random_tree
+from tests.support.small_federation import (
+    ALIKE,
+    LOCAL,
+    MIDDLE,
+    SMALL,
+    TARGET,
+    UNLIKE,
+    Federation,
+    assert_close,
+    assert_same_bits,
+    distance,
+    mean,
+    weights_of,
+    without_counting,
+)
+
+
+# A row more: what a block does depends on its number.
+EXITED = ROWS | {
+    "gpt2-by-number": Row(TaskConfig(NEXT_TOKEN, "gpt2", settings=(("scale_attn_by_inverse_layer_idx", True),)))
+}
+DEPTHS = (1, 3, 5)  # of the rows' `deeper`; between them lie one block, two, and two
+
+
+@pytest.fixture(autouse=True)
+def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_counting(monkeypatch)
+
+
+# where a model may be left --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "depth, exits, expected",
+    [
+        (8, 4, (2, 4, 6, 8)),
+        (4, 4, (1, 2, 3, 4)),
+        (3, 4, (1, 2, 3)),
+        (1, 4, (1,)),
+        (6, 1, (6,)),
+        (12, 5, (2, 5, 7, 10, 12)),
+    ],
+)
+def test_where_exits_lie(depth: int, exits: int, expected: tuple[int, ...]) -> None:
+    assert ends_at(depth, exits) == expected
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_the_last_exit_is_the_end(depth: int, exits: int) -> None:
+    ends = ends_at(depth, exits)
+    assert list(ends) == sorted({*ends}) and ends[0] >= 1 and ends[-1] == depth
+    assert len(ends) <= min(depth, exits)
+    if depth >= exits:
+        parts = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+        assert len(ends) == exits and max(parts) - min(parts) <= 1
+
+
+VIT = {"vit.layernorm.weight", "vit.layernorm.bias", "classifier.weight", "classifier.bias"}
+GPT2 = {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+TRANSFORM = {f"transform.{part}.{kind}" for part in ("dense", "LayerNorm") for kind in ("weight", "bias")}
+TAILS = {
+    "vit": VIT,
+    "bert-text": {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"},
+    "bert-tokens": {"classifier.weight", "classifier.bias"},
+    "bert-mlm": {f"cls.predictions.{name}" for name in TRANSFORM | {"bias"}},
+    "gpt2-lm": GPT2,
+    "gpt2-by-number": GPT2,
+    "gpt2-text": GPT2 | {"score.weight"},
+    "llama-lm": {"model.norm.weight", "lm_head.weight"},
+    "llama-lm-tied": {"model.norm.weight"},
+    "llama-text": {"model.norm.weight", "score.weight"},
+    "fifth-lm": {"model.norm.weight", "lm_head.weight"},
+}
+
+
+@pytest.mark.parametrize("name", EXITED)
+def test_what_comes_after_the_blocks_and_what_before(name: str) -> None:
+    task, form = EXITED[name].task, EXITED[name].deeper
+    end = tail(task, form)
+    assert {*end} == TAILS[name] and len(end) == len({*end})
+    for depth in range(1, form.depth + 1):
+        assert {*tail(task, shallower(form, depth))} == {*end}
+        assert up_to(task, form, depth) == {*task.specs(shallower(form, depth))} - {*end}
+
+
+@functools.cache
+def exited(name: str) -> tuple[Task, Form, Tree, list[Tree], Tree]:
+    """A task, its deep form, the model's body in double precision, a tail for each exit, and a batch."""
+    task, form = EXITED[name].task, EXITED[name].deeper
+    model, end = random_tree(task, form), tail(task, form)
+    generator = torch.Generator().manual_seed(7)
+    tails = [
+        {n: model[n] + 0.3 * torch.randn(model[n].shape, generator=generator, dtype=torch.float64) for n in end}
+        for _ in DEPTHS
+    ]
+    return task, form, {n: t for n, t in model.items() if n not in end}, tails, batch_of(task)
+
+
+def one_by_one(task: Task, form: Form, body: Mapping[str, Tensor], tails: list[Tree], batch: Tree) -> list[Tensor]:
+    """Logits of the shallower models, each built and run on its own."""
+    logits = []
+    for depth, end in zip(DEPTHS, tails, strict=True):
+        kept = up_to(task, form, depth)
+        tree = {n: t for n, t in body.items() if n in kept} | end
+        logits.append(task.forward(shallower(form, depth), tree, batch))
+    return logits
+
+
+@pytest.mark.parametrize("name", EXITED)
+def test_logits_at_exits_are_those_of_shallower_models(name: str) -> None:
+    task, form, body, tails, batch = exited(name)
+    found, expected = exit_logits(task, form, body, tails, DEPTHS, batch), one_by_one(task, form, body, tails, batch)
+    for logits, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, others, rtol=0, atol=1e-12)
+    assert (found[0] - found[1]).abs().max() > 1e-3 < (found[1] - found[2]).abs().max()
+    swapped = exit_logits(task, form, body, [tails[1], tails[0], tails[2]], DEPTHS, batch)
+    assert (swapped[0] - expected[0]).abs().max() > 1e-3, "each exit has a tail of its own"
+    torch.testing.assert_close(swapped[2], expected[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", EXITED)
+def test_gradients_through_exits_are_those_of_shallower_models(name: str) -> None:
+    task, form, body, tails, batch = exited(name)
+    gradients = []
+    for at_once in (True, False):
+        leaves = {n: t.clone().requires_grad_() for n, t in body.items()}
+        ends = [{n: t.clone().requires_grad_() for n, t in end.items()} for end in tails]
+        if at_once:
+            logits = exit_logits(task, form, leaves, ends, DEPTHS, batch)
+        else:
+            logits = one_by_one(task, form, leaves, ends, batch)
+        torch.stack([weight * each.tanh().sum() for weight, each in enumerate(logits, start=1)]).sum().backward()
+        gradients.append([leaf.grad for tree in (leaves, *ends) for leaf in tree.values()])
+    rotary = name.startswith(("llama", "fifth"))  # their normalisations compute in single precision
+    for found, expected in zip(*gradients, strict=True):
+        assert found is not None and expected is not None
+        scale = float(expected.abs().max()) + 1e-3
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-4 if rotary else 1e-10)
+
+
+def flops(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", EXITED)
+def test_every_block_runs_once(name: str) -> None:
+    """A model of d blocks costs what d blocks cost and what is around them: so blocks can be counted."""
+    task, form, body, tails, batch = exited(name)
+    alone = {}
+    for depth in (1, 2, 3, 5):
+        tree = {n: t for n, t in (body | tails[0]).items() if n in task.specs(shallower(form, depth))}
+        alone[depth] = flops(lambda tree=tree, depth=depth: task.forward(shallower(form, depth), tree, batch))
+    block = alone[2] - alone[1]
+    around = alone[1] - block
+    assert alone[5] == 5 * block + around
+    assert flops(lambda: exit_logits(task, form, body, tails, DEPTHS, batch)) == 5 * block + 3 * around
+    if name == "gpt2-text":  # the rows' vocabularies are as large as their blocks, but for this one
+        assert 3 * around < 0.05 * alone[5]
+
+
+@pytest.mark.parametrize("name", EXITED)
+def test_a_skeleton_is_as_it_was(name: str) -> None:
+    task, form, body, tails, batch = exited(name)
+    skeleton = task.skeleton(shallower(form, DEPTHS[-1]))
+    whole = body | tails[2]
+    before = task.forward(form, whole, batch)
+    exit_logits(task, form, body, tails, DEPTHS, batch)
+    broken = [tails[0], {n: t[..., :2] for n, t in tails[1].items()}, tails[2]]
+    with pytest.raises(RuntimeError):
+        exit_logits(task, form, body, broken, DEPTHS, batch)
+    for module in skeleton.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+    assert torch.equal(task.forward(form, whole, batch), before)
+
+
+# DepthFL --------------------------------------------------------------------------------------------------------------
+
+
+def depthfl(**changes: Any) -> DepthFL:
+    fields: dict[str, Any] = LOCAL | {"ramp": 1} | changes
+    return DepthFL(**fields)
+
+
+def model_in(state: Mapping[str, Tensor]) -> Tree:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(COVERED)}
+
+
+def said(monkeypatch: pytest.MonkeyPatch, *probabilities: list[float]) -> list[Tensor]:
+    """Let the exits of a model say these, whatever it is asked."""
+    logits = [torch.tensor([each]).log().requires_grad_() for each in probabilities]
+    monkeypatch.setattr(baselines.depthfl, "exit_logits", lambda *arguments: logits)
+    return logits
+
+
+LABEL = {"labels": torch.tensor([0])}
+
+
+def test_the_loss_of_two_exits_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CE -ln 3/4 - ln 1/2; each exit is held against the other: KL(q || p) = ln(4/3) / 2 where p = (3/4, 1/4)."""
+    cross_entropy = -math.log(3 / 4) - math.log(1 / 2)
+    divergence = math.log(4 / 3) / 2 + (3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2))
+    for strength in (0.0, 1.0, 0.5):
+        federation = Federation(depthfl(exits=2, distillation=strength), UNLIKE)
+        said(monkeypatch, [3 / 4, 1 / 4], [1 / 2, 1 / 2])
+        loss = federation.algorithm._objective(federation.at_client(1, 2))({}, LABEL)  # type: ignore[attr-defined]
+        assert float(loss.detach()) == pytest.approx(cross_entropy + strength * divergence, rel=1e-6)
+
+
+def test_three_exits_are_held_against_the_mean_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation(depthfl(exits=3), UNLIKE)
+    p, q, r = [0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.125, 0.75]
+    said(monkeypatch, p, q, r)
+
+    def divergence(teacher: list[float], student: list[float]) -> float:
+        return sum(t * math.log(t / s) for t, s in zip(teacher, student, strict=True))
+
+    pairs = [(p, q), (p, r), (q, p), (q, r), (r, p), (r, q)]
+    expected = -math.log(0.5 * 0.25 * 0.125) + sum(divergence(*pair) for pair in pairs) / 2
+    loss = federation.algorithm._objective(federation.at_client(1, 2))({}, LABEL)  # type: ignore[attr-defined]
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_exits_that_teach_are_held_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """d/dz_i of CE is p_i - 1_y; of KL(p_j || p_i), with p_j fixed, p_i - p_j."""
+    federation = Federation(depthfl(exits=2, distillation=0.5), UNLIKE)
+    p, q = torch.tensor([[3 / 4, 1 / 4]]), torch.tensor([[1 / 2, 1 / 2]])
+    logits = said(monkeypatch, p[0].tolist(), q[0].tolist())
+    federation.algorithm._objective(federation.at_client(1, 2))({}, LABEL).backward()  # type: ignore[attr-defined]
+    first = torch.tensor([[1.0, 0.0]])
+    torch.testing.assert_close(logits[0].grad, p - first + 0.5 * (p - q))
+    torch.testing.assert_close(logits[1].grad, q - first + 0.5 * (q - p))
+
+
+def test_distillation_comes_in_over_the_first_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp(-5 (1 - t)^2): e^-5 before the first of 4 rounds, e^-(5/4) after 2, 1 from the fourth on."""
+    federation = Federation(depthfl(exits=2, ramp=4), UNLIKE)
+    losses = {}
+    for round in (0, 2, 4, 9):
+        said(monkeypatch, [3 / 4, 1 / 4], [1 / 2, 1 / 2])
+        objective = federation.algorithm._objective(federation.at_client(round, 2))  # type: ignore[attr-defined]
+        losses[round] = float(objective({}, LABEL).detach()) + math.log(3 / 4) + math.log(1 / 2)
+    assert losses[9] == losses[4]
+    assert losses[2] / losses[4] == pytest.approx(math.exp(-5 / 4), rel=1e-4)
+    assert losses[0] / losses[4] == pytest.approx(math.exp(-5), rel=1e-3)
+
+
+def test_everyone_has_the_exits_its_device_can_hold() -> None:
+    """One block of the target's width is larger than the smallest device's own model: it trains one all the same."""
+    federation = Federation(depthfl(), UNLIKE)
+    task = federation.task
+    assert parameter_count(task, SMALL) < parameter_count(task, shallower(TARGET, 1))
+    held = [federation.algorithm._depths(task, form, TARGET) for form in UNLIKE]  # type: ignore[attr-defined]
+    assert held == [(1,), (1, 2), (1, 2, 3, 4)]
+    for client, depths in enumerate(held):
+        end = {f"exit.{depth}.{name}" for depth in depths for name in tail(task, TARGET)}
+        expected = up_to(task, TARGET, depths[-1]) | end
+        assert {*federation.payload(1, client)} == {*federation.update(1, client).tree} == expected
+    sizes = [nbytes(federation.payload(1, client)) for client in range(3)]
+    assert sizes == sorted({*sizes})
+
+
+def test_a_mean_over_owners_on_paper() -> None:
+    """The small one sends 2s and counts 6, the large one sends 6s and counts 18: (12 + 108) / 24 = 5, else 6."""
+    federation = Federation(depthfl(), UNLIKE)
+    small, large = (
+        {n: torch.full_like(t, x) for n, t in federation.payload(1, k).items()} for k, x in ((0, 2.0), (2, 6.0))
+    )
+    after = model_in(federation.aggregate(1, [ClientUpdate(0, small, 6), ClientUpdate(2, large, 18)]))
+    for name, tensor in after.items():
+        assert torch.equal(tensor, torch.full_like(tensor, 5.0 if name in small else 6.0)), name
+    before = federation.server
+    after = federation.aggregate(1, [ClientUpdate(0, small, 6)])
+    assert_same_bits({n: after[n] for n in small}, small)
+    others = [n for n in model_in(before) if n not in small]
+    assert others and all(torch.equal(after[n], before[n]) for n in others), "what nobody has stays"
+
+
+def test_which_parts_were_ever_trained() -> None:
+    federation = Federation(depthfl(), UNLIKE)
+    algorithm, first = federation.algorithm, {*federation.payload(1, 0)}
+    for cohort, expected in (([], set()), ([0], first), ([0], first), ([2], {*model_in(federation.server)})):
+        federation.run(1, cohort)
+        covered = algorithm.server_covered(federation.server)
+        assert covered is not None
+        assert {name: mask.shape for name, mask in covered.items()} == {
+            name: tensor.shape for name, tensor in model_in(federation.server).items()
+        }
+        assert {name for name, mask in covered.items() if mask.all()} == expected
+        assert {name for name, mask in covered.items() if mask.any()} == expected
+
+
+def test_a_round_is_the_mean_over_owners_of_what_was_sent() -> None:
+    federation = Federation(depthfl(), UNLIKE)
+    before = model_in(federation.server)
+    updates = federation.run(1)
+    for name, tensor in model_in(federation.server).items():
+        owners = [update for update in updates if name in update.tree]
+        expected = mean([{name: u.tree[name]} for u in owners], [u.weight for u in owners])
+        assert_close({name: tensor}, expected, atol=1e-7)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in model_in(federation.server).items())
+
+
+def test_one_exit_and_nobody_to_learn_from_is_fedavg() -> None:
+    """Unclipped: a norm over tensors in another order is another number."""
+    depth, plain = Federation(depthfl(exits=1, clip=None)), Federation(FedAvg(**LOCAL, clip=None))
+    for round in (1, 2):
+        depth.run(round)
+        plain.run(round)
+    state = model_in(depth.server)
+    found = {name: tensor for name, tensor in state.items() if not name.startswith("exit.")} | under(state, "exit.4.")
+    assert_same_bits(found, plain.server)
+    assert_same_bits(weights_of(depth.served(2)), weights_of(plain.served(2)))
+
+
+def test_what_is_deployed_is_the_deepest_exit_alone() -> None:
+    federation = Federation(depthfl(), UNLIKE)
+    federation.run(1)
+    for client, depth in enumerate((1, 2, 4)):
+        model = federation.deployed(1, client)
+        body = {n: federation.server[n] for n in up_to(federation.task, TARGET, depth)}
+        assert_same_bits(weights_of(model), body | under(federation.server, f"exit.{depth}."))
+    assert_same_bits(weights_of(federation.served(1)), weights_of(federation.deployed(1, 2)))
+
+
+def test_exits_that_learn_from_each_other_learn_something_else() -> None:
+    trees = []
+    for strength in (0.0, 1.0):
+        federation = Federation(depthfl(distillation=strength), UNLIKE)
+        trees.append([federation.update(1, client).tree for client in (0, 2)])
+    assert_same_bits(trees[0][0], trees[1][0])  # one exit has nobody to learn from
+    assert sha256(trees[0][1]) != sha256(trees[1][1])
+
+
+# ProgFed --------------------------------------------------------------------------------------------------------------
+
+
+def progfed(**changes: Any) -> ProgFed:
+    fields: dict[str, Any] = LOCAL | {"stages": 4, "stage_rounds": 2} | changes
+    return ProgFed(**fields)
+
+
+def depth_of(federation: Federation, tree: Mapping[str, Tensor]) -> int:
+    return len({federation.task.specs(TARGET)[name].layer for name in tree} - {None})
+
+
+def test_a_stage_lasts_its_rounds_and_the_last_one_for_ever() -> None:
+    federation = Federation(progfed())
+    depths = [depth_of(federation, federation.server)]
+    for round in range(1, 11):
+        sent = federation.payload(round, 0)
+        federation.run(round, cohort=[0])
+        served = weights_of(federation.served(round))
+        assert_same_bits(served, federation.server)
+        assert {*sent} == {*federation.server} == {*weights_of(federation.deployed(round, 1))}
+        depths.append(depth_of(federation, sent))
+    assert depths == [1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_one_stage_is_fedavg_bit_by_bit(warmup: int) -> None:
+    one, plain = Federation(progfed(stages=1, warmup=warmup)), Federation(FedAvg(**LOCAL))
+    assert_same_bits(one.server, plain.server)
+    for round in (1, 2, 3):
+        one.run(round)
+        plain.run(round)
+    assert_same_bits(one.server, plain.server)
+
+
+def test_when_a_stage_begins_old_blocks_stay_and_the_head_is_a_fresh_one() -> None:
+    federation = Federation(progfed(stages=2, stage_rounds=1))
+    end, start = {*tail(federation.task, TARGET)}, federation.server
+    federation.run(1)
+    before, sent = federation.server, federation.payload(2, 0)
+    old = {name for name in before if name not in end}
+    assert old and {*sent} - old - end == {n for n in sent if federation.task.specs(TARGET)[n].layer in (2, 3)}
+    assert_same_bits({n: sent[n] for n in old}, {n: before[n] for n in old})
+    assert distance({n: sent[n] for n in old}, {n: start[n] for n in old}) > 1e-3, "they had been trained"
+    drawn = [name for name in end if name == "classifier.weight"]  # the others start as ones and zeros
+    assert drawn
+    for name in drawn:
+        assert not torch.equal(sent[name], before[name]) and not torch.equal(sent[name], start[name])
+    as_initialised = Federation(FedAvg(**LOCAL)).server  # the target from the same seed
+    assert_same_bits(
+        {n: sent[n] for n in sent if n not in old | end}, {n: as_initialised[n] for n in sent if n not in old | end}
+    )
+    assert not torch.equal(sent["vit.layernorm.bias"], before["vit.layernorm.bias"])
+    assert torch.equal(sent["vit.layernorm.bias"], torch.zeros(16))
+
+
+def test_a_stage_begins_once() -> None:
+    """Scores are taken of what the round left, in the first round of a stage as well."""
+    federation = Federation(progfed(stages=2, stage_rounds=1))
+    federation.run(1)
+    federation.run(2)
+    assert_same_bits(federation.payload(2, 0), federation.server)
+    assert_same_bits(federation.payload(3, 0), federation.server)
+    assert_same_bits(weights_of(federation.deployed(2, 1)), federation.server)
+
+
+def test_a_stage_begins_even_if_nobody_arrives() -> None:
+    federation = Federation(progfed(stages=2, stage_rounds=1))
+    federation.run(1)
+    expected = federation.payload(2, 0)
+    federation.run(2, cohort=[])
+    assert_same_bits(federation.server, expected)
+
+
+def test_a_warm_up_trains_what_is_new_and_nothing_else() -> None:
+    federation = Federation(progfed(stages=2, stage_rounds=2, warmup=1))
+    task = federation.task
+    for round in (1, 2):
+        assert {*federation.run(round)[0].tree} == {*federation.server}, "the first stage has no warm-up"
+    before = federation.payload(3, 0)
+    new = {*tail(task, TARGET)} | {name for name, spec in task.specs(TARGET).items() if spec.layer in (2, 3)}
+    updates = federation.run(3)
+    assert all({*update.tree} == new for update in updates)
+    moved = {name for name in before if not torch.equal(federation.server[name], before[name])}
+    assert moved == new
+    assert_close({n: federation.server[n] for n in new}, mean([u.tree for u in updates], [6, 12, 18]), atol=1e-7)
+    assert {*federation.run(4)[0].tree} == {*task.specs(TARGET)}, "then everything"
+
+
+def test_stages_without_warm_up_train_everything_at_once() -> None:
+    federation = Federation(progfed(stages=2, stage_rounds=1))
+    federation.run(1)
+    assert {*federation.run(2)[0].tree} == {*federation.task.specs(TARGET)}
+
+
+@pytest.mark.parametrize(
+    "fields, named", [({"warmup": 3, "stage_rounds": 2}, "algorithm.warmup=3"), ({"stages": 0}, "algorithm.stages=0")]
+)
+def test_progfed_refuses_what_cannot_be(fields: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        progfed(**fields)
+
+
+# growing once ---------------------------------------------------------------------------------------------------------
+
+
+def growing(**changes: Any) -> GrowThenFedAvg:
+    fields: dict[str, Any] = LOCAL | {"small_rounds": 2} | changes
+    return GrowThenFedAvg(**fields)
+
+
+def test_before_the_growth_it_is_fedavg_of_the_smallest_form() -> None:
+    federation, small = Federation(growing(), UNLIKE), Federation(fedavg_small(**LOCAL), UNLIKE)
+    for round in (1, 2):
+        assert_same_bits(federation.payload(round, 0), small.payload(round, 0))
+        federation.run(round)
+        small.run(round)
+        assert_same_bits(federation.server, small.server)
+        assert_same_bits(weights_of(federation.deployed(round, 2)), weights_of(small.served(round)))
+
+
+def test_after_it_it_is_fedavg_of_the_target() -> None:
+    federation, plain = Federation(growing(), UNLIKE), Federation(FedAvg(**LOCAL), UNLIKE)
+    for round in (1, 2):
+        federation.run(round)
+    plain.server = federation.payload(3, 0)
+    assert {n: t.shape for n, t in plain.server.items()} == {
+        n: t.shape for n, t in federation.task.fresh(TARGET, 0).items()
+    }
+    for round in (3, 4):
+        assert_same_bits(federation.payload(round, 2), plain.payload(round, 2))
+        federation.run(round)
+        plain.run(round)
+    assert_same_bits(federation.server, plain.server)
+    assert_same_bits(weights_of(federation.served(4)), plain.server)
+
+
+@pytest.mark.parametrize("preset, exact", [("preserving", True), ("net2net", False), ("paper", False)])
+def test_an_exact_preset_gives_what_the_small_model_computed(preset: str, exact: bool) -> None:
+    federation = Federation(growing(preset=preset))
+    for round in (1, 2):
+        federation.run(round)
+    batch = {"pixel_values": federation.pixels}
+    small = federation.task.forward(SMALL, federation.server, batch)
+    large = federation.task.forward(TARGET, federation.payload(3, 0), batch)
+    assert (float((large - small).abs().max()) < 1e-4) == exact
+    assert small.std() > 0.05
+
+
+def test_it_grows_once() -> None:
+    federation = Federation(growing(small_rounds=1))
+    federation.run(1)
+    grown = federation.payload(2, 0)
+    assert_same_bits(federation.payload(2, 2), grown)
+    federation.run(2, cohort=[1])
+    after = federation.server
+    assert distance(after, grown) > 1e-3
+    for round in (2, 3):
+        assert_same_bits(federation.payload(round, 0), after)
+        assert_same_bits(weights_of(federation.deployed(round, 0)), after)
+    nobody = Federation(growing(small_rounds=1))
+    nobody.run(1)
+    nobody.run(2, cohort=[])
+    assert_same_bits(nobody.server, grown)
+
+
+def test_a_target_that_is_the_smallest_form_stays_as_it_is() -> None:
+    federation = Federation(growing(small_rounds=1), ALIKE, target=SMALL)
+    federation.run(1)
+    assert_same_bits(federation.payload(2, 0), federation.server)
+
+
+@pytest.mark.parametrize(
+    "fields, target, named",
+    [
+        ({"preset": "hypercloning"}, Form(20, 4, heads=5), "growing 8x1 into 20x4"),
+        ({"preset": "bigger"}, TARGET, "algorithm.preset='bigger'"),
+        ({"small_rounds": 0}, TARGET, "algorithm.small_rounds=0"),
+    ],
+)
+def test_growth_that_cannot_be_is_refused(fields: dict[str, Any], target: Form, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Federation(growing(**fields), (SMALL, SMALL, MIDDLE), target)

@@ -1,0 +1,595 @@
+"""Adapters, and the four federated methods that train them: what they compute, what travels, what is averaged."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from baselines.fedavg import FedAvg
+from baselines.flora import HEAD, MATRICES, SINCE, STACK, FLoRA
+from baselines.lora import FederatedLoRA, fedit, ffa_lora, hetlora
+from fedsim.algorithm import Algorithm, ClientContext, ClientUpdate
+from fedsim.core.tree import Tree, clone, nbytes, sha256, under
+from fedsim.learning.adapters import (
+    A,
+    B,
+    adapted,
+    applied,
+    check_rank,
+    fresh,
+    logits_beside,
+    norm,
+    products,
+    rank_of,
+    resized,
+)
+from fedsim.learning.exits import tail
+from fedsim.learning.starts import start_of
+from fedsim.learning.task import Batch, Task
+from fedsim.learning.training import Objective, StepCost
+from fedsim.models import Form
+from fedsim.models.pretrained import Checkpoint
+from tests.support.family_rows import ROWS, batch_of, random_tree, real
+from tests.support.small_federation import (
+    ALIKE,
+    LOCAL,
+    TARGET,
+    UNLIKE,
+    Federation,
+    assert_close,
+    assert_same_bits,
+    distance,
+    drawn_like,
+    mean,
+    weights_of,
+    without_counting,
+)
+
+
+RANK, ALPHA = 4, 6.0
+SCALE = ALPHA / RANK
+
+
+@pytest.fixture(autouse=True)
+def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_counting(monkeypatch)
+
+
+# adapters -------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def model_of(row: str) -> tuple[Task, Form, Tree, dict[str, int], Batch]:
+    """A task, a form, a model in double precision, its adapted matrices, and a batch."""
+    task, form = ROWS[row].task, ROWS[row].small
+    return task, form, random_tree(task, form), adapted(task, form), batch_of(task)
+
+
+def moved(base: Tree, writes: Mapping[str, int], rank: int = 3) -> Tree:
+    """Adapters that change something, in double precision."""
+    generator = torch.Generator().manual_seed(5)
+    tree = fresh(base, writes, rank, generator)
+    return {name: 0.3 * torch.randn(t.shape, generator=generator, dtype=torch.float64) for name, t in tree.items()}
+
+
+PROJECTIONS = {
+    "vit": 6,
+    "bert": 6,
+    "gpt2": 4,
+    "llama": 7,
+    "fifth": 7,
+}  # in a block; GPT-2's queries, keys, values are one
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_which_matrices_have_adapters(row: str) -> None:
+    task, form, base, writes, _ = model_of(row)
+    assert len(writes) == form.depth * PROJECTIONS[row.partition("-")[0]]
+    specs = task.specs(form)
+    assert {specs[name].layer for name in writes} == {*range(form.depth)}
+    matrices = {n for n, s in specs.items() if s.layer is not None and base[n].ndim == 2}
+    assert {*writes} == matrices, "every matrix of a block, and no norm, bias, embedding or head"
+    assert {*writes.values()} == ({1} if row.startswith("gpt2") else {0})
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_fresh_adapter_changes_nothing(row: str) -> None:
+    task, form, base, writes, batch = model_of(row)
+    tree = {name: t.double() for name, t in fresh(base, writes, 3, torch.Generator().manual_seed(0)).items()}
+    assert_same_bits(applied(base, tree, writes, SCALE), base)
+    assert torch.equal(logits_beside(task, form, base, tree, SCALE, batch), task.forward(form, base, batch))
+    for name, position in writes.items():
+        out, in_ = base[name].shape[position], base[name].shape[1 - position]
+        assert tree[A + name].shape == (3, in_) and tree[B + name].shape == (out, 3)
+        assert not tree[B + name].any()
+        assert 0.7 / math.sqrt(in_) < tree[A + name].abs().max() <= 1 / math.sqrt(in_)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_adapters_beside_their_matrices_are_adapters_merged_into_them(row: str) -> None:
+    task, form, base, writes, batch = model_of(row)
+    single = row.startswith(("llama", "fifth"))  # their normalisations compute in single precision
+    tree = moved(base, writes)
+    gradients, logits = [], []
+    for beside in (True, False):
+        leaves = {name: t.clone().requires_grad_() for name, t in tree.items()}
+        if beside:
+            said = logits_beside(task, form, base, leaves, SCALE, batch)
+        else:
+            said = task.forward(form, applied(base, leaves, writes, SCALE), batch)
+        logits.append(real(said, batch))
+        logits[-1].tanh().sum().backward()
+        gradients.append({name: leaf.grad for name, leaf in leaves.items()})
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4 if single else 1e-10)
+    assert (logits[0] - real(task.forward(form, base, batch), batch)).abs().max() > 0.01
+    for name, found in gradients[0].items():
+        expected = gradients[1][name]
+        assert found is not None and expected is not None
+        scale = float(expected.abs().max()) + 1e-3
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-3 if single else 1e-8)
+    assert all(tensor.grad is None and not tensor.requires_grad for tensor in base.values())
+    skeleton = task.skeleton(form)
+    assert all(parameter.grad is None for parameter in skeleton.parameters())
+    assert not any(module._forward_hooks for module in skeleton.modules())
+
+
+def test_hooks_are_gone_after_an_error() -> None:
+    task, form, base, writes, batch = model_of("vit")
+    broken = {name: tensor[..., :1] for name, tensor in moved(base, writes).items()}
+    with pytest.raises(RuntimeError):
+        logits_beside(task, form, base, broken, SCALE, batch)
+    assert not any(module._forward_hooks for module in task.skeleton(form).modules())
+
+
+def test_a_fused_transposed_matrix_by_hand() -> None:
+    """GPT-2 computes x W of queries, keys and values: W' = W + s (B A)^T, of which B's last rows are the values'."""
+    _, form, base, writes, _ = model_of("gpt2-lm")
+    name, width = "transformer.h.1.attn.c_attn.weight", form.width
+    tree = moved(base, writes)
+    grown = applied(base, tree, writes, 0.5)
+    a, b, x = tree[A + name], tree[B + name], torch.arange(float(width), dtype=torch.float64)
+    assert a.shape == (3, width) and b.shape == (3 * width, 3)
+    torch.testing.assert_close(x @ grown[name], x @ base[name] + 0.5 * b @ (a @ x))
+    values = grown[name][:, 2 * width :] - base[name][:, 2 * width :]
+    torch.testing.assert_close(values, 0.5 * (b[2 * width :] @ a).T)
+    only = dict(tree)
+    only[B + name] = torch.cat([torch.zeros(2 * width, 3, dtype=torch.float64), b[2 * width :]])
+    after = applied(base, only, writes, 0.5)[name]
+    assert torch.equal(after[:, : 2 * width], base[name][:, : 2 * width]) and not torch.equal(after, base[name])
+
+
+def test_an_adapter_on_paper() -> None:
+    """B A = [[1], [2]] [[3, 4, 5]] = [[3, 4, 5], [6, 8, 10]], of norm sqrt(250); transposed where columns write."""
+    tree = {A + "w": torch.tensor([[3.0, 4.0, 5.0]]), B + "w": torch.tensor([[1.0], [2.0]])}
+    change = torch.tensor([[3.0, 4.0, 5.0], [6.0, 8.0, 10.0]])
+    assert torch.equal(products(tree, {"w": 0})["w"], change)
+    assert torch.equal(products(tree, {"w": 1})["w"], change.T)
+    assert norm(tree, {"w": 0}) == norm(tree, {"w": 1}) == math.sqrt(250)
+    both = tree | {A + "v": tree[A + "w"], B + "v": tree[B + "w"]}
+    assert norm(both, {"w": 0, "v": 0}) == pytest.approx(math.sqrt(500))
+    assert torch.equal(applied({"w": torch.ones(2, 3), "n": torch.ones(3)}, tree, {"w": 0}, 0.5)["w"], 1 + change / 2)
+
+
+def test_factors_are_cut_to_their_first_ranks_and_padded_with_zeros() -> None:
+    tree = {
+        A + "w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        B + "w": torch.tensor([[5.0, 6.0]]),
+        "head.x": torch.ones(3),
+    }
+    cut, padded = resized(tree, 1), resized(tree, 3)
+    assert cut[A + "w"].tolist() == [[1, 2]] and cut[B + "w"].tolist() == [[5]]
+    assert padded[A + "w"].tolist() == [[1, 2], [3, 4], [0, 0]] and padded[B + "w"].tolist() == [[5, 6, 0]]
+    assert torch.equal(padded[B + "w"] @ padded[A + "w"], tree[B + "w"] @ tree[A + "w"])
+    assert_same_bits(resized(padded, 2), tree)
+    assert cut["head.x"] is padded["head.x"] is tree["head.x"]
+
+
+def test_a_draw_is_the_seeds_and_not_the_orders() -> None:
+    _, _, base, writes, _ = model_of("bert-text")
+    backwards = dict(reversed(writes.items()))
+    trees = [fresh(base, w, 2, torch.Generator().manual_seed(s)) for w, s in ((writes, 0), (backwards, 0), (writes, 1))]
+    assert_same_bits(trees[0], trees[1])
+    assert sha256(trees[0]) != sha256(trees[2])
+
+
+def test_a_rank_that_a_matrix_does_not_have_is_refused() -> None:
+    task, form = ROWS["llama-lm"].task, ROWS["llama-lm"].small  # 16 wide; keys and values: two heads of 4
+    check_rank(task, form, 8)
+    with pytest.raises(ValueError, match=r"algorithm\.rank=9: must be at most 8, the rank of .*k_proj.* target 16x2"):
+        check_rank(task, form, 9)
+    for make in (fedit, ffa_lora, hetlora, FLoRA):
+        with pytest.raises(ValueError, match=r"algorithm\.rank=17: must be at most 16"):
+            Federation(make(rank=17))
+
+
+def test_a_step_forms_no_gradient_of_a_matrix_of_the_model() -> None:
+    """Training all of a model takes three passes' products, training adapters two and a little."""
+    task, form = ROWS["bert-text"].task, Form(64, 3, heads=4)
+    base, writes, batch = task.fresh(form, 0), adapted(task, form), task.example(4)
+    tree = fresh(base, writes, 2, torch.Generator())
+
+    def flops(leaves: Tree, logits: Any) -> int:
+        leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            logits(leaves).sum().backward()
+        return counter.get_total_flops()
+
+    whole = flops(base, lambda leaves: task.forward(form, leaves, batch))
+    beside = flops(tree, lambda leaves: logits_beside(task, form, base, leaves, 1.0, batch))
+    merged = flops(tree, lambda leaves: task.forward(form, applied(base, leaves, writes, 1.0), batch))
+    assert 0.6 * whole < beside < 0.8 * whole < 0.95 * whole < merged
+
+
+# FedIT, FFA-LoRA and HetLoRA ------------------------------------------------------------------------------------------
+
+
+def lora(make: Any, **changes: Any) -> FederatedLoRA:
+    fields: dict[str, Any] = LOCAL | {"rank": RANK, "alpha": ALPHA} | changes
+    return make(**fields)
+
+
+METHODS = {"fedit": fedit, "ffa_lora": ffa_lora, "hetlora": hetlora}
+ABLE = (TARGET,) * 3  # whoever can hold the target has all ranks
+
+
+def matrices_of(federation: Federation, model: Mapping[str, Tensor]) -> Tree:
+    return {name: model[name].double() for name in adapted(federation.task, TARGET)}
+
+
+def test_averaged_factors_are_no_averaged_product_on_paper() -> None:
+    """B1 A1 = diag(1, 0), B2 A2 = diag(0, 1): their mean is I / 2, but mean(B) mean(A) has 1/4 everywhere."""
+    trees = [{A + "w": torch.tensor([a]), B + "w": torch.tensor(a)[:, None]} for a in ([1.0, 0.0], [0.0, 1.0])]
+    of_products = mean([products(tree, {"w": 0}) for tree in trees], [1, 1])["w"]
+    of_factors = products(mean(trees, [1, 1]), {"w": 0})["w"]
+    assert of_products.tolist() == [[0.5, 0.0], [0.0, 0.5]]
+    assert of_factors.tolist() == [[0.25, 0.25], [0.25, 0.25]]
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa_lora"])
+def test_only_with_one_a_for_all_is_the_mean_of_factors_that_of_models(name: str) -> None:
+    """What a server's model becomes, against the mean of its clients' models, after a round of training."""
+    federation = Federation(lora(METHODS[name], lr=0.05, epochs=3))
+    updates = federation.run(1)
+    held = [federation.algorithm._model(federation.state(u.client), u.tree, federation.at_server(1)) for u in updates]  # type: ignore[attr-defined]
+    of_models = mean([matrices_of(federation, weights_of(model)) for model in held], [6, 12, 18])
+    found = matrices_of(federation, weights_of(federation.served(1)))
+    start = matrices_of(federation, start_of(federation.task, TARGET, None, 0))
+    changed = distance(of_models, start)
+    assert changed > 0.01
+    assert (distance(found, of_models) < 1e-5 * changed + 1e-6) == (name == "ffa_lora")
+    assert distance(found, of_models) < changed
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_client_counts(name: str) -> None:
+    """A mean that keeps one client's part alone would pass for one: each client in turn sends something else."""
+    federation = Federation(lora(METHODS[name]), ABLE)
+    updates = federation.run(1)
+    found = federation.server
+    for client in range(3):
+        others = list(updates)
+        others[client] = dataclasses.replace(updates[client], tree={n: t + 1 for n, t in updates[client].tree.items()})
+        changed = federation.aggregate(1, others)
+        assert all(float((changed[n] - found[n]).abs().min()) > 0.05 for n in found), client
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_before_anything_is_learned_everyone_has_the_base(name: str) -> None:
+    federation = Federation(lora(METHODS[name]), UNLIKE)
+    plain = Federation(FedAvg(**LOCAL))
+    for model in (federation.served(0), *(federation.deployed(0, client) for client in range(3))):
+        assert_same_bits(weights_of(model), plain.server)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_travels_and_what_stays(name: str) -> None:
+    federation = Federation(lora(METHODS[name]), ABLE)
+    task = federation.task
+    writes, held = adapted(task, TARGET), federation.state(0)
+    factors = [B] if name == "ffa_lora" else [A, B]
+    expected = {f + matrix for f in factors for matrix in writes} | {HEAD + n for n in tail(task, TARGET)}
+    assert {*federation.payload(1, 0)} == {*federation.update(1, 0).tree} == {*federation.server} == expected
+    kept = {A + matrix for matrix in writes} if name == "ffa_lora" else set()
+    assert {*held} == {*task.specs(TARGET)} | kept
+    assert sha256(federation.state(0)) == sha256(held) == sha256(federation.state(1)), "alike, and as it was"
+    (work,) = federation.work[0].work
+    assert work.trainable == sum(t.numel() for t in federation.server.values())
+    if name == "ffa_lora":
+        both = nbytes(Federation(lora(fedit), ABLE).payload(1, 0)) - nbytes(federation.payload(1, 0))
+        assert both == nbytes({n: t for n, t in held.items() if n.startswith(A)})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_moves_adapters_and_head_and_no_other_parameter(name: str) -> None:
+    federation = Federation(lora(METHODS[name]), UNLIKE)
+    before = weights_of(federation.served(0))
+    federation.run(1)
+    after = weights_of(federation.served(1))
+    may_move = {*adapted(federation.task, TARGET), *tail(federation.task, TARGET)}
+    assert {n for n in before if not torch.equal(before[n], after[n])} == may_move
+    for client in range(3):
+        own = weights_of(federation.deployed(1, client))
+        assert_same_bits(
+            {n: own[n] for n in own if n not in may_move}, {n: before[n] for n in own if n not in may_move}
+        )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_is_that_of_the_merged_model(name: str) -> None:
+    """One step of AdamW moves each scalar by its rate against the sign of its gradient, computed here by merging."""
+    federation = Federation(lora(METHODS[name], batch_size=64, clip=None), ABLE)
+    federation.run(1)
+    payload, state, task = federation.payload(2, 2), federation.state(2), federation.task
+    leaves = {n: t.clone().requires_grad_() for n, t in payload.items()}
+    base = {n: state[n] for n in task.specs(TARGET)}
+    model = applied(base, {**state, **leaves}, adapted(task, TARGET), SCALE) | under(leaves, HEAD)
+    batch = task.batch(federation.shards[2], torch.arange(18))
+    task.loss(task.forward(TARGET, model, batch), batch).backward()
+    update, compared = federation.update(2, 2), 0
+    for n, leaf in leaves.items():
+        assert leaf.grad is not None
+        gradient = leaf.grad[leaf.grad.abs() > 1e-5]  # smaller ones are rounding, or no longer large to AdamW's 1e-8
+        step = (update.tree[n] - payload[n])[leaf.grad.abs() > 1e-5]
+        torch.testing.assert_close(step, -1e-2 * gradient.sign(), rtol=0, atol=2e-5)
+        compared += len(gradient)
+    assert compared > 0.5 * sum(leaf.numel() for leaf in leaves.values())
+
+
+def test_ranks_go_by_device() -> None:
+    federation = Federation(lora(hetlora), UNLIKE)
+    task = federation.task
+    assert [rank_of(task, TARGET, form, RANK) for form in UNLIKE] == [1, 2, 4]
+    for client, rank in enumerate((1, 2, 4)):
+        for tree in (federation.payload(1, client), federation.update(1, client).tree):
+            assert {len(t) for n, t in tree.items() if n.startswith(A)} == {rank}
+            assert {t.shape[1] for n, t in tree.items() if n.startswith(B)} == {rank}
+    for make in (fedit, ffa_lora):
+        alike = Federation(lora(make), UNLIKE)
+        assert {tuple(t.shape) for t in alike.payload(1, 0).values()} == {tuple(t.shape) for t in alike.server.values()}
+
+
+def test_zero_padding_dilutes_by_the_owners_share() -> None:
+    """All send ones with weights 1, 1 and 2: rank 1 is everyone's, rank 2 of 3/4 of the weights, ranks 3, 4 of 1/2."""
+    federation = Federation(lora(hetlora), UNLIKE)
+    updates = [
+        ClientUpdate(id_, {n: torch.ones_like(t) for n, t in federation.payload(1, id_).items()}, weight)
+        for id_, weight in enumerate((1, 1, 2))
+    ]
+    for n, tensor in federation.aggregate(1, updates).items():
+        if n.startswith(A):
+            assert torch.equal(tensor, torch.tensor([1.0, 0.75, 0.5, 0.5])[:, None].expand_as(tensor))
+        elif n.startswith(B):
+            assert torch.equal(tensor, torch.tensor([1.0, 0.75, 0.5, 0.5]).expand_as(tensor))
+        else:
+            assert torch.equal(tensor, torch.ones_like(tensor))
+
+
+def test_hetlora_weighs_by_the_norm_of_what_was_learned() -> None:
+    federation = Federation(lora(hetlora), UNLIKE)
+    writes = adapted(federation.task, TARGET)
+    updates = federation.run(1)
+    for update in updates:
+        squares = sum(float((update.tree[B + n] @ update.tree[A + n]).double().square().sum()) for n in writes)
+        assert update.weight == pytest.approx(squares**0.5, rel=1e-5)
+        assert update.weight > 0
+    assert len({round(update.weight, 6) for update in updates}) == 3
+    padded = [resized(update.tree, RANK) for update in updates]
+    assert_close(federation.server, mean(padded, [update.weight for update in updates]), atol=1e-6)
+    by_examples = mean(padded, [6, 12, 18])
+    assert distance(federation.server, by_examples) > 1e-4
+
+
+def test_where_nothing_was_learned_all_adapters_count_alike() -> None:
+    federation = Federation(lora(hetlora, lr=0.0), UNLIKE)
+    before = federation.server
+    updates = federation.run(1)
+    assert len({update.weight for update in updates}) == 1 and updates[0].weight > 0
+    ones = [1.0, 2 / 3, 1 / 3, 1 / 3]
+    for n, tensor in federation.server.items():
+        share = torch.tensor(ones)[:, None] if n.startswith(A) else torch.ones(())
+        torch.testing.assert_close(tensor, before[n] * share)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_in_equal_out_equal(name: str) -> None:
+    federation = Federation(lora(METHODS[name]), ABLE)
+    same = drawn_like(federation.payload(1, 0), seed=3)
+    found = federation.aggregate(1, [ClientUpdate(id_, same, weight) for id_, weight in ((0, 0.3), (2, 1.7))])
+    assert_close(found, same, atol=1e-6)
+    assert_same_bits(federation.aggregate(1, [ClientUpdate(1, same, 12)]), same)
+
+
+# where a base comes from ----------------------------------------------------------------------------------------------
+
+
+def saved(federation: Federation, folder: Path, seed: int = 3) -> Tree:
+    """A target on disk, and what is in it."""
+    tree = federation.task.fresh(TARGET, seed)
+    federation.task.module(TARGET, tree).save_pretrained(folder)  # type: ignore[operator]
+    return tree
+
+
+@pytest.mark.parametrize("make", [fedit, FLoRA])
+def test_a_base_may_be_a_checkpoint(make: Any, tmp_path: Path) -> None:
+    tree = saved(Federation(FedAvg(**LOCAL)), tmp_path)
+    federation = Federation(lora(make, base=Checkpoint(str(tmp_path))))
+    for model in (federation.served(0), federation.deployed(0, 1)):
+        assert_same_bits(weights_of(model), tree)
+    before = sha256(start_of(federation.task, TARGET, Checkpoint(str(tmp_path)), 0))
+    federation.run(1)
+    assert sha256(start_of(federation.task, TARGET, Checkpoint(str(tmp_path)), 0)) == before, "nobody wrote to it"
+    others = {n for n in tree if n not in {*adapted(federation.task, TARGET), *tail(federation.task, TARGET)}}
+    assert_same_bits({n: weights_of(federation.served(1))[n] for n in others}, {n: tree[n] for n in others})
+
+
+def test_a_checkpoint_of_another_form_is_refused(tmp_path: Path) -> None:
+    saved(Federation(FedAvg(**LOCAL)), tmp_path)
+    with pytest.raises(ValueError, match=r"form\.depth"):
+        Federation(lora(fedit, base=Checkpoint(str(tmp_path))), target=dataclasses.replace(TARGET, depth=3))
+
+
+def test_without_a_checkpoint_all_begin_with_fedavgs_target() -> None:
+    federation = Federation(FedAvg(**LOCAL))
+    assert_same_bits(start_of(federation.task, TARGET, None, 0), federation.server)
+    assert sha256(start_of(federation.task, TARGET, None, 1)) != sha256(federation.server)
+
+
+# FLoRA ----------------------------------------------------------------------------------------------------------------
+
+
+def flora(**changes: Any) -> FLoRA:
+    fields: dict[str, Any] = LOCAL | {"rank": RANK, "alpha": ALPHA} | changes
+    return FLoRA(**fields)
+
+
+def learned(federation: Federation, updates: Sequence[ClientUpdate], power: int = 1) -> Tree:
+    """sum_k p_k^power B_k A_k of each matrix, in double precision."""
+    total = sum(update.weight for update in updates)
+    return {
+        name: sum((u.weight / total) ** power * u.tree[B + name].double() @ u.tree[A + name].double() for u in updates)
+        for name in adapted(federation.task, TARGET)
+    }  # type: ignore[return-value]
+
+
+def test_what_is_merged_is_the_sum_of_products() -> None:
+    federation = Federation(flora(lr=0.05, epochs=3), UNLIKE)
+    start = matrices_of(federation, weights_of(federation.served(0)))
+    updates = federation.run(1)
+    after = matrices_of(federation, weights_of(federation.served(1)))
+    change, twice = learned(federation, updates), learned(federation, updates, power=2)
+    assert_close(after, {n: start[n] + SCALE * change[n] for n in start}, atol=1e-6)
+    assert distance(after, {n: start[n] + SCALE * twice[n] for n in start}) > 1e-3, "one side alone carries weights"
+    factors = [
+        {A + n: u.tree[A + n][:1] for n in start} | {B + n: u.tree[B + n][:, :1] for n in start} for u in updates
+    ]
+    of_means = products(mean(factors, [6, 12, 18]), adapted(federation.task, TARGET))
+    assert distance({n: SCALE * c for n, c in change.items()}, {n: SCALE * c for n, c in of_means.items()}) > 1e-3
+
+
+def test_a_stack_on_paper() -> None:
+    """Weights 1 and 3; B1 A1 = 2 everywhere, B2 A2 = 2 * 2 * 6 = 24: W + s (2 / 4 + 72 / 4) = W + 18.5 s."""
+    federation = Federation(flora(), UNLIKE)
+    start = matrices_of(federation, weights_of(federation.served(0)))
+    trees = [federation.update(1, client).tree for client in (0, 1)]
+    filled = [
+        {n: torch.full_like(t, {A: 1.0, B: 2.0}.get(n[:2], 7.0)) for n, t in trees[0].items()},
+        {n: torch.full_like(t, {A: 2.0, B: 6.0}.get(n[:2], 11.0)) for n, t in trees[1].items()},
+    ]
+    assert [len(filled[k][A + n]) for k in (0, 1) for n in start][:: len(start)] == [1, 2]
+    federation.server = federation.aggregate(1, [ClientUpdate(0, filled[0], 1), ClientUpdate(1, filled[1], 3)])
+    for n, tensor in under(federation.server, STACK).items():
+        assert tensor.shape[0 if n.startswith(A) else 1] == 3
+    after = matrices_of(federation, weights_of(federation.served(1)))
+    assert_close(after, {n: t + 18.5 * SCALE for n, t in start.items()}, atol=1e-4)
+    for tensor in under(federation.server, HEAD).values():
+        assert torch.equal(tensor, torch.full_like(tensor, 10.0))
+
+
+def test_one_clients_merge_is_its_own_trained_model() -> None:
+    federation = Federation(flora(), UNLIKE)
+    (update,) = federation.run(1, cohort=[2])
+    own = applied(federation.state(2), update.tree, adapted(federation.task, TARGET), SCALE) | under(update.tree, HEAD)
+    assert_close(weights_of(federation.served(1)), own, atol=1e-6)
+
+
+def test_adapters_begin_anew_in_every_round_for_everyone() -> None:
+    """At a rate of 0 what is sent is what training started from."""
+    federation = Federation(flora(lr=0.0))
+    first, second = federation.run(1), federation.run(2)
+    hashes = {sha256({n: t for n, t in u.tree.items() if n.startswith(A)}) for u in (*first, *second)}
+    assert len(hashes) == 6
+    assert all(not u.tree[n].any() for u in first for n in u.tree if n.startswith(B))
+    assert_same_bits(weights_of(federation.served(2)), start_of(federation.task, TARGET, None, 0))
+
+
+COHORTS = [[0, 1], [1, 2], [0], [], [2, 0], [1], [1, 2], [0, 1, 2], [2], [0], [0, 2]]
+
+
+def test_whoever_missed_rounds_holds_the_servers_model_all_the_same() -> None:
+    """Bit by bit, in every round, whether it is sent the last stack or the matrices."""
+    federation = Federation(flora(rank=1), ALIKE)
+    took: list[set[str]] = []
+    for round, cohort in enumerate(COHORTS, start=1):
+        federation.run(round, cohort)
+        expected = weights_of(federation.served(round))
+        for client in range(3):
+            assert_same_bits(weights_of(federation.deployed(round, client)), expected)
+            parts = {name.partition(".")[0] + "." for name in federation.payload(round + 1, client)}
+            took.append(parts - {HEAD})
+    assert took[:3] == [{STACK}] * 3, "after one stack nobody has missed anything"
+    assert {STACK} in took[3:] and {MATRICES} in took[3:]
+    last = took[-3:]
+    assert last == [{STACK}, {MATRICES}, {STACK}], "the second missed the round before"
+
+
+def test_a_client_that_has_it_all_is_sent_the_stack_and_the_others_the_matrices() -> None:
+    federation = Federation(flora(rank=1))
+    task = federation.task
+    head = nbytes({n: t for n, t in federation.server.items() if n.startswith(HEAD)})
+    sides = [task.fresh(TARGET, 0)[name].shape for name in adapted(task, TARGET)]
+    matrices, one = 4 * sum(o * i for o, i in sides), 4 * sum(o + i for o, i in sides)
+    assert [nbytes(federation.payload(1, client)) for client in range(3)] == [head] * 3
+    federation.run(1, cohort=[0, 1])
+    assert [nbytes(federation.payload(2, client)) for client in range(3)] == [head + 2 * one] * 3
+    federation.run(2, cohort=[0])
+    expected = [head + one, head + matrices, head + matrices]
+    assert [nbytes(federation.payload(3, client)) for client in range(3)] == expected
+    assert nbytes(federation.update(3, 1).tree) == head + one
+
+
+def test_a_stack_larger_than_the_matrices_is_not_sent() -> None:
+    federation = Federation(flora(rank=8))
+    federation.clients = [dataclasses.replace(client, form=TARGET) for client in federation.clients]
+    federation.run(1)
+    stack = nbytes(under(federation.server, STACK))
+    matrices = nbytes(under(federation.server, MATRICES))
+    assert stack > matrices
+    for client in range(3):
+        assert nbytes(under(federation.payload(2, client), MATRICES)) == matrices
+        assert not under(federation.payload(2, client), STACK)
+        assert_same_bits(weights_of(federation.deployed(1, client)), weights_of(federation.served(1)))
+
+
+def test_the_servers_notes_stay_at_the_server_and_a_lost_round_leaves_them() -> None:
+    federation = Federation(flora(rank=1))
+    federation.run(1)
+    assert SINCE not in federation.payload(2, 0)
+    assert federation.server[SINCE].tolist() == [1, 0, 1, 1, 1]
+    federation.run(2, cohort=[2])
+    assert federation.server[SINCE].tolist() == [2, 1, 1, 1, 2]
+    before = clone(federation.server)
+    federation.run(3, cohort=[])
+    assert_same_bits(federation.server, before)
+
+
+# where tensors are ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [fedit, ffa_lora, hetlora, FLoRA])
+def test_what_a_participant_makes_is_on_its_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta device has no values, but it shows where tensors are put, and refuses to mix them with others."""
+
+    def run(context: ClientContext, objective: Objective, parameters: Tree) -> StepCost:
+        objective(parameters, {name: tensor.to(context.device) for name, tensor in context.task.example(1).items()})
+        return StepCost((0, 0), (1, 1))
+
+    monkeypatch.setattr(StepCost, "measured", staticmethod(run))
+    algorithm: Algorithm = lora(make)
+    federation = Federation(algorithm, UNLIKE)
+    context = federation.at_client(1, 0, device="meta", empty=True)
+    state = algorithm.client_init(context)
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    monkeypatch.setattr("baselines.lora.norm", lambda *arguments: 1.0)  # a number of a tensor without values
+    federation.run(1)
+    payload = {name: tensor.to("meta") for name, tensor in federation.payload(2, 0).items()}
+    update, kept = algorithm.client_update(payload, state, context)
+    for tree in (update.tree, kept):
+        assert {tensor.device.type for tensor in tree.values()} == {"meta"}

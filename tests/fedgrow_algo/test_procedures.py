@@ -1,0 +1,626 @@
+"""The procedures of Fed-Grow: staged, joint, as released, and fine-tuning; what moves, what stays, what travels."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import fedsim.simulation
+from baselines.fedavg import FedAvg
+from benchmarks.suites import quick, released_ladder, tiny
+from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
+from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.ligo import Operator
+from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedgrow_algo.rounds import aggregated, payloads, stage_of
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
+from fedsim.core.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
+from fedsim.data.config import Split, digits
+from fedsim.engine.progress import ProgressListener
+from fedsim.experiment import Experiment, with_settings
+from fedsim.learning.server_opt import AVERAGE
+from fedsim.learning.task import Task, TaskConfig, load_task, subset
+from fedsim.learning.training import Meter, StepCost, step_cost, task_loss
+from fedsim.models import Form
+from fedsim.models.pretrained import Checkpoint
+from fedsim.runtime.inline import InlineRuntime
+from fedsim.simulation import run
+
+
+SMALL, MIDDLE, TARGET = Form(8, 1, heads=2), Form(12, 2, heads=2), Form(16, 3, heads=2)
+ROUND: dict[str, Any] = {"lr": 1e-2, "small_lr": 1e-2, "small_epochs": 1, "local_lr": 1e-2, "batch_size": 8}
+FINETUNED: dict[str, Any] = {"finetune_after": 1, "finetune_lr": 1e-2}
+
+
+def staged(**changes: Any) -> FedGrow:
+    settings: dict[str, Any] = ROUND | {"local_epochs": 1} | changes
+    return FedGrow(**settings)
+
+
+def joint(**changes: Any) -> FedGrowJoint:
+    return FedGrowJoint(**ROUND | changes)
+
+
+def released(**changes: Any) -> FedGrowReleasedCode:
+    settings: dict[str, Any] = ROUND | {"local_epochs": 1} | changes
+    return FedGrowReleasedCode(**settings)
+
+
+# Each procedure that can be followed by fine-tuning, and the parts of a private state before it.
+PROCEDURES = {
+    "fedgrow": (staged(**FINETUNED), {"middle"}),
+    "fedgrow_joint": (joint(**FINETUNED), {"small", "local"}),
+    "fedgrow_no_federation": (staged(**FINETUNED, federate=False), {"middle", "global"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _uncounted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting a step takes longer than these trainings do. What stands in for it must not be remembered."""
+    monkeypatch.setattr(fedsim.simulation, "COUNTED", {})
+    monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
+
+
+class Federation:
+    """Three participants of one form with shards of 6, 12 and 18 digits, run by hand."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.algorithm = algorithm
+        self.task = load_task(TaskConfig(digits(limit=36), patch_size=4), None)
+        assert self.task.dataset is not None
+        index = torch.arange(36).numpy()
+        self.shards = [subset(self.task.dataset.train, part) for part in (index[:6], index[6:18], index[18:])]
+        self.clients = [ClientInfo(id_, "phone", SMALL, len(shard.labels)) for id_, shard in enumerate(self.shards)]
+        self.server = algorithm.server_init(self.at_server(0))
+        self.private: dict[int, Tree] = {}
+        self.work: dict[int, Meter] = {}
+
+    def at_server(self, round: int) -> ServerContext:
+        return ServerContext(0, round, self.task, MIDDLE, TARGET, self.clients)
+
+    def at_client(self, round: int, client: int, **changes: Any) -> ClientContext:
+        self.work[client] = Meter("", {})
+        context = ClientContext(
+            seed=0,
+            round=round,
+            task=self.task,
+            intermediate=MIDDLE,
+            target=TARGET,
+            info=self.clients[client],
+            train=self.shards[client],
+            device=torch.device("cpu"),
+            meter=self.work[client],
+        )
+        return dataclasses.replace(context, **changes)
+
+    def state(self, client: int) -> Tree:
+        if client not in self.private:
+            self.private[client] = self.algorithm.client_init(self.at_client(0, client))
+        return self.private[client]
+
+    def payload(self, round: int, client: int) -> Tree:
+        return dict(self.algorithm.server_broadcast(self.server, [self.clients[client]], self.at_server(round))[client])
+
+    def update(self, round: int, client: int, **changes: Any) -> ClientUpdate:
+        state, payload = self.state(client), self.payload(round, client)
+        update, self.private[client] = self.algorithm.client_update(
+            payload, state, self.at_client(round, client, **changes)
+        )
+        return update
+
+    def run(self, round: int, cohort: Sequence[int] = (0, 1, 2)) -> list[ClientUpdate]:
+        """One round; what was sent to the server."""
+        updates = [self.update(round, client) for client in cohort]
+        combined = self.algorithm.combine(updates)
+        arriving = iter(updates if combined is None else [combined])
+        self.server = self.algorithm.server_aggregate(self.server, arriving, self.at_server(round))
+        return updates
+
+    def model(self, round: int, client: int) -> Tree:
+        """Weights of what a client would deploy after a round."""
+        context = self.at_client(round, client)
+        return dict(
+            self.algorithm.client_model(self.payload(round, client), self.state(client), context).named_parameters()
+        )
+
+
+def shared_operator(task: Task):
+    return operator_between("paper", task, MIDDLE, TARGET)
+
+
+def mean(updates: Sequence[ClientUpdate]) -> Tree:
+    """The mean weighted by examples, written out."""
+    weights = torch.tensor([update.weight for update in updates], dtype=torch.float64)
+    return {
+        name: torch.einsum(
+            "k,k...->...", weights / weights.sum(), torch.stack([u.tree[name] for u in updates]).double()
+        )
+        for name in updates[0].tree
+    }
+
+
+def assert_equal(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> None:
+    assert sha256(dict(left)) == sha256(dict(right))
+
+
+def assert_close(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor], atol: float) -> None:
+    assert left.keys() == right.keys()
+    difference = max(float((left[name] - right[name]).detach().abs().max()) for name in left)
+    assert difference < atol, difference
+
+
+# what learns ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_moves_every_tensor_of_global() -> None:
+    """A schedule that leaves the operator where it started would report its start as its result."""
+    federation = Federation(staged())
+    before = federation.server
+    federation.run(1)
+    moved = {name: float((tensor - before[name]).norm()) for name, tensor in federation.server.items()}
+    for name, distance in moved.items():
+        assert distance > 0.005 * float(before[name].norm()), f"{name} moved by {distance}"
+    whole = sum(distance**2 for distance in moved.values()) ** 0.5
+    assert whole > 0.02 * sum(float(tensor.norm()) ** 2 for tensor in before.values()) ** 0.5
+
+
+# Without federation the grid's validation scores chose a rate that all but stands still, between two that scored lower:
+# that is the control's finding, not a schedule to be mended. Whatever is averaged must be able to move.
+GROWING = [e for e in (tiny(), *quick()) if isinstance(e.algorithm, FedGrow) and e.algorithm.federate]
+
+
+@pytest.mark.parametrize("experiment", GROWING, ids=lambda experiment: experiment.run_id)
+def test_schedules_of_the_suites_can_move_an_operator(experiment: Experiment) -> None:
+    """A step of AdamW is about as long as its rate: what the rates of all steps add up to bounds every coefficient."""
+    algorithm = experiment.algorithm
+    assert isinstance(algorithm, FedGrow)
+    examples = int(experiment.partition.min_size * (1 - experiment.validation_share))  # nobody has fewer
+    steps = -(-examples // algorithm.batch_size)
+    assert algorithm.lr * steps * algorithm.epochs * experiment.rounds >= 0.01
+    assert algorithm.local_lr * steps * algorithm.local_epochs >= 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("algorithm", [staged(), joint(), released()], ids=lambda a: a.name)
+def test_nothing_but_operators_has_a_gradient(algorithm: Algorithm, precision: str) -> None:
+    federation = Federation(algorithm)
+    federation.run(1)
+    shapes = shared_operator(federation.task).shapes
+    if algorithm.name == "fedgrow_joint":
+        local = operator_between("paper", federation.task, SMALL, MIDDLE).shapes
+        shapes = prefixed(shapes, "global.") | prefixed(local, "local.")  # type: ignore[arg-type]
+    trained: set[tuple[int, ...]] = set()
+    numbers: set[int] = set()
+
+    def note(optimizer: torch.optim.Optimizer, *arguments: Any, **fields: Any) -> None:
+        leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+        assert all(leaf.grad is not None and leaf.grad.dtype == leaf.dtype == torch.float32 for leaf in leaves)
+        trained.update(tuple(leaf.shape) for leaf in leaves)
+        numbers.add(len(leaves))
+
+    payload, state = federation.payload(2, 0), federation.state(0)
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        context = federation.at_client(2, 0, precision=precision)
+        update, kept = algorithm.client_update(payload, state, context)
+    finally:
+        hook.remove()
+    assert numbers == {len(shapes)} and trained == {tuple(shape) for shape in shapes.values()}
+    skeletons = [federation.task.skeleton(form) for form in (SMALL, MIDDLE, TARGET)]
+    others = [*payload.values(), *state.values(), *update.tree.values(), *kept.values()]
+    others += [parameter for skeleton in skeletons for parameter in skeleton.parameters()]
+    assert all(tensor.grad is None and not tensor.requires_grad for tensor in others)
+    assert all(tensor.dtype == torch.float32 for tensor in others)
+
+
+@pytest.mark.parametrize("procedure", [staged, joint, released])
+def test_growing_again_in_the_backward_pass_changes_no_bit(procedure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    growths: list[bool] = []
+    real = Operator.grow
+
+    def counted(operator: Operator, *trees: Any) -> Tree:
+        growths.append(True)
+        return real(operator, *trees)
+
+    monkeypatch.setattr(Operator, "grow", counted)
+    ends, calls = [], []
+    for checkpoint in (False, True):
+        growths.clear()
+        federation = Federation(procedure(checkpoint_growth=checkpoint))
+        federation.run(1, [0])
+        federation.run(2, [0])
+        ends.append(sha256(federation.server) + sha256(federation.state(0)))
+        calls.append(len(growths))
+    assert ends[0] == ends[1]
+    assert calls[0] < calls[1], "the setting reaches the growth"
+
+
+def test_growing_again_costs_operations_and_saves_memory() -> None:
+    federation = Federation(staged())
+    context, operator = federation.at_client(1, 0), shared_operator(federation.task)
+    stacked = operator.stack(federation.task.fresh(MIDDLE, 0))
+    forwards = [grown_forward(federation.task, operator, stacked, TARGET, flag) for flag in (False, True)]
+    federation.task.skeleton(TARGET)  # built once: not while it is counted
+    kept, again = (step_cost(context, task_loss(context, forward), federation.server, 2) for forward in forwards)
+    assert again[0] > kept[0]
+    assert again[1] < kept[1]
+    keys = {Meter.of(FedGrow(checkpoint_growth=flag, lr=lr), {}).key for flag in (False, True) for lr in (0.1, 0.2)}
+    assert len(keys) == 2, "the costs of either way are counted apart, those of learning rates together"
+
+
+# joint ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen, moving", [("local_lr", "global"), ("lr", "local")])
+def test_joint_operators_learn_at_rates_of_their_own(frozen: str, moving: str) -> None:
+    federation = Federation(joint(**{frozen: 0.0}))
+    before, start = clone(federation.state(0)), federation.server
+    update = federation.update(1, 0)
+    assert (sha256(update.tree) != sha256(start)) == (moving == "global")
+    after = federation.state(0)
+    assert (sha256(under(after, "local.")) != sha256(under(before, "local."))) == (moving == "local")
+    assert_equal(under(after, "small."), under(before, "small."))
+
+
+def test_joint_with_local_frozen_is_staged_with_local_untrained() -> None:
+    """Both then train Global through T_i = Global(Local_i(S_i)); whole shards as batches, for orders differ."""
+    settings: dict[str, Any] = {"epochs": 3, "batch_size": 64, "clip": None}
+    untrained = Federation(staged(**settings, local_epochs=0)).update(1, 0)
+    frozen = Federation(joint(**settings, local_lr=0.0)).update(1, 0)
+    both = Federation(joint(**settings)).update(1, 0)
+    assert_close(untrained.tree, frozen.tree, atol=1e-4)
+    with pytest.raises(AssertionError):
+        assert_close(untrained.tree, both.tree, atol=1e-3)
+
+
+def test_joint_grows_the_target_from_the_small_model_through_both_operators() -> None:
+    federation = Federation(joint())
+    federation.run(1)
+    state, task = federation.state(0), federation.task
+    local, shared = operator_between("paper", task, SMALL, MIDDLE), shared_operator(task)
+    middle = grown(local, under(state, "local."), under(state, "small."))
+    expected = grown(shared, federation.server, shared.stack(middle))
+    assert_close(federation.model(1, 0), expected, atol=1e-7)
+    batch = task.batch(federation.shards[0], torch.arange(4))
+    tensors = prefixed(under(state, "local."), "local.") | prefixed(federation.server, "global.")
+    logits = joint()._forward(state, federation.at_client(1, 0))(tensors, batch)
+    torch.testing.assert_close(logits, task.forward(TARGET, expected, batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("epochs, held", [(0, set()), (1, {"small"})])
+def test_joint_holds_a_checkpoint_that_it_does_not_train_once_for_all(
+    epochs: int, held: set[str], tmp_path: Path
+) -> None:
+    """As it is, it is no part of a private state; what is computed is the same as if it were."""
+    federation = Federation(joint(small_epochs=epochs))
+    task = federation.task
+    small = task.fresh(SMALL, seed=3)
+    module: Any = task.module(SMALL, small)
+    module.save_pretrained(tmp_path)
+    brought = [dataclasses.replace(info, checkpoint=Checkpoint(str(tmp_path))) for info in federation.clients]
+    federation.clients = brought
+    assert {name.partition(".")[0] for name in federation.state(0)} == {"local"} | held
+    federation.update(1, 0)
+    model = federation.model(1, 0)
+    state = federation.state(0)
+    local = operator_between("paper", task, SMALL, MIDDLE)
+    expected = grown(
+        shared_operator(task),
+        federation.server,
+        shared_operator(task).stack(grown(local, under(state, "local."), local.stack(small))),
+    )
+    assert (sha256(model) == sha256(expected)) == (epochs == 0)
+
+
+def test_joint_clips_the_gradient_of_both_operators_together() -> None:
+    norms: list[list[float]] = []
+
+    def note(optimizer: torch.optim.Optimizer, *arguments: Any, **fields: Any) -> None:
+        squares = [sum(float(leaf.grad.square().sum()) for leaf in g["params"]) for g in optimizer.param_groups]
+        norms.append(squares)
+
+    federation = Federation(joint(clip=0.01, local_lr=2e-2))
+    federation.state(0)
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        federation.update(1, 0)
+    finally:
+        hook.remove()
+    assert all(len(squares) == 2 and min(squares) > 0 for squares in norms)
+    assert all(sum(squares) ** 0.5 == pytest.approx(0.01, rel=1e-3) for squares in norms)
+
+
+@pytest.mark.parametrize("algorithm", [staged(), joint()], ids=lambda a: a.name)
+def test_what_travels_is_global_and_the_server_takes_its_weighted_mean(algorithm: Algorithm) -> None:
+    federation = Federation(algorithm)
+    shapes = shared_operator(federation.task).shapes
+    assert federation.payload(1, 0).keys() == shapes.keys()
+    updates = federation.run(1)
+    size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert [nbytes(update.tree) for update in updates] == [size] * 3
+    assert [update.weight for update in updates] == [6, 12, 18]
+    expected = mean(updates)
+    for name, tensor in federation.server.items():
+        torch.testing.assert_close(tensor, expected[name].float(), rtol=1e-6, atol=1e-7)
+    assert federation.server.keys() == shapes.keys()
+
+
+# as the released code does --------------------------------------------------------------------------------------------
+
+
+def test_released_codes_upload_on_the_released_ladder() -> None:
+    """CIFAR-100: target 5,742,052, operator 2,089,152 and the intermediate model, 1.85 times FedAvg's upload."""
+    experiment = released_ladder()
+    task, algorithm = Task(experiment.task), FedGrowReleasedCode()
+    nothing = Split({}, torch.zeros(0, dtype=torch.long))
+    info = ClientInfo(0, "2 layers", experiment.forms[0], 0)
+    context = ClientContext(
+        0, 1, task, experiment.intermediate, experiment.target, info, nothing, torch.device("cpu"), Meter("", {})
+    )
+    update, _ = algorithm.client_update({}, algorithm.client_init(context), context)
+    sizes = {part: numel(under(update.tree, f"{part}.")) for part in ("middle", "target", "global")}
+    assert sizes == {"middle": 2_812_580, "target": 5_742_052, "global": 2_089_152}
+    assert nbytes(update.tree) == 4 * (5_742_052 + 2_089_152 + 2_812_580)
+    assert f"{nbytes(update.tree) / 1e6:.2f}" == "42.58"
+    assert f"{nbytes(update.tree) / (4 * 5_742_052):.2f}" == "1.85"
+
+
+def test_released_codes_first_round_only_averages_what_each_made_alone() -> None:
+    federation = Federation(released())
+    assert federation.server == {} == federation.payload(1, 0)
+    alone = [clone(federation.state(client)) for client in range(3)]
+    assert len({sha256(under(state, "global.")) for state in alone}) == 3, "everyone draws a Global of its own"
+    before = federation.model(0, 1)
+    middle = under(alone[1], "middle.")
+    assert_equal(before, grown(shared_operator(federation.task), under(alone[1], "global."), middle))
+    updates = federation.run(1)
+    for update, state in zip(updates, alone, strict=True):
+        assert_equal(update.tree, state)
+    assert all(meter.loss is None and meter.flops == 0 for meter in federation.work.values())
+    assert_close(federation.server, mean(updates), atol=1e-6)
+    assert {tensor.dtype for tensor in federation.server.values()} == {torch.float32}
+
+
+def test_released_codes_participants_hold_one_model_after_the_first_round() -> None:
+    federation = Federation(released())
+    assert len({sha256(federation.model(0, client)) for client in range(3)}) == 3
+    federation.run(1)
+    first = federation.server
+    assert len({sha256(federation.model(1, client)) for client in range(3)}) == 1
+    assert federation.private == {0: {}, 1: {}, 2: {}}, "nothing of its own is left to a participant"
+    updates = federation.run(2)
+    assert_equal(under(federation.server, "middle."), under(first, "middle."))
+    assert len({sha256(under(update.tree, "global.")) for update in updates}) == 3
+    assert len({sha256(federation.model(2, client)) for client in range(3)}) == 1
+    model = federation.algorithm.server_model(federation.server, federation.at_server(2))
+    assert model is not None
+    assert_equal(dict(model.named_parameters()), federation.model(2, 0))
+
+
+def test_released_codes_copy_of_the_target_has_no_effect() -> None:
+    federation = Federation(released())
+    federation.run(1)
+    payload, context = federation.payload(2, 0), federation.at_client(2, 0)
+    spoiled = {name: tensor + 1 if name.startswith("target.") else tensor for name, tensor in payload.items()}
+    update, _ = federation.algorithm.client_update(payload, {}, context)
+    again, _ = federation.algorithm.client_update(spoiled, {}, context)
+    assert_equal(update.tree, again.tree)
+    shared = shared_operator(federation.task)
+    expected = grown(shared, under(update.tree, "global."), under(update.tree, "middle."))
+    assert_equal(under(update.tree, "target."), expected)
+    other = {name: tensor + 1 if name.startswith("middle.") else tensor for name, tensor in payload.items()}
+    assert sha256(federation.algorithm.client_update(other, {}, context)[0].tree) != sha256(update.tree)
+
+
+def test_released_codes_latecomer_trains_what_the_server_sends() -> None:
+    federation = Federation(released())
+    federation.run(1, [0, 1])
+    (update,) = federation.run(2, [2])
+    assert federation.work[2].loss is not None
+    assert_equal(under(update.tree, "middle."), mean_of_middles(federation))
+    assert federation.private[2] == {}
+
+
+def mean_of_middles(federation: Federation) -> Tree:
+    """The mean of what participants 0 and 1 made alone, made again."""
+    fresh = Federation(federation.algorithm)
+    fresh.run(1, [0, 1])
+    return under(fresh.server, "middle.")
+
+
+# fine-tuning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "finetune_after, stages",
+    [(None, ["federated"] * 3), (0, ["finetune"] * 3), (2, ["federated", "federated", "finetune"])],
+)
+def test_stage_of_a_round(finetune_after: int | None, stages: list[str]) -> None:
+    assert [stage_of(round, finetune_after) for round in (1, 2, 3)] == stages
+    for kind in (FedGrow, FedGrowJoint):
+        algorithm = kind(finetune_after=finetune_after)
+        assert [algorithm.stage(round) for round in (1, 2, 3)] == stages
+    assert {algorithm.stage(9) for algorithm in (FedAvg(), FedGrowReleasedCode())} == {"federated"}
+
+
+@pytest.mark.parametrize("kind", [FedGrow, FedGrowJoint])
+@pytest.mark.parametrize(
+    "field, value", [("finetune_after", -1), ("finetune_lr", -0.1), ("finetune_epochs", 0), ("checkpoint_growth", 1)]
+)
+def test_bad_settings_are_named(kind: Any, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"algorithm\.{field}={value}"):
+        kind(**{field: value})
+
+
+@pytest.fixture(params=PROCEDURES)
+def finetuned(request: pytest.FixtureRequest) -> Iterator[tuple[Federation, set[str]]]:
+    algorithm, parts = PROCEDURES[request.param]
+    yield Federation(algorithm), parts
+
+
+def parts_of(state: Tree) -> set[str]:
+    return {name.partition(".")[0] for name in state}
+
+
+def test_rounds_before_fine_tuning_are_those_of_a_run_without_it(finetuned: tuple[Federation, set[str]]) -> None:
+    federation, parts = finetuned
+    plain = Federation(dataclasses.replace(federation.algorithm, finetune_after=None))  # type: ignore[type-var]
+    for one in (federation, plain):
+        one.run(1)
+    assert parts_of(federation.state(0)) == parts
+    assert sha256(federation.state(0)) == sha256(plain.state(0))
+    assert_equal(federation.payload(1, 0), plain.payload(1, 0))
+    assert_equal(federation.model(1, 0), plain.model(1, 0))
+
+
+def test_fine_tuning_starts_from_the_grown_target_and_moves_it(finetuned: tuple[Federation, set[str]]) -> None:
+    federation, _ = finetuned
+    federation.run(1)
+    still = Federation(dataclasses.replace(federation.algorithm, finetune_lr=0.0))  # type: ignore[type-var]
+    still.server, still.private = federation.server, dict(federation.private)
+    start = federation.model(1, 0)
+    still.run(2, [0])
+    assert_equal(still.model(2, 0), start)
+    federation.run(2, [0])
+    moved = federation.model(2, 0)
+    assert all(not torch.equal(moved[name], start[name]) for name in moved if name.endswith("weight"))
+    federation.run(3, [0])
+    assert sha256(federation.model(3, 0)) != sha256(moved)
+
+
+def test_fine_tuning_is_plain_training_of_the_target(finetuned: tuple[Federation, set[str]]) -> None:
+    federation, _ = finetuned
+    whole = dataclasses.replace(federation.algorithm, batch_size=64)  # type: ignore[type-var]
+    federation.algorithm = whole
+    federation.run(1)
+    start = clone(federation.model(1, 1))
+    federation.run(2, [1])
+    plain = FedAvg(lr=1e-2, epochs=1, batch_size=64)
+    trained, _ = plain.client_update(start, {}, federation.at_client(2, 1))
+    decided = [name for name in start if not name.endswith("k_proj.bias")]  # others have no gradient but rounding
+    ours = federation.model(2, 1)
+    assert_close({n: ours[n] for n in decided}, {n: trained.tree[n] for n in decided}, atol=1e-4)
+
+
+def test_fine_tuning_sends_nothing_and_keeps_the_target_alone(finetuned: tuple[Federation, set[str]]) -> None:
+    federation, parts = finetuned
+    federation.run(1)
+    shared = {name: tensor for name, tensor in federation.server.items() if name != "grown"}
+    expected = {} if federation.algorithm.name == "fedgrow_no_federation" else shared
+    assert_equal(federation.payload(2, 0), expected)
+    for update in federation.run(2, [0, 2]):
+        assert update.tree == {}
+        assert_equal({n: t for n, t in federation.server.items() if n != "grown"}, shared)
+    (work,) = federation.work[2].work
+    assert (work.purpose, work.trainable) == ("finetune", numel(federation.task.fresh(TARGET, 0)))
+    assert parts_of(federation.state(0)) == {"target"} != parts_of(federation.state(1)) == parts
+    assert [nbytes(federation.payload(2, client)) for client in range(3)] == [0, nbytes(expected), 0]
+    federation.run(3)
+    assert [nbytes(federation.payload(4, client)) for client in range(3)] == [0, 0, 0]
+
+
+def test_what_fine_tuning_leaves_is_what_a_checkpoint_gives_back(finetuned: tuple[Federation, set[str]]) -> None:
+    """Strides are not stored, so a state must have the ones it is read with: a resumed run is the same computation."""
+    federation, _ = finetuned
+    for round in (1, 2, 3):
+        for client in range(2):
+            assert all(tensor.is_contiguous() for tensor in federation.state(client).values())
+        federation.run(round, [0])
+
+
+def test_those_who_failed_are_sent_global_again() -> None:
+    state = {"w": torch.tensor([2.0]), "grown": torch.tensor([False, True, False])}
+    clients = [ClientInfo(id_, "phone", SMALL, 1) for id_ in range(3)]
+    sent = payloads(state, clients, "finetune")
+    assert [set(sent[id_]) for id_ in range(3)] == [{"w"}, set(), {"w"}]
+    assert sent[0] is sent[2], "one payload, however many it is for"
+    after = aggregated(state, iter([ClientUpdate(2, {}, 1.0)]), AVERAGE, "finetune")  # client 0 raised
+    assert after["grown"].tolist() == [False, True, True]
+    assert state["grown"].tolist() == [False, True, False]
+    assert set(payloads(after, clients, "finetune")[0]) == {"w"}
+    assert all(set(payload) == {"w"} for payload in payloads(after, clients, "federated").values())
+
+
+def test_nobody_is_noted_in_a_federated_round() -> None:
+    state = {"w": torch.tensor([2.0]), "grown": torch.tensor([False, False])}
+    after = aggregated(state, iter([ClientUpdate(1, {"w": torch.tensor([4.0])}, 1.0)]), AVERAGE, "federated")
+    assert after["w"].tolist() == [4.0]
+    assert after["grown"].tolist() == [False, False]
+    after["grown"][0] = True
+    assert not state["grown"].any()
+    nobody = aggregated(state, iter([]), AVERAGE, "federated")
+    assert_equal(nobody, state)
+
+
+class CutShort(BaseException):
+    """What ends a run after one of its rounds."""
+
+
+class Cut(ProgressListener):
+    """Ends a run after a round."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def finished(self, row: Mapping[str, Any]) -> None:
+        if row["round"] == self.after:
+            raise CutShort
+
+
+def inline(experiment: Experiment, out: Path, **fields: Any) -> pd.DataFrame:
+    """The rounds of a run in this process."""
+    runtime = InlineRuntime()
+    try:
+        run(experiment, runtime=runtime, out=out, **fields)
+    finally:
+        runtime.close()
+    return pd.read_parquet(out / "rounds").sort_values("round")
+
+
+def test_a_run_that_ends_in_fine_tuning(tmp_path: Path, tiny_settings: list[str]) -> None:
+    """Two of three participants in each of five rounds, the last three of them fine-tuning."""
+    words = ["rounds=5", "cohort=2", "eval_every=5", "algorithm.finetune_after=2", "algorithm.finetune_lr=3e-3"]
+    experiment = with_settings(tiny(), [*tiny_settings, *words])
+    rounds = inline(experiment, tmp_path)
+    assert rounds["stage"].tolist() == ["local", "federated", "federated", "finetune", "finetune", "finetune"]
+    operator = operator_between("paper", Task(experiment.task), experiment.intermediate, experiment.target)
+    size = 4 * sum(torch.Size(shape).numel() for shape in operator.shapes.values())
+    clients = pd.read_parquet(tmp_path / "clients")
+    trained = clients[(clients["round"] > 0) & (clients["flops"] > 0)]
+    assert rounds["bytes_up"].tolist() == [0, 2 * size, 2 * size, 0, 0, 0]
+    met: set[int] = set()
+    expected = [0, 2 * size, 2 * size]
+    for round in (3, 4, 5):
+        cohort = set(trained[trained["round"] == round]["client"])
+        assert len(cohort) == 2
+        expected.append(size * len(cohort - met))
+        met |= cohort
+    assert rounds["bytes_down"].tolist() == expected
+    assert expected[4:] != [2 * size] * 2, "whoever was sent Global once is not sent it again"
+
+    with pytest.raises(CutShort):  # in the middle of the fine-tuning, when some have their target and some do not
+        inline(experiment, tmp_path / "cut", progress=Cut(after=3))
+    resumed = inline(experiment, tmp_path / "cut", resume=True)
+    for column in ("state_sha256", "bytes_down"):
+        assert resumed[column].tolist() == rounds[column].tolist()
+    assert resumed["accuracy_mean"].tolist()[-1] == rounds["accuracy_mean"].tolist()[-1]
+    assert len({*rounds["state_sha256"]}) == 6
+
+
+@pytest.mark.parametrize("procedure", [staged, joint, released])
+def test_what_a_participant_makes_is_on_its_device(procedure: Any) -> None:
+    """A meta device has no values, so nothing can be trained on it, but it shows where tensors are put."""
+    epochs: dict[str, Any] = {} if procedure is joint else {"local_epochs": 0}
+    algorithms = [procedure(small_epochs=0, **epochs)]
+    if procedure is staged:
+        algorithms.append(dataclasses.replace(algorithms[0], federate=False))
+    for algorithm in algorithms:
+        context = Federation(algorithm).at_client(0, 0, device=torch.device("meta"))
+        state = algorithm.client_init(context)
+        assert {tensor.device.type for tensor in state.values()} == {"meta"}

@@ -1,0 +1,613 @@
+"""The local loop against a loop written out in plain PyTorch, and its accounts against counts made by other means."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTForImageClassification
+
+from baselines.fedavg import FedAvg
+from fedsim.algorithm import ClientContext, ClientInfo
+from fedsim.core.seeding import derive, generator
+from fedsim.core.tree import clone, sha256
+from fedsim.data.config import Split, digits
+from fedsim.data.partition import Partition
+from fedsim.experiment import Experiment, Tier
+from fedsim.learning.task import Batch, Task, TaskConfig, load_task, subset
+from fedsim.learning.training import (
+    PRETRAIN,
+    Meter,
+    Objective,
+    StepCost,
+    Work,
+    check_settings,
+    local_train,
+    minimise,
+    proximal,
+    settings,
+    step_cost,
+    task_loss,
+)
+from fedsim.models import Form
+from fedsim.runtime.inline import InlineRuntime
+from fedsim.simulation import run
+from fedsim.storage.checkpoint import Versions
+
+
+FORM = Form(12, 2, heads=2)
+CONFIG = TaskConfig(digits(limit=60), patch_size=4)
+SETTINGS: dict[str, Any] = {"purpose": "target", "lr": 1e-2, "epochs": 1, "batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def _calm(one_thread: None) -> None:
+    """Models this small only lose time to a second thread."""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[tuple, StepCost]:
+    return {}
+
+
+@pytest.fixture
+def ctx(counted: dict[tuple, StepCost]) -> ClientContext:
+    task = load_task(CONFIG, None)
+    assert task.dataset is not None
+    return ClientContext(
+        seed=0,
+        round=1,
+        task=task,
+        intermediate=FORM,
+        target=FORM,
+        info=ClientInfo(0, "phone", FORM, len(task.dataset.train)),
+        train=task.dataset.train,
+        device=torch.device("cpu"),
+        meter=Meter("", counted),
+    )
+
+
+def forward_in(ctx: ClientContext) -> Callable[[Mapping[str, Tensor], Batch], Tensor]:
+    return lambda tree, batch: ctx.task.forward(FORM, tree, batch)
+
+
+def loss_in(ctx: ClientContext) -> Objective:
+    return task_loss(ctx, forward_in(ctx))
+
+
+# the same as plain PyTorch --------------------------------------------------------------------------------------------
+
+
+def plain_model(form: Form) -> ViTForImageClassification:
+    config = ViTConfig(
+        hidden_size=form.width,
+        num_hidden_layers=form.depth,
+        num_attention_heads=form.heads,
+        intermediate_size=form.width,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.num_labels = 10
+    return ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize("clip, weight_decay", [(1.0, 0.0), (None, 0.1)])
+def test_one_participant_with_all_the_data_is_plain_training(tmp_path, clip: float | None, weight_decay: float) -> None:
+    algorithm = FedAvg(lr=3e-3, epochs=1, batch_size=16, weight_decay=weight_decay, clip=clip)
+    experiment = Experiment(
+        algorithm,
+        TaskConfig(digits(limit=100), patch_size=4),
+        tiers=(Tier("only", Form(8, 1, heads=2)),),
+        intermediate=FORM,
+        target=FORM,
+        partition=Partition("iid"),
+        participants=1,
+        rounds=1,
+        seed=5,
+        validation_share=0.0,
+    )
+    runtime = InlineRuntime()
+    run_id = run(experiment, runtime=runtime, out=tmp_path)
+    runtime.close()
+    found = Versions(tmp_path / "checkpoints" / run_id, "server").load(before=2)
+    assert found is not None and found[0] == 1
+    simulated = found[1]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(5, "target", 0))
+        model = plain_model(FORM)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    dataset = load_task(experiment.task, None).dataset
+    assert dataset is not None
+    images, labels = dataset.train.inputs["pixel_values"], dataset.train.labels
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=weight_decay, fused=False)
+    model.train()
+    for index in torch.randperm(100, generator=generator(5, "target/order", 1, 0)).split(16):
+        logits = model(pixel_values=images[index].float() / 127.5 - 1).logits
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, labels[index]).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert simulated.keys() == trained.keys()
+    # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding, which AdamW scales up.
+    decided = [name for name in trained if not name.endswith("k_proj.bias")]
+    assert len(trained) - len(decided) == FORM.depth
+    difference = max(float((simulated[name] - trained[name]).abs().max()) for name in decided)
+    moved = max(float((start[name] - trained[name]).abs().max()) for name in decided)
+    assert difference < 1e-6 < 1e-3 < moved, (difference, moved)
+
+    task = Task(experiment.task)
+    tests = task.batch(dataset.test, torch.arange(len(dataset.test)))
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=tests["pixel_values"]).logits
+        torch.testing.assert_close(task.forward(FORM, simulated, tests), logits, rtol=0, atol=1e-6)
+
+
+# the loop -------------------------------------------------------------------------------------------------------------
+
+
+def test_its_input_is_not_written_to(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    before = sha256(start)
+    trained = local_train(ctx, forward_in(ctx), start, **SETTINGS)
+    assert sha256(start) == before != sha256(trained)
+    assert not any(tensor.requires_grad for tensor in (*start.values(), *trained.values()))
+
+
+def test_order_of_names_changes_no_bit(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    backwards = {name: start[name] for name in reversed(start)}
+    settings = dict(SETTINGS, clip=0.1)
+    forward = forward_in(ctx)
+    assert sha256(local_train(ctx, forward, start, **settings)) == sha256(
+        local_train(ctx, forward, backwards, **settings)
+    )
+
+
+@pytest.mark.parametrize("batch_size, sizes", [(8, [8] * 7 + [4]), (60, [60]), (100, [60]), (59, [59, 1])])
+def test_an_epoch_leaves_no_example_out(ctx: ClientContext, batch_size: int, sizes: list[int]) -> None:
+    seen: list[Tensor] = []
+
+    def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        if type(batch["pixel_values"]) is Tensor and len(batch["pixel_values"]):
+            seen.append(batch["pixel_values"])
+        return ctx.task.forward(FORM, tree, batch)
+
+    start = ctx.task.fresh(FORM, 0)
+    local_train(ctx, forward_in(ctx), start, **SETTINGS)  # counts, so that only training is seen below
+    local_train(ctx, forward, start, **dict(SETTINGS, batch_size=batch_size, epochs=2))
+    assert [len(batch) for batch in seen] == 2 * sizes
+    everything = ctx.task.batch(ctx.train, torch.arange(60))["pixel_values"]
+    epochs = torch.cat(seen).split(60)
+    for epoch in epochs:
+        assert sorted(image.sum().item() for image in epoch) == sorted(image.sum().item() for image in everything)
+    assert not torch.equal(*epochs), "every epoch has an order of its own"
+    assert not torch.equal(epochs[0], everything)
+
+
+def test_purpose_round_and_client_each_have_an_order_of_their_own(ctx: ClientContext) -> None:
+    def trained(context: ClientContext, purpose: str = "target") -> str:
+        settings = dict(SETTINGS, purpose=purpose)
+        return sha256(local_train(context, forward_in(context), context.task.fresh(FORM, 0), **settings))
+
+    base = trained(ctx)
+    assert trained(ctx) == base
+    others = [
+        trained(ctx, "other"),
+        trained(dataclasses.replace(ctx, round=2)),
+        trained(dataclasses.replace(ctx, seed=1)),
+        trained(dataclasses.replace(ctx, info=dataclasses.replace(ctx.info, id=1))),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_clipping_bounds_the_gradient_of_a_step(ctx: ClientContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+
+    def noted(optimizer: torch.optim.Optimizer, *arguments: Any, **fields: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()))
+
+    hook = register_optimizer_step_pre_hook(noted)
+    try:
+        start = ctx.task.fresh(FORM, 0)
+        free = local_train(ctx, forward_in(ctx), start, **SETTINGS)
+        unclipped, norms = norms, []
+        loose = local_train(ctx, forward_in(ctx), start, **SETTINGS, clip=100.0)
+        norms = []
+        clipped = local_train(ctx, forward_in(ctx), start, **SETTINGS, clip=0.01)
+    finally:
+        hook.remove()
+    assert len(unclipped) == len(norms) == 8
+    assert min(unclipped) > 0.1
+    assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+    assert sha256(free) == sha256(loose) != sha256(clipped)
+
+
+@pytest.mark.parametrize("lr", [7e25, 0.25])
+def test_loss_that_is_not_finite_is_named(ctx: ClientContext, lr: float) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    if lr < 1:
+        start["classifier.bias"][0] = float("nan")
+    with pytest.raises(FloatingPointError) as error:
+        local_train(ctx, forward_in(ctx), start, **dict(SETTINGS, lr=lr, epochs=3))
+    assert "target" in str(error.value)
+    assert f"lr={lr}" in str(error.value)
+    assert "nan" in str(error.value) or "inf" in str(error.value)
+
+
+def test_a_prefix_may_have_a_learning_rate_of_its_own(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    head, forward = "classifier.", forward_in(ctx)
+
+    def moved(**settings: Any) -> set[str]:
+        trained = local_train(ctx, forward, start, **SETTINGS | settings)
+        return {"head" if name.startswith(head) else "body" for name in start if not trained[name].equal(start[name])}
+
+    assert moved() == {"head", "body"}
+    assert moved(lr=0.0, lr_under={head: 1e-2}) == {"head"}
+    assert moved(lr_under={head: 0.0}) == {"body"}
+    same = local_train(ctx, forward, start, **SETTINGS, lr_under={head: SETTINGS["lr"]})
+    assert sha256(same) == sha256(local_train(ctx, forward, start, **SETTINGS))
+    other = local_train(ctx, forward, start, **SETTINGS, lr_under={head: 1e-3})
+    assert sha256(other) != sha256(same)
+
+
+def test_every_rate_is_named_when_the_loss_is_not_finite(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    start["classifier.bias"][0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"lr=0\.01, classifier\.\*: 0\.25"):
+        local_train(ctx, forward_in(ctx), start, **SETTINGS, lr_under={"classifier.": 0.25})
+
+
+# objectives -----------------------------------------------------------------------------------------------------------
+
+
+def noted(objectives: list[Objective], seen: list[tuple[int, Tensor]]) -> list[Objective]:
+    """The same objectives; which one was asked for which batch is noted, counting left out."""
+
+    def note(number: int, objective: Objective) -> Objective:
+        def asked(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+            if type(batch["pixel_values"]) is Tensor and batch["pixel_values"].any():
+                seen.append((number, batch["pixel_values"]))
+            return objective(tree, batch)
+
+        return asked
+
+    return [note(number, objective) for number, objective in enumerate(objectives)]
+
+
+def square(name: str) -> Objective:
+    """Smallest where a tensor is 0."""
+    return lambda tree, batch: tree[name].square().sum()
+
+
+def test_one_objective_that_is_the_tasks_loss_is_local_training(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    objective = task_loss(ctx, forward_in(ctx))
+    assert sha256(minimise(ctx, [objective], start, **SETTINGS)) == sha256(
+        local_train(ctx, forward_in(ctx), start, **SETTINGS)
+    )
+
+
+def test_each_step_draws_one_objective_all_alike(ctx: ClientContext) -> None:
+    tree, steps = {name: torch.ones(2) for name in "abc"}, dict(SETTINGS, batch_size=1, epochs=5)
+    draws: list[list[int]] = []
+    for context in (ctx, ctx, dataclasses.replace(ctx, round=2)):
+        seen: list[tuple[int, Tensor]] = []
+        minimise(context, noted([square(name) for name in "abc"], seen), tree, **steps)
+        draws.append([number for number, _ in seen])
+    assert [len(each) for each in draws] == [300] * 3
+    for number in range(3):
+        assert 75 <= draws[0].count(number) <= 125, "three standard deviations around 100"
+    assert draws[0] == draws[1] != draws[2], "from the stream of purpose, round and client"
+
+
+def test_what_the_drawn_objective_does_not_read_stays(ctx: ClientContext) -> None:
+    """Not even weights decay: a tensor without a gradient is no part of the step."""
+    start = {"a": torch.ones(3), "b": torch.ones(3)}
+    for objectives in ([square("a")], [square("a"), square("a")]):
+        trained = minimise(ctx, objectives, start, **SETTINGS, weight_decay=0.1, clip=1.0)
+        assert torch.equal(trained["b"], start["b"]) and float(trained["a"].max()) < 0.95
+    both = minimise(ctx, [square("a"), square("b")], start, **SETTINGS)
+    assert float(both["a"].max()) < 1 > float(both["b"].max())
+
+
+def test_how_many_objectives_there_are_changes_no_order_of_examples(ctx: ClientContext) -> None:
+    seen: list[list[tuple[int, Tensor]]] = [[], []]
+    for objectives, batches in zip(([square("a")], [square("a")] * 4), seen, strict=True):
+        minimise(ctx, noted(objectives, batches), {"a": torch.ones(1)}, **dict(SETTINGS, epochs=2))
+    assert len(seen[0]) == len(seen[1]) == 16
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(*seen, strict=True))
+
+
+def test_work_of_several_objectives_by_hand(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    once = task_loss(ctx, forward_in(ctx))
+    objectives: list[Objective] = [once, lambda tree, batch: once(tree, batch) + once(tree, batch)]
+    seen: list[tuple[int, Tensor]] = []
+    minimise(ctx, noted(objectives, seen), start, **dict(SETTINGS, purpose="several", epochs=2))
+    (work,) = ctx.meter.work
+    cost, double = (StepCost.measured(ctx, objective, start) for objective in objectives)
+    assert double.flops(8) == 2 * cost.flops(8)
+    drawn = [number for number, _ in seen]
+    assert {*drawn} == {0, 1} and work.steps == 16
+    sizes = 2 * ([8] * 7 + [4])
+    assert work.flops == sum((cost, double)[number].flops(size) for number, size in zip(drawn, sizes, strict=True))
+    assert work.flops_per_step == 1.5 * cost.flops(8), "what a step costs on average"
+    assert work.activation_bytes == double.activation_bytes(8), "what it needs at most"
+    assert work.trainable == sum(tensor.numel() for tensor in start.values()), "tensors are counted once"
+
+
+def test_the_loss_in_the_accounts_is_the_objectives(ctx: ClientContext) -> None:
+    minimise(ctx, [square("a")], {"a": torch.full((2,), 3.0)}, **dict(SETTINGS, lr=0.0))
+    assert ctx.meter.loss == 18.0
+
+
+def test_an_objective_that_is_not_finite_is_named(ctx: ClientContext) -> None:
+    with pytest.raises(FloatingPointError, match="target: the training loss became"):
+        minimise(ctx, [square("a"), lambda tree, batch: tree["a"].sum() / 0], {"a": torch.ones(1)}, **SETTINGS)
+
+
+# Arguments of objectives that read no batch.
+NOTHING: Batch = {}
+
+
+def test_a_proximal_term_on_paper() -> None:
+    """mu / 2 |(3, 4) - (0, 2)|^2 = 13 for mu = 2, and its gradient is mu ((3, 4) - (0, 2)) = (6, 4)."""
+    theta = {"x": torch.tensor([3.0]).requires_grad_(), "y": torch.tensor([4.0]).requires_grad_()}
+    anchor = {"x": torch.tensor([0.0]), "y": torch.tensor([2.0])}
+    value = proximal(lambda tree, batch: 10 * tree["x"].sum(), anchor, mu=2.0)(theta, NOTHING)
+    assert float(value.detach()) == 30 + 13
+    value.backward()
+    assert theta["x"].grad is not None and theta["y"].grad is not None
+    assert (float(theta["x"].grad), float(theta["y"].grad)) == (10 + 6, 4)
+
+
+def test_a_proximal_term_is_nothing_where_training_starts() -> None:
+    anchor = {"x": torch.tensor([1.0, -2.0])}
+    theta = {"x": anchor["x"].clone().requires_grad_()}
+    value = proximal(square("x"), anchor, mu=100.0)(theta, NOTHING)
+    value.backward()
+    assert float(value.detach()) == 5.0
+    assert theta["x"].grad is not None and theta["x"].grad.tolist() == [2.0, -4.0]
+
+
+def test_a_proximal_term_knows_what_is_anchored_alone() -> None:
+    theta = {"x": torch.tensor([5.0]), "frozen": torch.tensor([7.0])}
+    assert float(proximal(square("x"), {"x": torch.tensor([4.0])}, mu=2.0)(theta, NOTHING)) == 25 + 1
+
+
+def test_training_with_a_proximal_term_ends_between_optimum_and_anchor(ctx: ClientContext) -> None:
+    """x^2 + mu / 2 (x - 6)^2 is smallest at 6 mu / (2 + mu): at 3 for mu = 2, at 5 for mu = 10."""
+    anchor, long = {"x": torch.tensor([6.0])}, dict(SETTINGS, lr=0.05, epochs=60)
+    for mu, expected in ((2.0, 3.0), (10.0, 5.0)):
+        trained = minimise(ctx, [proximal(square("x"), anchor, mu)], anchor, **long)
+        assert float(trained["x"]) == pytest.approx(expected, abs=0.05)
+
+
+def test_settings_are_an_algorithms_fields() -> None:
+    algorithm = FedAvg(lr=0.25, epochs=3, batch_size=5, weight_decay=0.5, clip=None)
+    assert settings(algorithm) == {"lr": 0.25, "epochs": 3, "batch_size": 5, "weight_decay": 0.5, "clip": None}
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lr", -0.1),
+        ("weight_decay", -1.0),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("clip", 0.0),
+        ("lr", "fast"),
+        ("epochs", 1.5),
+    ],
+)
+def test_bad_settings_are_named(field: str, value: object) -> None:
+    algorithm = FedAvg()
+    object.__setattr__(algorithm, field, value)
+    with pytest.raises(ValueError, match=f"algorithm.{field}={value!r}"):
+        check_settings(algorithm)
+
+
+# precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bf16(ctx: ClientContext) -> ClientContext:
+    return dataclasses.replace(ctx, precision="bf16", meter=Meter("", ctx.meter.counted))
+
+
+def test_bf16_training_is_close_to_fp32_and_repeatable(ctx: ClientContext, bf16: ClientContext) -> None:
+    start, settings = ctx.task.fresh(FORM, 0), dict(SETTINGS, lr=1e-3, epochs=4)
+    full = local_train(ctx, forward_in(ctx), start, **settings)
+    half = local_train(bf16, forward_in(bf16), start, **settings)
+    assert sha256(half) == sha256(local_train(bf16, forward_in(bf16), start, **settings))
+    assert sha256(half) != sha256(full)
+    assert ctx.meter.loss is not None and bf16.meter.loss is not None
+    assert ctx.meter.loss != bf16.meter.loss == pytest.approx(ctx.meter.loss, rel=5e-3)
+    decided = [name for name in start if not name.endswith("k_proj.bias")]  # others have no gradient but rounding
+    distance = sum(float((half[n] - full[n]).square().sum()) for n in decided) ** 0.5
+    moved = sum(float((full[n] - start[n]).square().sum()) for n in decided) ** 0.5
+    assert 0 < distance < 0.5 * moved
+
+
+def test_bf16_is_where_products_are_and_nowhere_else(bf16: ClientContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: dict[str, set[torch.dtype]] = {"logits": set(), "loss": set(), "weights": set(), "gradients": set()}
+    real = Task.loss
+
+    def loss(task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        dtypes["loss"] |= {logits.dtype, real(task, logits, batch).dtype}
+        return real(task, logits, batch)
+
+    def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        logits = bf16.task.forward(FORM, tree, batch)
+        dtypes["logits"].add(logits.dtype)
+        return logits
+
+    def note(optimizer: torch.optim.Optimizer, *arguments: Any, **fields: Any) -> None:
+        for leaf in optimizer.param_groups[0]["params"]:
+            dtypes["weights"].add(leaf.dtype)
+            dtypes["gradients"].add(leaf.grad.dtype)
+            dtypes["weights"] |= {t.dtype for t in optimizer.state[leaf].values() if t.ndim}  # the moments
+
+    start = bf16.task.fresh(FORM, 0)
+    local_train(bf16, forward_in(bf16), start, **SETTINGS)  # counts, so that only training is seen below
+    monkeypatch.setattr(Task, "loss", loss)
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        trained = local_train(bf16, forward, start, **SETTINGS)
+    finally:
+        hook.remove()
+    assert dtypes["logits"] == {torch.bfloat16}
+    assert dtypes["loss"] == dtypes["weights"] == dtypes["gradients"] == {torch.float32}
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+    batch = bf16.task.batch(bf16.train, torch.arange(4))
+    assert bf16.task.module(FORM, trained)(pixel_values=batch["pixel_values"]).logits.dtype == torch.float32
+
+
+def test_steps_in_bf16_are_counted_apart(ctx: ClientContext, bf16: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    full = ctx.meter.cost(ctx, loss_in(ctx), clone(start), "target")
+    half = bf16.meter.cost(bf16, loss_in(bf16), clone(start), "target")
+    assert half.flops(8) == full.flops(8)
+    assert 0.4 * full.activation_bytes(8) < half.activation_bytes(8) < 0.95 * full.activation_bytes(8)
+    again = Meter("", ctx.meter.counted).cost(ctx, loss_in(ctx), clone(start), "target")
+    assert again is full is not half
+
+
+# the accounts ---------------------------------------------------------------------------------------------------------
+
+
+def test_work_of_a_training_by_hand(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    local_train(ctx, forward_in(ctx), start, **dict(SETTINGS, epochs=3))
+    (work,) = ctx.meter.work
+    cost = ctx.meter.cost(ctx, loss_in(ctx), clone(start), "target")
+    assert (work.purpose, work.examples, work.steps) == ("target", 180, 24)
+    assert work.trainable == sum(tensor.numel() for tensor in start.values())
+    assert work.flops == 3 * (7 * cost.flops(8) + cost.flops(4))
+    assert work.flops_per_step == cost.flops(8)
+    assert work.activation_bytes == cost.activation_bytes(8)
+
+
+def test_loss_in_the_accounts_is_the_last_epochs_mean_over_examples(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    local_train(ctx, forward_in(ctx), start, **dict(SETTINGS, lr=0.0, batch_size=50))  # batches of 50 and 10
+    batch = ctx.task.batch(ctx.train, torch.arange(60))
+    expected = float(ctx.task.loss(ctx.task.forward(FORM, start, batch), batch))
+    assert ctx.meter.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_own_pretraining_counts_in_flops_but_not_in_trainable() -> None:
+    def work(purpose: str, trainable: int, steps: int, flops: int, loss: float) -> Work:
+        return Work(purpose, trainable, 10, steps, flops, 1, 1, loss, epochs=1, batch_size=10)
+
+    meter = Meter("", {})
+    assert (meter.trainable, meter.flops, meter.loss) == (0, 0, None)
+    meter.work += [work(PRETRAIN, 1000, 5, 7, 0.5), work("local", 30, 5, 11, 0.25), work("global", 4, 5, 13, 0.125)]
+    meter.work += [work("global", 4, 0, 0, float("nan"))]  # a purpose twice counts once, and saw no data
+    assert (meter.trainable, meter.flops, meter.loss) == (34, 31, 0.125)
+
+
+def test_step_cost_is_measured_once_a_shape(ctx: ClientContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    real = StepCost.measured
+
+    def noted(*arguments: Any) -> StepCost:
+        measured.append("x")
+        return real(*arguments)
+
+    monkeypatch.setattr(StepCost, "measured", staticmethod(noted))
+    meter = Meter("", {})
+    start = ctx.task.fresh(FORM, 0)
+    for _ in range(2):
+        meter.cost(ctx, loss_in(ctx), start, "target")
+    assert len(measured) == 1
+    meter.cost(ctx, loss_in(ctx), {name: start[name] for name in list(start)[:-1]} | {"x": torch.zeros(1)}, "target")
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_step_cost_of_two_sizes_tells_every_size(ctx: ClientContext, size: int) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    cost = StepCost.measured(ctx, loss_in(ctx), start)
+    flops, activations = step_cost(ctx, loss_in(ctx), start, size)
+    assert (cost.flops(size), cost.activation_bytes(size)) == (flops, activations)
+    assert cost.fixed[0] == 0, "a plain model costs nothing a step but its examples"
+    assert flops > 0 < activations
+
+
+class Linear:
+    """A task of two linear layers without bias, 6 -> 5 -> 3, whose FLOPs can be counted on fingers."""
+
+    inputs = None
+
+    def example(self, size: int) -> Batch:
+        return {"x": torch.zeros(size, 6), "labels": torch.zeros(size, dtype=torch.long)}
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+
+def test_flops_of_linear_layers_by_hand(ctx: ClientContext) -> None:
+    linear = dataclasses.replace(ctx, task=Linear())  # type: ignore[arg-type]
+    tree = {"a": torch.ones(5, 6), "b": torch.ones(3, 5)}
+    forward = lambda tree, batch: batch["x"] @ tree["a"].T @ tree["b"].T  # noqa: E731
+    cost = StepCost.measured(linear, task_loss(linear, forward), tree)
+    # Forward 2 * (6*5 + 5*3) = 90; backward the weights' gradients, 90, and the hidden units', 2 * 5*3 = 30.
+    assert cost.flops(1) == 210
+    assert cost.flops(64) == 64 * 210
+
+
+def test_flops_of_growing_are_paid_once_a_step(ctx: ClientContext) -> None:
+    linear = dataclasses.replace(ctx, task=Linear())  # type: ignore[arg-type]
+    frozen = torch.ones(3, 4)
+
+    def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return batch["x"] @ (frozen @ tree["a"]).T
+
+    cost = StepCost.measured(linear, task_loss(linear, forward), {"a": torch.ones(4, 6)})
+    # Growing: forward 2 * 3*4*6 = 144, backward the same. An example: forward 2 * 3*6 = 36, backward the same.
+    assert cost.fixed[0] == 288
+    assert cost.per_example[0] == 72
+
+
+def test_flops_of_a_transformer_are_those_of_torchs_counter_on_the_eager_path(ctx: ClientContext) -> None:
+    model = plain_model(FORM)
+    model.set_attn_implementation("eager")
+    batch = ctx.task.example(7)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(pixel_values=batch["pixel_values"]).logits
+        nn.functional.cross_entropy(logits, batch["labels"]).backward()
+    start = ctx.task.fresh(FORM, 0)
+    assert step_cost(ctx, loss_in(ctx), start, 7)[0] == counter.get_total_flops()
+
+
+def test_counting_reads_no_data_and_changes_no_tensor(ctx: ClientContext) -> None:
+    start = ctx.task.fresh(FORM, 0)
+    before = sha256(start)
+    empty = dataclasses.replace(ctx, train=Split({}, torch.zeros(0, dtype=torch.long)), task=Task(CONFIG))
+    local_train(empty, forward_in(empty), start, **SETTINGS)
+    (work,) = empty.meter.work
+    assert (work.examples, work.steps, work.flops) == (0, 0, 0)
+    assert work.flops_per_step > 0
+    assert sha256(start) == before
+    assert all(tensor.grad is None and not tensor.requires_grad for tensor in start.values())
+
+
+def test_a_shard_holds_its_own_examples(ctx: ClientContext) -> None:
+    chosen = subset(ctx.train, torch.tensor([5, 2]).numpy())
+    assert torch.equal(chosen.labels, ctx.train.labels[[5, 2]])
+    assert torch.equal(chosen.inputs["pixel_values"], ctx.train.inputs["pixel_values"][[5, 2]])

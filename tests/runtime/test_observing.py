@@ -1,0 +1,145 @@
+"""Where the time of a round went, and what TensorBoard is told."""
+
+import importlib.util
+import io
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from rich.console import Console
+
+import fedsim
+from fedsim.cli import main
+from fedsim.experiment import Experiment
+from fedsim.runtime.inline import InlineRuntime
+from fedsim.sweep.profile import print_profile
+from fedsim.sweep.progress import OneByOne
+from fedsim.sweep.runner import run_all
+from fedsim.sweep.tensorboard import SCALARS, Boards
+from tests.support.disturbed import small
+
+
+PHASES = [f"{phase}_seconds" for phase in ("broadcast", "compute", "sum", "write", "idle")]
+
+
+@pytest.fixture(scope="module")
+def observed(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder of a run that was asked for everything there is."""
+    out, console = tmp_path_factory.mktemp("observed"), Console(quiet=True)
+    overview = Boards(OneByOne(console), out)
+    assert run_all([tiny_experiment], out=out, make_runtime=InlineRuntime, profile=True, overview=overview) == []
+    return out
+
+
+def test_every_second_of_a_round_is_somewhere(observed: Path) -> None:
+    results = fedsim.load(observed)
+    profile = results.profile
+    assert profile.groupby("round").place.apply(list).tolist() == [["driver", "aggregator", "host 0"]] * 3
+    assert (profile[PHASES].to_numpy() >= 0).all()
+    total = profile.assign(total=profile[PHASES].sum(axis=1)).groupby("round").total
+    assert (total.max() - total.min()).max() < 1e-6, "every place saw the whole round"
+    assert (total.max() >= results.rounds.set_index("round").wall_seconds).all(), "with what is written after it"
+    host = profile[profile.place == "host 0"].set_index("round")
+    busy = results.clients.groupby("round").train_seconds.sum()
+    assert (host.compute_seconds >= busy).all(), "training, and scoring"
+
+
+def test_a_profile_goes_on_where_a_run_was_cut(observed: Path, tiny_experiment: Experiment, tmp_path: Path) -> None:
+    import shutil
+
+    from fedsim.core.numerics import NATIVE, in_force
+    from fedsim.results.store import RunStore
+    from fedsim.storage.checkpoint import Versions
+
+    out = tmp_path / "out"
+    shutil.copytree(observed, out)
+    run_id = tiny_experiment.run_id
+    (out / "runs" / f"{run_id}.parquet").unlink()
+    manifest = out / "checkpoints" / run_id / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"round": 2', '"round": 1'))
+    assert Versions(manifest.parent, "server").load(before=2) is not None
+    assert RunStore(out, run_id, "").open(resume=True, numerics=in_force(NATIVE)) == 2
+    assert run_all([tiny_experiment], out=out, make_runtime=InlineRuntime, profile=True) == []
+    assert fedsim.load(out).profile["round"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_run_that_was_not_asked_has_no_profile(tiny_run: Path) -> None:
+    assert fedsim.load(tiny_run).profile.empty and not (tiny_run / "profile").exists()
+
+
+def test_the_profile_is_printed(observed: Path) -> None:
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_profile(fedsim.load(observed).profile, console)
+    text = console.export_text()
+    assert "seconds of round 0" in text and "seconds of a round, on average" in text
+    assert text.count("aggregator") == text.count("host 0") == 2
+
+
+def test_the_command_prints_and_writes_both(tiny_settings: list[str], tmp_path: Path, capsys) -> None:
+    words = ["run", "benchmarks.suites:tiny", "--runtime", "inline", "--out", str(tmp_path), "--set", *tiny_settings]
+    assert main([*words, "--profile", "--tensorboard"]) == 0
+    assert "seconds of a round" in capsys.readouterr().out
+    assert len(list((tmp_path / "tensorboard").glob("*/events*"))) == 1
+
+
+def told_to_ray() -> dict[str, float]:
+    """What this machine's Ray exports for Prometheus of runs: each series, with its labels, and its value."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    series = (line.rpartition(" ") for line in lines if line.startswith("ray_fedsim_"))
+    return {name: float(value) for name, _, value in series}
+
+
+@pytest.mark.ray
+def test_ray_is_told_of_rounds_bytes_and_how_busy_hosts_were(two_hosts: Any, tmp_path: Path) -> None:
+    (before, wanted), seen = (told_to_ray(), small().rounds + 1), dict[str, float]()
+    assert run_all([small()], out=tmp_path, make_runtime=two_hosts) == []
+
+    def risen(metric: str, *labels: str) -> float:
+        """By how much a metric is higher now, in series that have these labels."""
+        names = [name for name in seen if name.startswith(metric + "{") and all(label in name for label in labels)]
+        return sum(seen[name] - before.get(name, 0.0) for name in names)
+
+    end = time.monotonic() + 60
+    while risen("ray_fedsim_rounds_total") < wanted and time.monotonic() < end:
+        time.sleep(0.2)
+        seen = told_to_ray()
+    rounds = fedsim.load(tmp_path).rounds
+    assert risen("ray_fedsim_rounds_total") == wanted
+    assert risen("ray_fedsim_bytes_total", 'direction="up"') == rounds.bytes_up.sum() > 0
+    assert risen("ray_fedsim_bytes_total", 'direction="down"') == rounds.bytes_down.sum() > 0
+    assert risen("ray_fedsim_bytes_moved_total") == rounds.bytes_moved.sum()
+    assert risen("ray_fedsim_retries_total") == 0
+    # Servers of earlier tests, which are gone, may still have a series of their own.
+    utilisation = max(value for name, value in seen.items() if name.startswith("ray_fedsim_utilisation{"))
+    assert 0 < utilisation <= 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_has_the_figures_of_the_rounds(observed: Path, tiny_experiment: Experiment) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (observed / "tensorboard").iterdir()
+    assert folder.name == f"fedgrow (paper), seed 0, {tiny_experiment.run_id}"
+    events = EventAccumulator(str(folder)).Reload()
+    rounds = fedsim.load(observed).rounds
+    for column, tag in SCALARS.items():
+        known = rounds[rounds[column].notna()]
+        told = {event.step: event.value for event in events.Scalars(tag)} if len(known) else {}
+        assert told == pytest.approx(dict(zip(known["round"], known[column], strict=True))), column
+
+
+def test_tensorboard_that_is_not_there_is_said(
+    tiny_settings: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name))
+    words = ["run", "benchmarks.suites:tiny", "--runtime", "inline", "--out", str(tmp_path / "out"), "--tensorboard"]
+    assert main(words) == 2
+    assert "fedsim[tensorboard]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

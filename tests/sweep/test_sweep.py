@@ -1,0 +1,215 @@
+"""The sweep: what it lists and refuses, and that it computes what is missing and nothing else."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from baselines.fedavg import FedAvg
+from benchmarks import suites, sweep
+from fedgrow_algo.fedgrow import FedGrow
+from fedsim.experiment import Experiment
+from fedsim.results.tables import load
+from fedsim.sweep.suites import arguments_of, experiments_of, suites_in
+
+
+# What every experiment of `quick` has, made small; shapes are those of the tiny experiment.
+SHRUNKEN = [
+    "rounds=1",
+    "participants=3",
+    "algorithm.batch_size=16",
+    "task.data.limit=90",
+    "task.patch_size=4",
+    "partition.min_size=5",
+    "tiers.0.form.width=8",
+    "tiers.1.form.width=8",
+    "tiers.1.form.depth=1",
+    "tiers.2.form.width=8",
+    "tiers.2.form.depth=1",
+    "intermediate.width=12",
+    "intermediate.depth=1",
+    "target.width=16",
+    "target.depth=2",
+]
+
+
+def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
+    assert sweep.main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.out == ""
+    return captured.err
+
+
+# words ----------------------------------------------------------------------------------------------------------------
+
+
+def test_list_prints_plain_lines(capsys: pytest.CaptureFixture) -> None:
+    assert sweep.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {"suite", "algorithm"}
+    assert all(len(line.split()) == 2 for line in lines)
+    assert len(lines) == len(set(lines))
+    assert {"suite quick", "algorithm fedgrow", "algorithm fedgrow_no_federation", "algorithm fedavg"} <= set(lines)
+    assert not {"suite tiny", "suite released_ladder", "suite replace"} & set(lines), "not lists of experiments"
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--suite", "quik"], ["--suite='quik'", "did you mean quick"]),
+        (["--suite", "tiny"], ["--suite='tiny'", "quick"]),
+        (["--suite", "quick", "nothing"], ["--suite='nothing'"]),
+        (["--only", "fedgrwo"], ["--only='fedgrwo'", "'quick'", "fedgrow"]),
+        (["--only", "fedavg", "fedsgd"], ["--only='fedsgd'", "fedavg"]),
+        (["--set", "roundz=1"], ["'quick'", "roundz", "did you mean rounds"]),
+        (["--set", "rounds=0"], ["'quick'", "rounds=0"]),
+        (["--set", "algorithm.local_epochs=1"], ["'quick'", "algorithm.local_epochs", "fedavg"]),
+        (["--only", "fedavg", "--set", "algorithm.preset=paper"], ["algorithm.preset", "fedavg"]),
+        (["--seeds", "-1"], ["seed=-1"]),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry", "wet"])
+def test_a_sweep_that_makes_no_sense_is_refused(
+    words: list[str], expected: list[str], dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    message = refused(capsys, *words, *dry, "--runtime", "inline", "--out", str(tmp_path / "out"))
+    for word in expected:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_hosts_below_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "--hosts=0" in refused(capsys, "--hosts", "0", "--runtime", "inline", "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_are_whole_numbers(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(["--seeds", "one"])
+    assert stopped.value.code == 2
+    assert "--seeds" in capsys.readouterr().err
+
+
+def test_no_suite_holds_an_experiment_twice() -> None:
+    for make in suites_in(suites).values():
+        experiments = make(**arguments_of(make, sweep.LISTED))
+        assert len({experiment.run_id for experiment in experiments}) == len(experiments)
+
+
+def test_only_and_seeds_choose_experiments() -> None:
+    words = ["--only", "fedavg", "fedgrow", "--seeds", "4", "7", "4", "--set", "rounds=2"]
+    chosen = experiments_of(suites_in(suites), "quick", sweep.parser().parse_args(words))
+    assert [(one.seed, one.algorithm.name, one.algorithm.preset_name) for one in chosen] == [
+        (seed, *algorithm)
+        for seed in (4, 7)
+        for algorithm in (("fedgrow", "paper"), ("fedgrow", "preserving"), ("fedavg", ""))
+    ]
+    assert {one.rounds for one in chosen} == {2}
+
+
+def test_the_demo_compares_both_presets_with_fedavg_at_ffn_ratio_one() -> None:
+    experiments = suites.quick()
+    assert {(one.algorithm.name, one.algorithm.preset_name) for one in experiments} >= {
+        ("fedgrow", "paper"),
+        ("fedgrow", "preserving"),
+        ("fedavg", ""),
+    }
+    for one in (*experiments, suites.tiny()):
+        assert all(form.inner == form.width for form in (*one.forms, one.intermediate, one.target))
+    tiny = suites.tiny()
+    assert (tiny.participants, tiny.rounds, len({*tiny.forms})) == (3, 3, 3)
+
+
+# work -----------------------------------------------------------------------------------------------------------------
+
+
+def one_suite(*experiments: Experiment) -> Callable[[], list[Experiment]]:
+    def small() -> list[Experiment]:
+        return list(experiments)
+
+    small.__module__ = suites.__name__
+    return small
+
+
+def test_dry_run_prints_what_would_be_run(
+    tmp_path: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "small", one_suite(tiny_experiment), raising=False)
+    monkeypatch.setattr(sweep, "run_all", lambda *_, **__: pytest.fail("a dry run computes nothing"))
+    out = tmp_path / "out"
+    assert sweep.main(["--suite", "small", "--seeds", "0", "5", "--dry-run", "--out", str(out)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "suite small: 2 runs"
+    for seed in (0, 5):
+        run_id = dataclasses.replace(tiny_experiment, seed=seed).run_id
+        assert [line for line in lines if run_id in line and f"seed {seed}" in line]
+    # Global grows 16x2 into 20x3. One map of the residual axis, a map for each of two blocks of queries, keys, values
+    # and the MLP, and a 3x2 table for each of a block's eight modules; 4 bytes, down and up, 3 participants, 4 rounds.
+    operator = 20 * 16 + 4 * 2 * 20 * 16 + 8 * 3 * 2
+    (row,) = [line.split() for line in lines if line.startswith(" fedgrow ")]
+    assert row[5:8] == ["2", "4", f"{operator * 4 * 2 * 3 * 4 / 1e6:.1f}"]
+    assert not out.exists()
+
+
+def test_a_sweep_computes_reports_and_the_second_time_computes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--only", "fedavg", "--seeds", "0", "1", "--runtime", "inline", "--out", str(tmp_path)]
+    words += ["--set", *SHRUNKEN]
+    assert sweep.main(words) == 0
+    said = capsys.readouterr().out
+    assert "fedavg" in said and str(tmp_path / "report.html") in said.replace("\n", "")
+    assert "<html" in (tmp_path / "report.html").read_text()
+    results = load(tmp_path)
+    assert sorted(zip(results.runs.seed, results.runs.status, results.runs.suite, strict=True)) == [
+        (0, "finished", "quick"),
+        (1, "finished", "quick"),
+    ]
+    assert len(results.rounds) == 4
+
+    monkeypatch.setattr("fedsim.sweep.runner.run", lambda *_, **__: pytest.fail("computed again"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    assert sweep.main(words) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")} == before
+
+
+def test_an_interrupted_sweep_computes_only_what_is_missing(
+    tmp_path: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [dataclasses.replace(tiny_experiment, rounds=1), dataclasses.replace(tiny_experiment, rounds=1, seed=9)]
+    assert isinstance(tiny_experiment.algorithm, FedGrow)
+    monkeypatch.setattr(suites, "small", one_suite(both[0]), raising=False)
+    words = ["--suite", "small", "--runtime", "inline", "--out", str(tmp_path), "--seeds", "0", "9"]
+    real, done = sweep.run_all, []
+
+    def interrupted(experiments: list[Experiment], **fields) -> list:
+        done.extend(real(experiments[:1], **fields))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "run_all", interrupted)
+        assert sweep.main(words) == 130
+    assert load(tmp_path).runs.run_id.tolist() == [both[0].run_id]
+    capsys.readouterr()
+    assert sweep.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"finished before, run {both[0].run_id}" in said and f"run {both[1].run_id}" not in said
+    assert set(load(tmp_path).runs.run_id) == {one.run_id for one in both}
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_reported(
+    tmp_path: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = dataclasses.replace(tiny_experiment, rounds=1)
+    bad = dataclasses.replace(good, algorithm=FedAvg(lr=1e-3))
+    monkeypatch.setattr(suites, "small", one_suite(bad, good), raising=False)
+    monkeypatch.setattr(FedAvg, "server_aggregate", lambda *_: 1 / 0)
+    words = ["--suite", "small", "--runtime", "inline", "--out", str(tmp_path), "--seeds", "0"]
+    assert sweep.main(words) == 1
+    said = capsys.readouterr().out
+    assert f"run {bad.run_id} failed: ZeroDivisionError: division by zero" in said
+    assert f"go on with: python benchmarks/sweep.py {' '.join(words)}" in said
+    assert load(tmp_path).runs.set_index("run_id").status.to_dict() == {bad.run_id: "failed", good.run_id: "finished"}
+    assert (tmp_path / "report.html").exists()
