@@ -51,10 +51,8 @@ HEAD = "head."  # beside the adapters: what comes after the blocks
 class FederatedLoRA(Algorithm):
     """Adapters of the target that are averaged factor by factor.
 
-    - `method`: see the module. - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: see
-        `fedsim.learning.training.settings`.
-    - `rank`: of every adapter; the largest, where they differ. - `alpha`: B A counts alpha / rank times, for all ranks.
-    - `base`: W0, a checkpoint of the target's form; None: as the seed gives it. - `server`: what it makes of the mean.
+    - `method`: see the module. - `lr` to `clip`: local training. - `rank`: of adapters; the largest, if they differ.
+    - `alpha`: B A counts alpha / rank times. - `base`: W0, a checkpoint of the target's form; None: drawn from the seed.
     """
 
     method: Literal["fedit", "ffa_lora", "hetlora"] = "fedit"

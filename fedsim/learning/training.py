@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,35 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.core.fields import check_range, check_types
 from fedsim.core.tree import Tree, clone
-from fedsim.data.source import Split
-from fedsim.learning.task import Batch, Task
-from fedsim.models import Form
+from fedsim.learning.context import LocalContext
+from fedsim.learning.task import Batch
 
 
 Forward = Callable[[Mapping[str, Tensor], Batch], Tensor]  # (parameters, batch) -> logits
 Objective = Callable[[Mapping[str, Tensor], Batch], Tensor]  # (parameters, batch) -> loss
 PRETRAIN = "pretrain"  # the purpose of training that a participant is assumed to have done before it joins
 COSTS = {"costs": True}  # marks fields of an algorithm that change what a training step costs
-
-
-class LocalContext(Protocol):
-    """What local training reads of a client's context (`fedsim.algorithm.ClientContext`)."""
-
-    @property
-    def task(self) -> Task: ...
-    @property
-    def intermediate(self) -> Form: ...
-    @property
-    def target(self) -> Form: ...
-    @property
-    def train(self) -> Split: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def meter(self) -> "Meter": ...
-    @property
-    def precision(self) -> str: ...
-    def generator(self, purpose: str) -> torch.Generator: ...
 
 
 @dataclasses.dataclass(frozen=True)

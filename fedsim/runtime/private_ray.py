@@ -1,14 +1,11 @@
 """A private Ray on this machine, for this process alone or for several."""
 
 import contextlib
-import logging
-import math
 from collections.abc import Iterator
 
-import psutil
 import ray
 
-from fedsim.runtime.rising import end_in_order, is_rising, take
+from fedsim.runtime.rising import connect_private, end_in_order, is_rising, take
 
 
 def start_private(cpus: float, gpus: int | None) -> None:
@@ -24,20 +21,6 @@ def start_private(cpus: float, gpus: int | None) -> None:
     if not (there and does):
         connect_private(cpus, gpus)
     end_in_order()
-
-
-def connect_private(cpus: float, gpus: int | None) -> None:
-    """Start a Ray and connect this process to it."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=max(1, math.ceil(cpus)),
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _memory=psutil.virtual_memory().total,  # as placement counts it; by itself Ray takes a part of what is free
-    )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """A private Ray that comes up while its process is still importing: of the seconds to the first round, a fourth."""
 
+import logging
+import math
 import signal
 import sys
 import threading
@@ -20,8 +22,6 @@ class Rising:
 
     def _start(self) -> None:
         try:
-            from fedsim.runtime.private_ray import connect_private  # imports ray, beside what the others import
-
             connect_private(self.cpus, self.gpus)
         except BaseException as error:
             self.error = error  # whoever needs a Ray tries again, and is told
@@ -32,6 +32,23 @@ class Rising:
         """Wait for it. **Returns:** whether it is there."""
         self.settled.wait()
         return self.error is None
+
+
+def connect_private(cpus: float, gpus: int | None) -> None:
+    """Start a Ray and connect this process to it."""
+    import psutil
+    import ray  # takes a second or two: here, it is imported beside what the others import
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=max(1, math.ceil(cpus)),
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _memory=psutil.virtual_memory().total,  # as placement counts it; by itself Ray takes a part of what is free
+    )
 
 
 _rising: Rising | None = None  # until somebody takes it

@@ -64,11 +64,11 @@ def _chosen(base: list[Experiment], suite: str, options: argparse.Namespace) -> 
         for each in asked or ():
             if each not in names:
                 raise ValueError(f"{option}={each!r}: not in suite {suite!r}{nearest(each, [*dict.fromkeys(names)])}")
+    named = [(experiment, experiment.algorithm.name, experiment.task.data.name) for experiment in base]
     left = [
         experiment
-        for experiment in base
-        if experiment.algorithm.name in (options.only or [experiment.algorithm.name])
-        and experiment.task.data.name in (options.data or [experiment.task.data.name])
+        for experiment, method, data in named
+        if method in (options.only or [method]) and data in (options.data or [data])
     ]
     if not left:
         raise ValueError(f"--only={options.only}, --data={options.data}: suite {suite!r} has no such experiment")

@@ -40,7 +40,8 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     result, before = Pretended(), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(private_ray, "connect_private", result.start)
+    for module in (private_ray, rising):
+        monkeypatch.setattr(module, "connect_private", result.start)
     monkeypatch.setattr(ray, "shutdown", result.end)
     yield result
     signal.signal(signal.SIGTERM, before)
