@@ -17,7 +17,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, Python looks beside this file only
 
 import fedsim
-from benchmarks.readings import finished_runs
+from fedsim.report.readings import finished_runs
 
 
 directory = sys.argv[1] if len(sys.argv) > 1 else "results/quick"

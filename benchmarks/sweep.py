@@ -15,10 +15,10 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import suites  # noqa: E402
-from benchmarks.fairness import check_fair  # noqa: E402
-from benchmarks.plan import Machine, print_plan  # noqa: E402
-from benchmarks.report import write_report  # noqa: E402
-from benchmarks.tables import print_summary  # noqa: E402
+from fedsim.sweep.fairness import check_fair  # noqa: E402
+from fedsim.sweep.plan import Machine, print_plan  # noqa: E402
+from fedsim.report.document import write_report  # noqa: E402
+from fedsim.report.tables import print_summary  # noqa: E402
 from fedsim import load  # noqa: E402
 from fedsim.cli.options import (  # noqa: E402
     add_resume_anywhere,

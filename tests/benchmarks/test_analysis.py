@@ -13,8 +13,8 @@ import pytest
 
 import fedsim
 from baselines.fedavg import FedAvg
-from benchmarks.readings import records
-from benchmarks.report import write_report
+from fedsim.report.readings import records
+from fedsim.report.document import write_report
 from benchmarks.suites import tiny
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.runtime.inline import InlineRuntime

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import fedsim
-from benchmarks.report import write_report
+from fedsim.report.document import write_report
 from fedsim.cli import main
 from fedsim.experiment import Experiment
 from fedsim.results.tables import Results

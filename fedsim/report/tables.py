@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.comparison import BUDGETS, Difference, differences, interval, reference_of, to_target
-from benchmarks.readings import (
+from fedsim.report.comparison import BUDGETS, Difference, differences, interval, reference_of, to_target
+from fedsim.report.readings import (
     CHOSEN,
     EQUAL_BYTES,
     EQUAL_FLOPS,

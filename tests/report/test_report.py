@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from benchmarks.readings import finished_runs, last_within, sent_bytes
-from benchmarks.report import html_report, main
-from benchmarks.tables import markdown, notes, print_summary, significant, summary
+from fedsim.report.readings import finished_runs, last_within, sent_bytes
+from fedsim.report.document import html_report, main
+from fedsim.report.tables import markdown, notes, print_summary, significant, summary
 from fedsim.results.tables import load, write_table
 
 
@@ -267,7 +267,7 @@ def test_command_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest
 
 
 def test_command_runs_as_a_script_from_the_root(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/report.py", str(tmp_path / "absent")]
+    command = [sys.executable, "fedsim/report/document.py", str(tmp_path / "absent")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "is not a folder" in done.stderr
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.comparison import differences, holm, interval, reference_of, to_target
-from benchmarks.readings import best_validated, read
-from benchmarks.tables import notes, summary
+from fedsim.report.comparison import differences, holm, interval, reference_of, to_target
+from fedsim.report.readings import best_validated, read
+from fedsim.report.tables import notes, summary
 from benchmarks.tune import best_of, grids_of, on_edge
 from fedsim.results.tables import SCHEMAS, load, write_table
-from tests.benchmarks.test_report import add_run, row_of
+from tests.report.test_report import add_run, row_of
 
 
 NAN = math.nan

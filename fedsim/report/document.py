@@ -1,4 +1,4 @@
-"""Results -> one self-contained HTML page, and the same as Markdown:  python benchmarks/report.py DIR [--out FILE.html]
+"""Results -> one self-contained HTML page, and the same as Markdown:  python fedsim/report/document.py DIR [--out FILE.html]
 
 Nothing is fetched and nothing runs in the page: tables, figures (embedded), the machines, the commands, every run's
 config.
@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 if __package__ in (None, ""):  # run as a script: the packages lie beside this folder, not in it
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comparison import reference_of
-from benchmarks.figures import (
+from fedsim.report.comparison import reference_of
+from fedsim.report.figures import (
     MOST_LINES,
     accuracy_figure,
     difference_figure,
@@ -30,9 +30,9 @@ from benchmarks.figures import (
     svg,
     time_figure,
 )
-from benchmarks.page import Block, Bullets, Code, Grid, Heading, Paragraph, Picture, as_html, as_markdown, write_figures
-from benchmarks.readings import WORST_SHARE, Readings, by_method, by_setting, read, records
-from benchmarks.tables import (
+from fedsim.report.page import Block, Bullets, Code, Grid, Heading, Paragraph, Picture, as_html, as_markdown, write_figures
+from fedsim.report.readings import WORST_SHARE, Readings, by_method, by_setting, read, records
+from fedsim.report.tables import (
     COMPACT,
     COMPARED,
     COSTS,
@@ -275,7 +275,7 @@ def write_report(directory: Place, out: Path | None = None, results: Results | N
     """
     path = out or directory / "report.html"
     results = results or load(directory)
-    command = shlex.join(["python", "benchmarks/report.py", str(directory), *(["--out", str(path)] if out else [])])
+    command = shlex.join(["python", "fedsim/report/document.py", str(directory), *(["--out", str(path)] if out else [])])
     title, blocks = f"fedsim: {directory.resolve().name}", blocks_of(results, read(results), [command])
     with sent(path.parent) as folder:
         figures = folder / f"{path.stem}_figures"

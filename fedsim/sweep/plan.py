@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.calibration import Calibration, Outline
+from fedsim.sweep.calibration import Calibration, Outline
 from fedsim.data.source import load
 from fedsim.engine.cohort import cohort_of, members, scored_in, tiers_of
 from fedsim.experiment import Experiment

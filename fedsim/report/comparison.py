@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks.readings import TO_TARGET, by_method
+from fedsim.report.readings import TO_TARGET, by_method
 
 
 CONFIDENCE = 0.95

@@ -22,8 +22,8 @@ from baselines.heterofl import HeteroFL
 from baselines.lora import hetlora
 from baselines.progfed import ProgFed
 from benchmarks import suites, sweep
-from benchmarks.calibration import LONG, SMALL, Calibration, Line, Model, Outline, Part, Phase, Stage, phases
-from benchmarks.plan import Estimate, Machine, Planner, print_plan
+from fedsim.sweep.calibration import LONG, SMALL, Calibration, Line, Model, Outline, Part, Phase, Stage, phases
+from fedsim.sweep.plan import Estimate, Machine, Planner, print_plan
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.comparison import interval
-from benchmarks.readings import MEGABYTE, by_method, sent_bytes
+from fedsim.report.comparison import interval
+from fedsim.report.readings import MEGABYTE, by_method, sent_bytes
 
 
 LINE_STYLES = ["-", "--", ":", "-."]  # of ten colours each

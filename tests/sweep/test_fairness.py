@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from baselines.fedavg import FedAvg
-from benchmarks import fairness, suites, sweep
-from benchmarks.fairness import check_fair
+from fedsim.sweep import fairness
+from benchmarks import suites, sweep
+from fedsim.sweep.fairness import check_fair
 from fedsim.data.config import EMBEDDED
 from fedsim.engine.cohort import members
 from fedsim.experiment import Experiment, with_settings
