@@ -17,7 +17,7 @@ from fedsim import load
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.runtime import Choice
-from fedsim.sweep.runner import locked, run_all
+from fedsim.sweeps.runner import locked, run_all
 
 
 HOSTS = 2

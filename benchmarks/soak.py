@@ -39,7 +39,7 @@ from fedsim.cli import exit_status  # noqa: E402
 from fedsim.experiment import Experiment  # noqa: E402
 from fedsim.runtime import make_runtime  # noqa: E402
 from fedsim.simulation import RunFailed, run  # noqa: E402
-from fedsim.sweep.progress import label_of  # noqa: E402
+from fedsim.sweeps.progress import label_of  # noqa: E402
 
 
 HOST, SERVER = "ray::Host", "ray::Server"  # what Ray calls our processes

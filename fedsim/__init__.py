@@ -51,7 +51,7 @@ def run(
     from fedsim.core.numerics import settle
     from fedsim.runtime import Choice
     from fedsim.storage.place import place
-    from fedsim.sweep.runner import check_data, check_folder, locked, run_all
+    from fedsim.sweeps.runner import check_data, check_folder, locked, run_all
 
     folder, data_dir, console = place(out), environment.data_dir(), Console()
     numerics = settle(

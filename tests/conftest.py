@@ -15,7 +15,7 @@ from fedsim.experiment import Experiment, with_settings
 from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.support.disturbed import TINY_SETTINGS, Lent, small, without_federation
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 import fedsim
 import fedsim.results.store
 import fedsim.simulation
-import fedsim.sweep.runner
+import fedsim.sweeps.runner
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import ClientContext, ClientUpdate, weighted_mean, weighted_sum
 from fedsim.core.tree import Tree, sha256, sha256_of_text
@@ -34,7 +34,7 @@ from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import COUNTED, RunFailed, run
 from fedsim.storage.checkpoint import Versions, private_of
-from fedsim.sweep.runner import check_folder, run_all
+from fedsim.sweeps.runner import check_folder, run_all
 
 
 # What may differ between two computations of the same numbers.
@@ -474,7 +474,7 @@ def test_results_of_other_sources_are_computed_again_and_that_is_said(
 ) -> None:
     out, progress, said = tmp_path / "out", Told(), StringIO()
     shutil.copytree(tiny_run, out)
-    for module in (fedsim.sweep.runner, fedsim.simulation):
+    for module in (fedsim.sweeps.runner, fedsim.simulation):
         monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
     assert RunStore(out, tiny_experiment.run_id, "other sources").status() == "outdated"
     console = Console(file=said, width=200)
@@ -491,7 +491,7 @@ def test_an_unfinished_run_of_other_sources_is_not_resumed(
     with pytest.raises(Interrupted):
         inline(tiny_experiment, tmp_path, progress=Cut(1))
     progress = Told()
-    for module in (fedsim.sweep.runner, fedsim.simulation):
+    for module in (fedsim.sweeps.runner, fedsim.simulation):
         monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
     run_all([tiny_experiment], out=tmp_path, make_runtime=InlineRuntime, progress=progress)
     assert progress.rounds == [0, 1, 2]

@@ -19,11 +19,11 @@ from fedsim.results.store import clean, runs_in
 from fedsim.results.tables import load
 from fedsim.runtime import Choice
 from fedsim.storage.place import place
-from fedsim.sweep.profile import print_profile
-from fedsim.sweep.progress import OneByOne, label_of
-from fedsim.sweep.runner import check_data, check_folder, locked, run_all
-from fedsim.sweep.suites import experiments_of, suites_in
-from fedsim.sweep.tensorboard import Boards
+from fedsim.sweeps.profile import print_profile
+from fedsim.sweeps.progress import OneByOne, label_of
+from fedsim.sweeps.runner import check_data, check_folder, locked, run_all
+from fedsim.sweeps.suites import experiments_of, suites_in
+from fedsim.sweeps.tensorboard import Boards
 
 
 SUITES = "benchmarks.suites"  # where --suite NAME is looked up, as if MODULE:FUNCTION had been typed

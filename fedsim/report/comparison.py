@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy import stats
 
-from fedsim.report.readings import TO_TARGET, by_method
+from fedsim.report.readings import TO_TARGET, by_method, referred
 
 
 CONFIDENCE = 0.95
@@ -61,14 +61,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def reference_of(runs: Sequence[Row]) -> str | None:
-    """The Fed-Grow row others are compared with: the one with the highest validation accuracy after its last round.
+def reference_of(runs: Sequence[Row], reference: str | None = None) -> str | None:
+    """The method others are compared with: of those that may be (`referred`), the one with the highest validation
+    accuracy after its last round.
 
-    Of one setting's runs; None without a run of `fedgrow`, or if none was validated.
+    Of one setting's runs; None if none was validated.
     """
     means = {
         method: statistics.fmean(row["accuracy_val"] for row in rows)
-        for method, rows in by_method(run for run in runs if run["algorithm"] == "fedgrow").items()
+        for method, rows in by_method(referred(runs, reference)).items()
     }
     known = {method: mean for method, mean in means.items() if not math.isnan(mean)}
     return max(known, key=lambda method: known[method], default=None)

@@ -1,22 +1,17 @@
-"""Results -> one self-contained HTML page, and the same as Markdown:  python fedsim/report/document.py DIR [--out FILE.html]
+"""Results -> one self-contained HTML page, and the same as Markdown.
 
 Nothing is fetched and nothing runs in the page: tables, figures (embedded), the machines, the commands, every run's
 config.
 """
 
-import argparse
 import json
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-
-if __package__ in (None, ""):  # run as a script: the packages lie beside this folder, not in it
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fedsim.report.comparison import reference_of
 from fedsim.report.figures import (
@@ -83,7 +78,7 @@ HOW_TO_READ = (
     "total are what all participants sent and received.",
     "**Three budgets.** A method that sends fifty times as much should not be compared round by round alone. Each is "
     "read after its last round (*equal rounds*); at the last evaluated round at which it had sent and received no more "
-    "than Fed-Grow did in its whole run (*equal bytes*; of several Fed-Grow runs, the one that sent least); and "
+    "than the *reference* did in its whole run (*equal bytes*; of several such runs, the one that sent least); and "
     "likewise for what participants computed (*equal FLOPs*). No test score decides where a method is read. *Best "
     "validated round* is the test accuracy at the round with the highest validation accuracy.",
 )
@@ -92,7 +87,8 @@ COMPARISON = (
     f"{100 * WORST_SHARE:.0f} % of participants, at least one, that are worst off."
 )
 PAIRED = (
-    "Differences are percentage points against the *reference*, the Fed-Grow row with the best validation accuracy: "
+    "Differences are percentage points against the *reference* (Fed-Grow, unless another was named; of several rows, "
+    "the one with the best validation accuracy): "
     "seed by seed, as all methods meet the same federation, with a 95 % interval and the p-value of a paired t-test, "
     "adjusted by Holm over the methods of the table. A few seeds can only show large differences: what is not "
     "significant is not thereby equal."
@@ -140,7 +136,7 @@ def blocks_of(results: Results, readings: Readings, commands: Sequence[str]) -> 
         if any(row["target"] == row["target"] for row in rows):
             blocks += [Paragraph(TO_TARGET), _grid(rows, TARGETS)]
         blocks += [*_times(rows, number), *_labels(runs, number)]
-        blocks += [Heading("Seed by seed", 3), _grid(runs, PER_SEED)]
+        blocks += [Heading("Seed by seed", 3), _grid(runs, PER_SEED, reference_of(runs, readings.reference))]
     return [*blocks, *_provenance(results, commands), *_configs(results)]
 
 
@@ -158,7 +154,7 @@ def _in_short(rows: Sequence[Row]) -> str:
         figures = [f"{percent(reference['accuracy'])} % after the last round"]
         if reference["saved"] == reference["saved"]:
             figures.append(f"{percent(reference['saved'])} % of FedAvg's upload saved")
-        parts.append(f"the Fed-Grow row that validated best, **{reference['method']}**: {', '.join(figures)}")
+        parts.append(f"the reference, **{reference['method']}**: {', '.join(figures)}")
         alone = by_name.get(reference["method"].replace("fedgrow (", "fedgrow_no_federation ("))
         if alone:
             parts.append(f"the same without federation: {percent(alone['accuracy'])} %")
@@ -166,8 +162,8 @@ def _in_short(rows: Sequence[Row]) -> str:
     return f"In short: {text}." if text else "In short: nothing was evaluated."
 
 
-def _grid(rows: Sequence[Row], columns: Columns) -> Grid:
-    reference = reference_of([row for row in rows if "run_id" in row]) or next((r.get("reference") for r in rows), None)
+def _grid(rows: Sequence[Row], columns: Columns, named: str | None = None) -> Grid:
+    reference = named or next((row.get("reference") for row in rows), None)
     return Grid(list(columns), cells(rows, columns), frozenset({reference} if reference else set()))
 
 
@@ -268,48 +264,26 @@ def html_report(results: Results, title: str) -> str:
     return as_html(title, blocks_of(results, read(results), []))
 
 
-def write_report(directory: Place, out: Path | None = None, results: Results | None = None) -> Place:
+def write_report(
+    directory: Place, out: Path | None = None, results: Results | None = None, reference: str | None = None
+) -> Place:
     """Write the page of a results folder and return where: by default `report.html` in it.
 
     Beside it, under the same name, the same as Markdown (`.md`, with a folder of figures). Each is replaced atomically.
+
+    - `results`: what the page is about; None: what lies in the folder. - `reference`: see `fedsim.report.readings.read`.
+
+    **Raises:** `ValueError` for a reference that no finished run has.
     """
     path = out or directory / "report.html"
     results = results or load(directory)
-    command = shlex.join(["python", "fedsim/report/document.py", str(directory), *(["--out", str(path)] if out else [])])
-    title, blocks = f"fedsim: {directory.resolve().name}", blocks_of(results, read(results), [command])
+    words = ["fedsim", "report", *map(str, results.directories), *(["--out", str(path)] if out else [])]
+    command = shlex.join([*words, *(["--reference", reference] if reference else [])])
+    names = " + ".join(each.resolve().name for each in results.directories)
+    title, blocks = f"fedsim: {names}", blocks_of(results, read(results, reference=reference), [command])
     with sent(path.parent) as folder:
         figures = folder / f"{path.stem}_figures"
         write_figures(figures, blocks)
         write_atomically(folder / f"{path.stem}.md", as_markdown(title, blocks, figures.name).encode())
         write_atomically(folder / path.name, as_html(title, blocks).encode())
     return path
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description="Turn a results folder into one page.")
-    parser.add_argument(
-        "directory", metavar="DIR", help="a folder (or s3://, gs://) written by sweep.py or `fedsim run`"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="default: DIR/report.html; FILE.md goes beside it"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.out is not None and arguments.out.suffix not in (".html", ".htm"):
-        print(f"report.py: --out={str(arguments.out)!r}: must end with .html", file=sys.stderr)
-        return 2
-    try:
-        directory = place(arguments.directory)
-        results = load(directory)
-    except ValueError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 2
-    try:
-        print(write_report(directory, arguments.out, results))
-    except OSError as error:
-        print(f"report.py: the report could not be written: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

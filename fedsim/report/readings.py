@@ -1,8 +1,8 @@
 """Runs -> readings: what each run reached, read at three budgets, and what it took.
 
 Every run is read at **equal rounds** (after its last round), at **equal bytes** and at **equal FLOPs**: at the last
-evaluated round at which it had sent and received, or its participants had computed, no more than Fed-Grow did in its
-whole run. No rule here looks at a test score: rounds are read where a budget ends, or where validation was best.
+evaluated round at which it had sent and received, or its participants had computed, no more than the reference
+(Fed-Grow, unless another is named) did in its whole run. No rule here looks at a test score: rounds are read where a budget ends, or where validation was best.
 
 Runs are compared within a *setting*: one suite, one data set, one population of small models, one way of dealing.
 """
@@ -28,6 +28,7 @@ METHOD_ORDER = (
     "heterofl heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed grow_then_fedavg "
     "exclusive ensemble_small local_only fedit ffa_lora flora hetlora"
 )
+RANK = {name: place for place, name in enumerate(METHOD_ORDER.split())}
 NOT_A_VARIANT = {"seed", "name", "suite"}  # what may differ between two configs of the same variant
 KEYS = ["setting", "method", "algorithm", "preset"]
 WORST_SHARE = 0.1  # of participants: whose mean is `accuracy_bottom`
@@ -138,21 +139,29 @@ class Readings:
     """Everything that tables, figures and notes are made of, read once.
 
     - `runs`: one row a finished run (`finished_runs`), and what was read of it. - `rounds`: `histories`.
+    - `reference`: the algorithm or method that others are compared with, if it was named.
     """
 
     runs: list[dict[str, Any]]
     rounds: Mapping[str, Runs]
+    reference: str | None = None
 
 
-def read(results: Results, target: float | None = None) -> Readings:
+def read(results: Results, target: float | None = None, reference: str | None = None) -> Readings:
     """One row a finished run: its accuracies at every budget, its cost, and the saving against FedAvg's upload.
 
     - `target`: accuracy to reach; None: `TARGET_ACCURACY` of its data set.
+    - `reference`: an algorithm or a method (`referred`); None: Fed-Grow, or without it the first method.
+
+    **Raises:** `ValueError` for a reference that no finished run has.
     """
     runs, rounds = finished_runs(results), histories(results)
+    if reference is not None and not referred(runs, reference):
+        there = sorted({name for run in runs for name in (run["algorithm"], run["method"])})
+        raise ValueError(f"reference={reference!r}: no finished run has it; there are {', '.join(there) or 'none'}")
     totals = {run["run_id"]: max((sent_bytes(row) for row in rounds[run["run_id"]]), default=0) for run in runs}
     work = {run["run_id"]: max((row["flops_total"] for row in rounds[run["run_id"]]), default=0) for run in runs}
-    of_bytes, of_flops = _budgets(runs, totals), _budgets(runs, work)
+    of_bytes, of_flops = _budgets(runs, totals, reference), _budgets(runs, work, reference)
     bottom, uploads = _bottom(results), _fedavg_uploads(runs)
     rows = []
     for run in runs:
@@ -184,9 +193,25 @@ def read(results: Results, target: float | None = None) -> Readings:
             | {"local_seconds": sum(row["wall_seconds"] for row in history if row["round"] == 0)}
             | {"state_sha256": history[-1]["state_sha256"] if history else ""}
         )
-    rank = {name: place for place, name in enumerate(METHOD_ORDER.split())}
-    rows.sort(key=lambda row: (row["setting"], rank.get(row["algorithm"], len(rank)), row["method"], row["seed"]))
-    return Readings(rows, rounds)
+    return Readings(sorted(rows, key=lambda row: (row["setting"], *in_order(row), row["seed"])), rounds, reference)
+
+
+def in_order(run: Row) -> tuple[int, str]:
+    """Where a method stands in lists."""
+    return RANK.get(run["algorithm"], len(RANK)), run["method"]
+
+
+def referred(runs: Runs, reference: str | None) -> list[Row]:
+    """Of one setting's runs, those of the algorithm or method that others are compared with.
+
+    None: those of `fedgrow` or, where there are none, of the first method in the list.
+    """
+    if reference is not None:
+        return [run for run in runs if reference in (run["algorithm"], run["method"])]
+    first = min(runs, key=in_order, default=None)
+    return [run for run in runs if run["algorithm"] == "fedgrow"] or [
+        run for run in runs if first is not None and run["method"] == first["method"]
+    ]
 
 
 def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -230,11 +255,11 @@ def _bottom(results: Results) -> dict[str, float]:
     return means
 
 
-def _budgets(runs: Runs, totals: Mapping[str, float]) -> dict[tuple[str, int], tuple[float, str]]:
-    """By setting and seed: what the Fed-Grow run that spent least has spent, and its method."""
+def _budgets(runs: Runs, totals: Mapping[str, float], reference: str | None) -> dict[tuple, tuple[float, str]]:
+    """By setting and seed: what the run of the reference that spent least has spent, and its method."""
     candidates = defaultdict(list)
-    for run in runs:
-        if run["algorithm"] == "fedgrow":
+    for of_setting in by_setting(runs).values():
+        for run in referred(of_setting, reference):
             candidates[run["setting"], run["seed"]].append((totals[run["run_id"]], run["method"]))
     return {key: min(found) for key, found in candidates.items()}
 

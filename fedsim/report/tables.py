@@ -68,19 +68,20 @@ def summary(results: Results | Readings) -> pd.DataFrame:
 
     `accuracy_std` and `equal_bytes_std` are means over seeds of the spread over participants; `accuracy_seed_std` is
     the spread of `accuracy` over seeds. `<reading>_ci` is half of a 95 % interval of the mean over seeds;
-    `<reading>_difference`, `_difference_ci` and `_p` (adjusted by Holm) compare with `reference`, the Fed-Grow row that
-    validated best. `target_*`: medians of what it took to get to the accuracy `target`, lower bounds where
+    `<reading>_difference`, `_difference_ci` and `_p` (adjusted by Holm) compare with `reference`, the row of the
+    reference that validated best. `target_*`: medians of what it took to get to the accuracy `target`, lower bounds where
     `target_censored`. Accuracies and `saved` are fractions, 1 MB is 10^6 bytes. What cannot be said, for want of
-    seeds, of Fed-Grow or of FedAvg, is not a number.
+    seeds, of a reference or of FedAvg, is not a number.
     """
     readings = results if isinstance(results, Readings) else read(results)
-    rows = [row for runs in by_setting(readings.runs).values() for row in _of_setting(runs)]
+    of_settings = by_setting(readings.runs).values()
+    rows = [row for runs in of_settings for row in _of_setting(runs, readings.reference)]
     first = [*KEYS, "seeds", *AVERAGED[:2], "accuracy_seed_std", *AVERAGED[2:]]
     return pd.DataFrame(rows, columns=[*first, *(name for name in rows[0] if name not in first)] if rows else first)
 
 
-def _of_setting(runs: Sequence[Row]) -> Iterable[dict[str, Any]]:
-    reference = reference_of(runs)
+def _of_setting(runs: Sequence[Row], named: str | None) -> Iterable[dict[str, Any]]:
+    reference = reference_of(runs, named)
     compared: dict[str, Mapping[str, Difference]] = {
         reading: differences(runs, reading, reference) if reference else {} for reading in BUDGETS.values()
     }
@@ -130,7 +131,7 @@ def _setting_notes(runs: Sequence[Row]) -> Iterable[str]:
             f"than {of} in its whole run, {significant(_mean(list(budgets.values())))} MB{over}."
         )
     else:
-        yield "Equal bytes: empty, because no run of fedgrow has finished."
+        yield "Equal bytes: empty, because no run of the reference has finished."
     if all(math.isnan(row["saved"]) for row in runs):
         yield "Saved against FedAvg: empty, because there is no finished run of fedavg to compare with."
     yield from (f"{name}: {text}." for name, text in REMARKS.items() if any(row["algorithm"] == name for row in runs))

@@ -167,24 +167,24 @@ TABLES = SCHEMAS | {"profile": PROFILE}  # and the one that is written only when
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The tables of one folder. A table without rows still has its columns.
+    """The tables of a folder, or of several. A table without rows still has its columns.
 
     `clients` is by far the largest; it is read when it is first asked for.
     """
 
-    directory: Place
+    directories: tuple[Place, ...]
     runs: pd.DataFrame
     rounds: pd.DataFrame
 
     @functools.cached_property
     def clients(self) -> pd.DataFrame:
         """One row a participant and round."""
-        return read_table(self.directory, "clients")
+        return _joined("clients", self.directories)
 
     @functools.cached_property
     def profile(self) -> pd.DataFrame:
         """One row a place and round: where its time went. Empty unless a run was asked for it."""
-        return read_table(self.directory, "profile")
+        return _joined("profile", self.directories)
 
     @functools.cached_property
     def deployed(self) -> pd.DataFrame:
@@ -198,7 +198,9 @@ class Results:
 
     @functools.cached_property
     def _last_rows(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        return _last_rows(self.directory)
+        parts = [_last_rows(directory) for directory in self.directories]
+        deployed, small = zip(*parts, strict=True)
+        return pd.concat(deployed, ignore_index=True), pd.concat(small, ignore_index=True)
 
 
 def write_table(directory: Place, table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> Place:
@@ -303,10 +305,22 @@ def rows_of(frame: pd.DataFrame, table: str) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def load(directory: Place | str) -> Results:
-    """The results of a folder that `fedsim run` or `benchmarks/sweep.py` wrote into."""
-    folder = place(directory)
-    return Results(folder, read_table(folder, "runs"), read_table(folder, "rounds"))
+def load(*directories: Place | str) -> Results:
+    """The results of folders that `fedsim run` or `fedsim sweep` wrote into.
+
+    **Raises:** `ValueError` for a folder without results, a file that cannot be read, or a run that two folders hold.
+    """
+    folders = tuple(place(directory) for directory in directories)
+    runs, rounds = (_joined(table, folders) for table in ("runs", "rounds"))
+    twice = sorted(runs.run_id[runs.run_id.duplicated()])
+    if twice:
+        raise ValueError(f"run {twice[0]} is in more than one of {', '.join(map(str, folders))}")
+    return Results(folders, runs, rounds)
+
+
+def _joined(table: str, directories: Sequence[Place]) -> pd.DataFrame:
+    parts = [read_table(directory, table) for directory in directories]
+    return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
 
 def _last_rows(directory: Place) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -30,7 +30,7 @@ from fedsim.experiment import Experiment
 from fedsim.results import machine
 from fedsim.results.machine import Alike, Different, Facts, Gpu, facts
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 
 
 HERE = facts()

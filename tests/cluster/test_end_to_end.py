@@ -21,7 +21,7 @@ import fedsim
 from benchmarks.suites import quick, tiny
 from fedsim.experiment import with_settings
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.cluster.lab import GCS_PORT, TOKEN_MODE, Lab, cluster_file, make_token, pid_space, start_cluster, wait_until
 
 

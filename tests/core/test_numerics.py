@@ -27,7 +27,7 @@ from fedsim.results.machine import Alike, Different, Facts, facts
 from fedsim.runtime import Choice
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.support.other_processors import ELSEWHERE, needs_avx2
 
 

@@ -24,7 +24,7 @@ from fedsim.storage import locking
 from fedsim.storage.checkpoint import Versions
 from fedsim.storage.locking import LockLost, check_held, locked
 from fedsim.storage.place import Remote, delete, download, fetched, place, sent, size_of, write_atomically
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.support.store_server import Store, store_server
 
 

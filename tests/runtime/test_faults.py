@@ -17,7 +17,7 @@ from fedsim.cli import main
 from fedsim.experiment import with_settings
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.ray_runtime import ATTEMPTS
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.support.disturbed import Disturbed, small, stalling, without_federation
 
 

@@ -15,10 +15,10 @@ import fedsim
 from fedsim.cli import main
 from fedsim.experiment import Experiment
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.sweep.profile import print_profile
-from fedsim.sweep.progress import OneByOne
-from fedsim.sweep.runner import run_all
-from fedsim.sweep.tensorboard import SCALARS, Boards
+from fedsim.sweeps.profile import print_profile
+from fedsim.sweeps.progress import OneByOne
+from fedsim.sweeps.runner import run_all
+from fedsim.sweeps.tensorboard import SCALARS, Boards
 from tests.support.disturbed import small
 
 

@@ -20,7 +20,7 @@ import fedsim
 from fedsim.algorithm import Algorithm, ClientUpdate, weighted_mean
 from fedsim.experiment import Experiment
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.support.disturbed import Disturbed, Lent, marks, small
 
 

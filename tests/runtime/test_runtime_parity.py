@@ -10,7 +10,7 @@ from fedsim.experiment import Experiment
 from fedsim.results.tables import Results
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.ray_runtime import RayRuntime
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.support.disturbed import small, without_federation
 
 

@@ -22,7 +22,7 @@ from benchmarks.suites import tiny
 from fedsim.experiment import Experiment, with_settings
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import COUNTED
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.runner import run_all
 from tests.support.disturbed import TINY_SETTINGS, Disturbed
 
 

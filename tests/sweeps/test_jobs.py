@@ -24,8 +24,8 @@ from fedsim.runtime import Choice
 from fedsim.runtime.base import Resources
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.placement import Capacity, misfit, most_cpus, part_of
-from fedsim.sweep.progress import LabelledLines, Overview, RunsTable, label_of, labels_of, overview_for
-from fedsim.sweep.runner import run_all
+from fedsim.sweeps.progress import LabelledLines, Overview, RunsTable, label_of, labels_of, overview_for
+from fedsim.sweeps.runner import run_all
 from tests.support.sweeping import (
     Sweep,
     assert_same_tables,
@@ -173,7 +173,7 @@ def test_a_run_that_cannot_be_begun_fails_alone(tmp_path: Path, monkeypatch: pyt
             raise MemoryError("no room")
         computed.append(experiment.seed)
 
-    monkeypatch.setattr("fedsim.sweep.runner.run", broken)
+    monkeypatch.setattr("fedsim.sweeps.runner.run", broken)
     (failure,) = run_all([replace(averaging(), seed=seed) for seed in (0, 1)], out=tmp_path, make_runtime=InlineRuntime)
     assert (failure.run_id, failure.reason) == (averaging().run_id, "MemoryError: no room")
     assert computed == [1]
@@ -188,7 +188,7 @@ def test_a_request_that_a_worker_cannot_meet_ends_the_sweep(tmp_path: Path) -> N
 def test_a_run_that_a_worker_of_a_killed_sweep_still_writes_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsim.sweep.attempt.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fedsim.sweeps.attempt.LOCK_SECONDS", 0.1)
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     with FileLock(folder / f".{averaging().run_id}.lock"):

@@ -147,7 +147,7 @@ def progress_for(console: Console) -> ProgressListener:
 
 
 class Overview(Protocol):
-    """What `fedsim.sweep.runner.run_all` tells of its runs."""
+    """What `fedsim.sweeps.runner.run_all` tells of its runs."""
 
     def begin(self, found: Sequence[tuple[Experiment, str]]) -> None:
         """All runs, each with what a results folder holds of it (`RunStore.status`)."""

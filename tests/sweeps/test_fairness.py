@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 
 from baselines.fedavg import FedAvg
-from fedsim.sweep import fairness
+from fedsim.sweeps import fairness
 from benchmarks import suites, sweep
-from fedsim.sweep.fairness import check_fair
+from fedsim.sweeps.fairness import check_fair
 from fedsim.data.config import EMBEDDED
 from fedsim.engine.cohort import members
 from fedsim.experiment import Experiment, with_settings
 from fedsim.models.pretrained import Checkpoint
-from fedsim.sweep.suites import arguments_of, suites_in
+from fedsim.sweeps.suites import arguments_of, suites_in
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from baselines.heterofl import HeteroFL
 from baselines.lora import hetlora
 from baselines.progfed import ProgFed
 from benchmarks import suites, sweep
-from fedsim.sweep.calibration import LONG, SMALL, Calibration, Line, Model, Outline, Part, Phase, Stage, phases
-from fedsim.sweep.plan import Estimate, Machine, Planner, print_plan
+from fedsim.sweeps.calibration import LONG, SMALL, Calibration, Line, Model, Outline, Part, Phase, Stage, phases
+from fedsim.sweeps.plan import Estimate, Machine, Planner, print_plan
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm
@@ -36,8 +36,8 @@ from fedsim.models import Form
 from fedsim.results.tables import load
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from fedsim.sweep.suites import experiments_of as selected
-from fedsim.sweep.suites import suites_in
+from fedsim.sweeps.suites import experiments_of as selected
+from fedsim.sweeps.suites import suites_in
 from tests.support.small_federation import without_counting
 
 

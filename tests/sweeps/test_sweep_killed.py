@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import fedsim
-from fedsim.sweep.progress import label_of
+from fedsim.sweeps.progress import label_of
 from tests.support.sweeping import Sweep, assert_same_tables, averaging, growing, rounds_done, start_server, undisturbed
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import ModuleType
 
 from fedsim.experiment import Experiment, nearest, with_settings
-from fedsim.sweep.progress import label_of
+from fedsim.sweeps.progress import label_of
 
 
 Suites = Mapping[str, Callable[..., list[Experiment]]]

@@ -17,9 +17,9 @@ from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.storage.locking import locked
 from fedsim.storage.place import Place
-from fedsim.sweep.attempt import Todo, attempt, opened
-from fedsim.sweep.jobs import run_at_once
-from fedsim.sweep.progress import OneByOne, Overview, overview_for
+from fedsim.sweeps.attempt import Todo, attempt, opened
+from fedsim.sweeps.jobs import run_at_once
+from fedsim.sweeps.progress import OneByOne, Overview, overview_for
 
 
 def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.storage.place import Place
-from fedsim.sweep.progress import Overview, labels_of
+from fedsim.sweeps.progress import Overview, labels_of
 
 
 # Column of the rounds table -> what TensorBoard calls it: what is before the slash is drawn together.

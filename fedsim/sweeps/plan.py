@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.sweep.calibration import Calibration, Outline
+from fedsim.sweeps.calibration import Calibration, Outline
 from fedsim.data.source import load
 from fedsim.engine.cohort import cohort_of, members, scored_in, tiers_of
 from fedsim.experiment import Experiment
@@ -19,7 +19,7 @@ from fedsim.learning.task import Task
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.storage.place import Place
-from fedsim.sweep.progress import label_of
+from fedsim.sweeps.progress import label_of
 
 
 PIXELS = 8  # side of the images that are loaded to be counted: whatever their size, they are dealt alike

@@ -8,7 +8,7 @@ from typing import Any
 from fedsim.engine.cohort import federation_sha256, members
 from fedsim.experiment import Experiment, canonical
 from fedsim.learning.task import load_task
-from fedsim.sweep.progress import label_of
+from fedsim.sweeps.progress import label_of
 
 
 # All that decides which participants there are, what they hold, and who of them takes part when.

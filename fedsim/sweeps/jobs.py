@@ -29,8 +29,8 @@ from fedsim.runtime import Choice
 from fedsim.simulation import COUNTED, RunFailed
 from fedsim.storage.locking import check_held
 from fedsim.storage.place import Place
-from fedsim.sweep.attempt import Compute, Todo, attempt, opened
-from fedsim.sweep.progress import REDRAW_SECONDS, Overview
+from fedsim.sweeps.attempt import Compute, Todo, attempt, opened
+from fedsim.sweeps.progress import REDRAW_SECONDS, Overview
 
 
 LET_GO_SECONDS = 10.0  # in which a worker that has nothing left to do lets go of its actors

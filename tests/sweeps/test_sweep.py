@@ -11,7 +11,7 @@ from benchmarks import suites, sweep
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.experiment import Experiment
 from fedsim.results.tables import load
-from fedsim.sweep.suites import arguments_of, experiments_of, suites_in
+from fedsim.sweeps.suites import arguments_of, experiments_of, suites_in
 
 
 # What every experiment of `quick` has, made small; shapes are those of the tiny experiment.
@@ -168,7 +168,7 @@ def test_a_sweep_computes_reports_and_the_second_time_computes_nothing(
     ]
     assert len(results.rounds) == 4
 
-    monkeypatch.setattr("fedsim.sweep.runner.run", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr("fedsim.sweeps.runner.run", lambda *_, **__: pytest.fail("computed again"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
     assert sweep.main(words) == 0
     assert capsys.readouterr().out.count("finished before") == 2

@@ -1,0 +1,121 @@
+"""What `fedsim.load`, `fedsim.run` and `fedsim.sweep` return: the tables, and the questions one asks them first."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fedsim.experiment import nearest
+from fedsim.report.comparison import BUDGETS, Difference, differences, interval
+from fedsim.report.readings import Readings, by_method, by_setting, read, records
+from fedsim.report.tables import summary
+from fedsim.results import tables
+from fedsim.results.tables import Results
+from fedsim.storage.place import Place
+
+
+AMOUNTS = {
+    "rounds": lambda row: row["round"],
+    "MB": lambda row: (row["bytes_up_total"] + row["bytes_down_total"]) / 1e6,
+    "FLOPs": lambda row: row["flops_total"],
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study(Results):
+    """`.runs`, `.rounds`, `.clients`: pandas frames (`fedsim.results.tables` has their columns).
+
+    Runs are compared within a *setting*: one suite, data set, population and partition. Where a folder holds several,
+    methods take `setting`, a part of its name.
+    """
+
+    @functools.cached_property
+    def _readings(self) -> Readings:
+        return read(self)
+
+    def table(self, reference: str | None = None) -> pd.DataFrame:
+        """One row a method: means over seeds at equal rounds, bytes and FLOPs, intervals, and differences to a reference.
+
+        - `reference`: an algorithm or a method; None: Fed-Grow, or without it the first method.
+
+        **Raises:** `ValueError` for a reference that no finished run has.
+        """
+        return summary(self._readings if reference is None else read(self, reference=reference))
+
+    def plot(self, y: str = "accuracy_mean", against: str = "rounds", setting: str = "") -> Figure:
+        """A column of `rounds`, one line a method: the mean over seeds, with a 95 % interval as a band.
+
+        - `against`: "rounds", "MB" sent and received by all participants so far, or "FLOPs" computed so far.
+
+        **Raises:** `ValueError` for a column that is not there or holds no numbers, or a setting that is not one.
+        """
+        columns = [name for name, kind in self.rounds.dtypes.items() if pd.api.types.is_numeric_dtype(kind)]
+        if y not in columns:
+            raise ValueError(f"y={y!r}: must be a column of numbers in rounds{nearest(y, [str(c) for c in columns])}")
+        if against not in AMOUNTS:
+            raise ValueError(f"against={against!r}: must be one of {', '.join(AMOUNTS)}")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for method, runs in by_method(self._of(setting)).items():
+            points: dict[int, list[tuple[float, float]]] = {}
+            for run in runs:
+                for row in self._readings.rounds[run["run_id"]]:
+                    if not math.isnan(row[y]):
+                        points.setdefault(row["round"], []).append((AMOUNTS[against](row), row[y]))
+            found = [points[round] for round in sorted(points)]
+            x = [sum(at for at, _ in each) / len(each) for each in found]
+            means = [interval([value for _, value in each]) for each in found]
+            (line,) = axes.plot(x, [each.mean for each in means], label=method)
+            halves = [0.0 if math.isnan(each.half) else each.half for each in means]
+            low, high = ([each.mean + sign * h for each, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set(xlabel=f"{against}{'' if against == 'rounds' else ', all participants, so far'}", ylabel=y)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        return figure
+
+    def compare(self, a: str, b: str, at: str = "rounds", setting: str = "") -> Difference:
+        """Accuracy of method `a` minus method `b`, seed by seed, with a 95 % interval and the p-value of a paired t-test.
+
+        - `at`: equal "rounds", "bytes" or "FLOPs" (what the reference spent).
+
+        **Raises:** `ValueError` for a method or a budget that is not there.
+        """
+        runs = self._of(setting)
+        methods = list(by_method(runs))
+        for method in (a, b):
+            if method not in methods:
+                raise ValueError(f"method {method!r}: not in {nearest(method, methods)[2:]}")
+        if at not in BUDGETS:
+            raise ValueError(f"at={at!r}: must be one of {', '.join(BUDGETS)}")
+        return differences([run for run in runs if run["method"] in (a, b)], BUDGETS[at], b)[a]
+
+    def best(self, algorithm: str | None = None, setting: str = "") -> dict[str, Any]:
+        """The finished run with the highest validation accuracy after its last round, as its row of `runs`.
+
+        Validation accuracy is the only score that choosing may look at.
+
+        **Raises:** `ValueError` if there is no such run.
+        """
+        runs = [run for run in self._of(setting) if algorithm in (None, run["algorithm"], run["method"])]
+        validated = [run for run in runs if not math.isnan(run["accuracy_val"])]
+        if not validated:
+            raise ValueError(f"algorithm={algorithm!r}: no finished run of it was validated")
+        chosen = max(validated, key=lambda run: run["accuracy_val"])
+        return next(row for row in records(self.runs) if row["run_id"] == chosen["run_id"])
+
+    def _of(self, setting: str) -> list[Any]:
+        """The runs of one setting."""
+        settings = by_setting(self._readings.runs)
+        named = [name for name in settings if setting in name]
+        if len(named) != 1:
+            raise ValueError(f"setting={setting!r}: must be a part of exactly one of {'; '.join(settings) or 'none'}")
+        return settings[named[0]]
+
+
+def load(*directories: Place | str) -> Study:
+    """The results of folders (paths, `s3://...` or `gs://...`). **Raises:** `ValueError` as `fedsim.results.tables.load`."""
+    found = tables.load(*directories)
+    return Study(found.directories, found.runs, found.rounds)
