@@ -52,7 +52,7 @@ class FederatedLoRA(Algorithm):
     """Adapters of the target that are averaged factor by factor.
 
     - `method`: see the module. - `lr` to `clip`: local training. - `rank`: of adapters; the largest, if they differ.
-    - `alpha`: B A counts alpha / rank times. - `base`: W0, a checkpoint of the target's form; None: drawn from the seed.
+    - `alpha`: B A counts alpha / rank times. - `base`: W0, a checkpoint of the target's form; None: a fresh model.
     """
 
     method: Literal["fedit", "ffa_lora", "hetlora"] = "fedit"

@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
-from fedsim.report.readings import read  # noqa: E402
 from benchmarks.suites import baselines  # noqa: E402
-from fedsim.report.tables import summary  # noqa: E402
 from fedsim.experiment import Experiment  # noqa: E402
+from fedsim.report.readings import read  # noqa: E402
+from fedsim.report.tables import summary  # noqa: E402
 from fedsim.results.tables import SCHEMAS, load, write_table  # noqa: E402
 
 

@@ -1,29 +1,68 @@
 """fedsim: study how many resource-poor participants grow one large transformer together.
 
-`fedsim.run(experiment, out=...)` runs an experiment from a notebook, `fedsim.load(folder)` reads results into pandas.
-Ray is imported only by runs that use it.
+    import fedsim
+    results = fedsim.sweep(experiments, out="results/mine", seeds=(0, 1, 2))  # or fedsim.run(experiment, out=...)
+    results.table()                                                           # .runs .rounds .clients: pandas frames
+
+Nothing is imported before it is used: Ray only by runs that are computed on it.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from fedsim.experiment import Experiment
-    from fedsim.results.tables import Results
+    from fedsim.data import DataConfig, Partition
+    from fedsim.experiment import Experiment, Tier, from_pretrained
+    from fedsim.learning.task import TaskConfig
+    from fedsim.models import Form
+    from fedsim.report.frames import Study
     from fedsim.storage.place import Place
 
 __version__ = "0.1.0"
-__all__ = ["load", "run"]
+__all__ = [
+    "DataConfig",
+    "Experiment",
+    "Form",
+    "Partition",
+    "TaskConfig",
+    "Tier",
+    "from_pretrained",
+    "load",
+    "run",
+    "sweep",
+]
+
+_FROM = {
+    "DataConfig": "fedsim.data",
+    "Experiment": "fedsim.experiment",
+    "Form": "fedsim.models",
+    "Partition": "fedsim.data",
+    "TaskConfig": "fedsim.learning.task",
+    "Tier": "fedsim.experiment",
+    "from_pretrained": "fedsim.experiment",
+}
 
 
-def load(directory: "Place | str") -> "Results":
-    """`.runs`, `.rounds`, `.clients` of a results folder (a path, `s3://...` or `gs://...`), as pandas frames.
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
+    return getattr(importlib.import_module(_FROM[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load(*directories: "Place | str") -> "Study":
+    """`.runs`, `.rounds`, `.clients` of results folders (paths, `s3://...` or `gs://...`), as pandas frames.
 
     **Raises:** `ValueError` for a folder without results, or naming a file that cannot be read.
     """
-    from fedsim.results.tables import load
+    from fedsim.report.frames import load
 
-    return load(directory)
+    return load(*directories)
 
 
 def run(
@@ -36,38 +75,72 @@ def run(
     gpus: int | None = None,
     numerics: str | None = None,
     resume_anywhere: bool = False,
-) -> "Results":
+) -> "Study":
     """Run one experiment with a progress display, resume it if it was cut, and return its folder's results.
 
     - `numerics`: `portable` gives the same bits on any x86-64 processor with AVX2; `native` is faster for wide models
       on a CPU. None: portable, unless this process has computed with torch before; a message says so.
     - `resume_anywhere`: go on with a cut run also where its rounds to come have other bits.
 
-    **Raises:** `ValueError` for a request that cannot be met; `fedsim.simulation.RunFailed` for a run that broke.
+    **Raises:** `ValueError` for a request that cannot be met, or a folder that holds another experiment (`sweep` takes
+    several); `fedsim.simulation.RunFailed` for a run that broke.
     """
-    from rich.console import Console
+    from fedsim.sweeps.runner import run_in
 
-    from fedsim.core import environment
-    from fedsim.core.numerics import settle
-    from fedsim.runtime import Choice
-    from fedsim.storage.place import place
-    from fedsim.sweeps.runner import check_data, check_folder, locked, run_all
-
-    folder, data_dir, console = place(out), environment.data_dir(), Console()
-    numerics = settle(
-        numerics, here=runtime == "inline", say=lambda text: console.print(text, highlight=False, markup=False)
+    run_in(
+        [experiment],
+        out=out,
+        alone=True,
+        runtime=runtime,
+        hosts=hosts,
+        address=address,
+        gpus=gpus,
+        numerics=numerics,
+        resume_anywhere=resume_anywhere,
     )
-    check_data([experiment], data_dir)
-    with locked(folder):
-        check_folder(folder, [experiment], resume=True)
-        failures = run_all(
-            [experiment],
-            out=folder,
-            make_runtime=Choice(runtime, hosts=hosts, address=address, gpus=gpus, numerics=numerics),
-            data_dir=data_dir,
-            console=console,
-            resume_anywhere=resume_anywhere,
-        )
-    if failures:
-        raise failures[0]
-    return load(folder)
+    return load(out)
+
+
+def sweep(
+    experiments: "Sequence[Experiment]",
+    *,
+    out: "Place | str",
+    seeds: Sequence[int] | None = None,
+    jobs: int = 1,
+    suite: str = "sweep",
+    runtime: str = "inline",
+    hosts: int | None = None,
+    address: str | None = None,
+    gpus: int | None = None,
+    numerics: str | None = None,
+    resume_anywhere: bool = False,
+) -> "Study":
+    """Compute what is missing of some experiments in one folder, and return its results.
+
+    What the folder holds already is kept: finished runs are not computed again, cut ones are resumed.
+
+    - `seeds`: every experiment runs once with each; None: each with its own.
+    - `jobs`: runs computed at once, each in a process of its own. A script that asks for several must do so under
+      `if __name__ == "__main__"`.
+    - `suite`: what the results call them; runs of one suite are compared with each other.
+    - Others: as of `run`.
+
+    **Raises:** `ValueError` for a request that cannot be met; `fedsim.simulation.RunFailed` for the first run that
+    broke, after the others were computed.
+    """
+    from fedsim.sweeps.runner import run_in
+
+    run_in(
+        experiments,
+        out=out,
+        seeds=seeds,
+        jobs=jobs,
+        suite=suite,
+        runtime=runtime,
+        hosts=hosts,
+        address=address,
+        gpus=gpus,
+        numerics=numerics,
+        resume_anywhere=resume_anywhere,
+    )
+    return load(out)

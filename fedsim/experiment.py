@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -251,6 +251,11 @@ def load_experiments(target: str) -> list[Experiment]:
 
     **Raises:** `ValueError` saying which part of `target` does not lead anywhere.
     """
+    return experiments_from(target, function_at(target))
+
+
+def function_at(target: str) -> Callable[..., Any]:
+    """What `module:function` names. **Raises:** `ValueError` saying which part of it does not lead anywhere."""
     module_name, _, function_name = target.partition(":")
     if not function_name or not module_name or module_name.startswith("."):
         refuse("MODULE:FUNCTION", target, "an importable module and a function in it, such as benchmarks.suites:tiny")
@@ -266,6 +271,11 @@ def load_experiments(target: str) -> list[Experiment]:
         inspect.signature(function).bind()
     except TypeError as error:
         raise ValueError(f"MODULE:FUNCTION={target!r}: is called without arguments, but {error}") from error
+    return function
+
+
+def experiments_from(target: str, function: Callable[[], Any]) -> list[Experiment]:
+    """What the function that `target` names returns. **Raises:** `ValueError` if that is no experiment."""
     result = function()
     results = result if isinstance(result, list | tuple) else [result]
     experiments = [item for item in results if isinstance(item, Experiment)]

@@ -59,9 +59,10 @@ ROOMS = {
     "results": f"{LEARNED} algorithm experiment storage runtime.base engine",
     "simulation": f"{LEARNED} experiment storage runtime.base engine results",
     "cluster": f"{CORE} experiment storage runtime engine results",
-    "sweep": f"{LEARNED} experiment storage runtime engine results simulation cluster",
-    "cli": f"{LEARNED} devices experiment storage runtime engine results simulation cluster sweep",
-    "__init__": "core experiment storage runtime results sweep",  # what a notebook needs
+    "report": f"{CORE} experiment storage results",
+    "sweeps": f"{LEARNED} devices experiment storage runtime engine results simulation cluster",
+    "cli": f"{LEARNED} devices experiment storage runtime engine results simulation cluster report sweeps",
+    "__init__": "data models learning.task experiment storage report sweeps",  # what a notebook needs
     "__main__": "cli",
     "fedgrow_algo": f"{LEARNED} algorithm",
     "baselines": f"{LEARNED} algorithm fedgrow_algo",

@@ -1,4 +1,5 @@
-"""CLI: the command line. `words` is what can be typed, `options` what commands share, `commands` what they do.
+"""CLI: the command line. `words` is what can be typed, `options` what commands share, `commands` and `sweep` what
+they do.
 
 Exit status: 0 done, 1 a run failed, 2 a wrong request, 130 interrupted.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedsim.cli.options import address_of, report_failures, runtime_maker
+from fedsim.cli.options import SUITES, address_of, report_failures, runtime_maker
 from fedsim.cluster.doctor import PROBLEM, as_json, examine, print_findings
 from fedsim.core import environment
 from fedsim.devices import MEBIBYTE
@@ -24,9 +24,6 @@ from fedsim.sweeps.progress import OneByOne, label_of
 from fedsim.sweeps.runner import check_data, check_folder, locked, run_all
 from fedsim.sweeps.suites import experiments_of, suites_in
 from fedsim.sweeps.tensorboard import Boards
-
-
-SUITES = "benchmarks.suites"  # where --suite NAME is looked up, as if MODULE:FUNCTION had been typed
 
 
 def run_command(options: argparse.Namespace, console: Console) -> int:

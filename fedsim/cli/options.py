@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fedsim.simulation import RunFailed
 
 
+SUITES = "benchmarks.suites"  # where --suite NAME is looked up, as if MODULE:FUNCTION had been typed
+
+
 def exit_status(command: Callable[[], int], console: Console) -> int:
     """Run a command; turn what it raises into a message and an exit status."""
     try:
@@ -74,6 +77,12 @@ def add_numerics(command: argparse.ArgumentParser) -> None:
         choices=NUMERICS,
         help="portable: the same bits on any x86-64 processor with AVX2 (default where there is one); native: faster "
         "for wide models on a CPU",
+    )
+
+
+def add_reference(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--reference", metavar="METHOD", help="what others are compared with (default: fedgrow, or the first there is)"
     )
 
 

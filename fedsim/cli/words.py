@@ -5,6 +5,7 @@ Importing torch and what is built on it takes seconds: it waits until the words 
 
 import argparse
 import contextlib
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from fedsim.cli.options import (
     add_experiment,
     add_numerics,
+    add_reference,
     add_resume_anywhere,
     add_runtime,
     add_settings,
@@ -32,13 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as afterwards:  # a Ray that nobody wants is ended when it has been said why
 
         def command() -> int:
-            if "numerics" in options and options.command != "submit_command":
+            elsewhere = options.command == "submit_command" or getattr(options, "list", False)
+            idle = elsewhere or getattr(options, "dry_run", False)
+            if "numerics" in options and not idle:
                 choose_numerics(options, console)
-            if arguments is None and "runtime" in options:
+            if arguments is None and "runtime" in options and not idle:
                 afterwards.enter_context(runtime_maker(options, console).ahead())
-            from fedsim.cli import commands
-
-            return getattr(commands, options.command)(options, console)
+            module = importlib.import_module(f"fedsim.cli.{options.module}")
+            return getattr(module, options.command)(options, console)
 
         return exit_status(command, console)
 
@@ -52,14 +55,42 @@ def parser() -> argparse.ArgumentParser:
     add_runtime(run)
     run.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs:// (default: results/<function>)")
     run.add_argument("--resume", action="store_true", help="go on with an unfinished run")
-    run.set_defaults(command="run_command")
+    run.set_defaults(command="run_command", module="commands")
 
     add_resume_anywhere(run)
+
+    sweep = commands.add_parser("sweep", help="run what is missing of suites, several seeds of each, and report")
+    sweep.add_argument(
+        "targets", nargs="*", metavar="MODULE:FUNCTION", help="functions that return a list of experiments"
+    )
+    sweep.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="or functions of benchmarks.suites")
+    sweep.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs:// (default: results/<suite>)")
+    sweep.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    sweep.add_argument("--only", nargs="+", metavar="ALGORITHM", help="leave the other algorithms out")
+    sweep.add_argument("--data", nargs="+", metavar="NAME", help="leave the other data sets out")
+    sweep.add_argument("--scale", type=float, metavar="S", help="a share of the full size, for suites that take one")
+    add_runtime(sweep)
+    add_resume_anywhere(sweep)
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each in its own process")
+    add_settings(sweep)
+    add_reference(sweep)
+    sweep.add_argument("--list", action="store_true", help="print the suites and algorithms there are")
+    sweep.add_argument("--dry-run", action="store_true", help="print what would be run, and what it costs")
+    sweep.set_defaults(command="sweep_command", module="sweep")
+
+    report = commands.add_parser("report", help="one page from results folders, as HTML and as Markdown")
+    report.add_argument("directories", nargs="+", metavar="DIR", help="results folders, s3:// or gs://")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="default: report.html in the first; FILE.md goes beside it"
+    )
+    add_reference(report)
+    report.add_argument("--open", action="store_true", help="show it in a browser")
+    report.set_defaults(command="report_command", module="sweep")
 
     inspect = commands.add_parser("inspect", help="parameters, bytes, FLOPs and memory, before spending anything")
     add_experiment(inspect)
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.set_defaults(command="inspect_command")
+    inspect.set_defaults(command="inspect_command", module="commands")
 
     submit = commands.add_parser("submit", help="run on a cluster elsewhere: send, follow, fetch")
     submit.add_argument("target", nargs="?", metavar="MODULE:FUNCTION", help="a function that returns an Experiment")
@@ -88,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument("--attach", metavar="JOB", help="follow a job that was sent before")
     submit.add_argument("--stop", metavar="JOB", help="end a job; every finished round stays")
     add_settings(submit)
-    submit.set_defaults(command="submit_command")
+    submit.set_defaults(command="submit_command", module="commands")
 
     doctor = commands.add_parser("doctor", help="what would make a run fail, here or on a cluster, and its remedy")
     doctor.add_argument("--address", metavar="auto|HOST:PORT", help="Ray cluster to look at (default: RAY_ADDRESS)")
@@ -97,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         "--cluster", metavar="FILE", help="a launcher's file: checked here, and on its cluster if it is up"
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.set_defaults(command="doctor_command")
+    doctor.set_defaults(command="doctor_command", module="commands")
 
     exporting = commands.add_parser("export", help="write a participant's grown model as a Hugging Face folder")
     exporting.add_argument("directory", metavar="DIR", help="results folder")
@@ -105,10 +136,10 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--participant", type=int, required=True, metavar="I")
     exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     add_numerics(exporting)
-    exporting.set_defaults(command="export_command")
+    exporting.set_defaults(command="export_command", module="commands")
 
     cleaning = commands.add_parser("clean", help="delete checkpoints of finished runs; tables stay")
     cleaning.add_argument("directory", metavar="DIR", help="results folder")
     cleaning.add_argument("--unfinished", action="store_true", help="also of runs that could be resumed")
-    cleaning.set_defaults(command="clean_command")
+    cleaning.set_defaults(command="clean_command", module="commands")
     return top

@@ -12,7 +12,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-
 from fedsim.report.comparison import reference_of
 from fedsim.report.figures import (
     MOST_LINES,
@@ -25,7 +24,18 @@ from fedsim.report.figures import (
     svg,
     time_figure,
 )
-from fedsim.report.page import Block, Bullets, Code, Grid, Heading, Paragraph, Picture, as_html, as_markdown, write_figures
+from fedsim.report.page import (
+    Block,
+    Bullets,
+    Code,
+    Grid,
+    Heading,
+    Paragraph,
+    Picture,
+    as_html,
+    as_markdown,
+    write_figures,
+)
 from fedsim.report.readings import WORST_SHARE, Readings, by_method, by_setting, read, records
 from fedsim.report.tables import (
     COMPACT,
@@ -40,7 +50,7 @@ from fedsim.report.tables import (
     summary,
 )
 from fedsim.results.tables import Results, load
-from fedsim.storage.place import Place, place, sent, write_atomically
+from fedsim.storage.place import Place, sent, write_atomically
 
 
 Row = Mapping[str, Any]
@@ -271,7 +281,8 @@ def write_report(
 
     Beside it, under the same name, the same as Markdown (`.md`, with a folder of figures). Each is replaced atomically.
 
-    - `results`: what the page is about; None: what lies in the folder. - `reference`: see `fedsim.report.readings.read`.
+    - `results`: what the page is about; None: what lies in the folder.
+    - `reference`: see `fedsim.report.readings.read`.
 
     **Raises:** `ValueError` for a reference that no finished run has.
     """

@@ -37,7 +37,7 @@ class Study(Results):
         return read(self)
 
     def table(self, reference: str | None = None) -> pd.DataFrame:
-        """One row a method: means over seeds at equal rounds, bytes and FLOPs, intervals, and differences to a reference.
+        """One row a method: means over seeds at equal rounds, bytes and FLOPs; intervals; differences to a reference.
 
         - `reference`: an algorithm or a method; None: Fed-Grow, or without it the first method.
 
@@ -77,7 +77,7 @@ class Study(Results):
         return figure
 
     def compare(self, a: str, b: str, at: str = "rounds", setting: str = "") -> Difference:
-        """Accuracy of method `a` minus method `b`, seed by seed, with a 95 % interval and the p-value of a paired t-test.
+        """Accuracy of `a` minus `b`, seed by seed, with a 95 % interval and the p-value of a paired t-test.
 
         - `at`: equal "rounds", "bytes" or "FLOPs" (what the reference spent).
 
@@ -116,6 +116,6 @@ class Study(Results):
 
 
 def load(*directories: Place | str) -> Study:
-    """The results of folders (paths, `s3://...` or `gs://...`). **Raises:** `ValueError` as `fedsim.results.tables.load`."""
+    """The results of folders (paths, `s3://...`, `gs://...`). **Raises:** `ValueError`, see `fedsim.results.tables`."""
     found = tables.load(*directories)
     return Study(found.directories, found.runs, found.rounds)

@@ -2,7 +2,8 @@
 
 Every run is read at **equal rounds** (after its last round), at **equal bytes** and at **equal FLOPs**: at the last
 evaluated round at which it had sent and received, or its participants had computed, no more than the reference
-(Fed-Grow, unless another is named) did in its whole run. No rule here looks at a test score: rounds are read where a budget ends, or where validation was best.
+(Fed-Grow, unless another is named) did in its whole run. No rule here looks at a test score: rounds are read where a
+budget ends, or where validation was best.
 
 Runs are compared within a *setting*: one suite, one data set, one population of small models, one way of dealing.
 """

@@ -69,8 +69,8 @@ def summary(results: Results | Readings) -> pd.DataFrame:
     `accuracy_std` and `equal_bytes_std` are means over seeds of the spread over participants; `accuracy_seed_std` is
     the spread of `accuracy` over seeds. `<reading>_ci` is half of a 95 % interval of the mean over seeds;
     `<reading>_difference`, `_difference_ci` and `_p` (adjusted by Holm) compare with `reference`, the row of the
-    reference that validated best. `target_*`: medians of what it took to get to the accuracy `target`, lower bounds where
-    `target_censored`. Accuracies and `saved` are fractions, 1 MB is 10^6 bytes. What cannot be said, for want of
+    reference that validated best. `target_*`: medians of what it took to get to the accuracy `target`, lower bounds
+    where `target_censored`. Accuracies and `saved` are fractions, 1 MB is 10^6 bytes. What cannot be said, for want of
     seeds, of a reference or of FedAvg, is not a number.
     """
     readings = results if isinstance(results, Readings) else read(results)
@@ -325,13 +325,18 @@ def markdown(results: Results, columns: Mapping[str, Callable[[Row], str]] = COM
 
 
 def print_summary(
-    results: Results, *, directory: Place | None = None, report: Place | None = None, console: Console | None = None
+    results: Results,
+    *,
+    directory: Place | None = None,
+    report: Place | None = None,
+    console: Console | None = None,
+    reference: str | None = None,
 ) -> None:
     """The summary on the terminal, in 120 columns, then the notes and where the tables and the report lie."""
     console = console or Console()
     if not console.is_terminal:
         console.width = 120
-    readings = read(results)
+    readings = read(results, reference=reference)
     for setting, rows in by_setting(records(summary(readings))).items():
         grid = Table(title=setting, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", title_style="bold")
         grid.add_column("method", overflow="fold")

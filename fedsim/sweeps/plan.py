@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.sweeps.calibration import Calibration, Outline
 from fedsim.data.source import load
 from fedsim.engine.cohort import cohort_of, members, scored_in, tiers_of
 from fedsim.experiment import Experiment
@@ -19,6 +18,7 @@ from fedsim.learning.task import Task
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.storage.place import Place
+from fedsim.sweeps.calibration import Calibration, Outline
 from fedsim.sweeps.progress import label_of
 
 

@@ -1,11 +1,14 @@
 """Several runs into one results folder: finished ones are skipped, cut ones resumed, and one failure stops no other."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 
-from fedsim.core.numerics import in_force
+from fedsim.core import environment
+from fedsim.core.numerics import in_force, settle
 from fedsim.engine.cohort import check_checkpoints, members
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
@@ -16,7 +19,7 @@ from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.storage.locking import locked
-from fedsim.storage.place import Place
+from fedsim.storage.place import Place, place
 from fedsim.sweeps.attempt import Todo, attempt, opened
 from fedsim.sweeps.jobs import run_at_once
 from fedsim.sweeps.progress import OneByOne, Overview, overview_for
@@ -124,4 +127,48 @@ def run_all(
         overview.close()
 
 
-__all__ = ["check_data", "check_folder", "locked", "run_all"]
+def run_in(
+    experiments: Sequence[Experiment],
+    *,
+    out: Place | str,
+    seeds: Sequence[int] | None = None,
+    jobs: int = 1,
+    suite: str = "",
+    alone: bool = False,
+    numerics: str | None = None,
+    resume_anywhere: bool = False,
+    **where: Any,
+) -> None:
+    """`fedsim.run` and `fedsim.sweep`: check the request, lock the folder, and compute what is missing.
+
+    - `alone`: a folder that holds other experiments is refused. - `where`: of `fedsim.runtime.Choice`.
+
+    **Raises:** `ValueError`, before anything starts; `RunFailed` for the first run that broke.
+    """
+    folder, data_dir, console = place(out), environment.data_dir(), Console()
+    if seeds is not None:
+        experiments = [dataclasses.replace(each, seed=seed) for seed in dict.fromkeys(seeds) for each in experiments]
+    if not experiments:
+        raise ValueError("experiments=[]: must be at least one, and so must seeds")
+    here = where.get("runtime") == "inline" and jobs == 1
+    say = functools.partial(console.print, highlight=False, markup=False)
+    choice = Choice(where.pop("runtime"), **where, numerics=settle(numerics, here=here, say=say))
+    check_data(experiments, data_dir)
+    with locked(folder):
+        if alone:
+            check_folder(folder, experiments, resume=True)
+        failures = run_all(
+            experiments,
+            out=folder,
+            make_runtime=choice,
+            suite=suite,
+            data_dir=data_dir,
+            console=console,
+            jobs=jobs,
+            resume_anywhere=resume_anywhere,
+        )
+    if failures:
+        raise failures[0]
+
+
+__all__ = ["check_data", "check_folder", "locked", "run_all", "run_in"]

@@ -1,12 +1,13 @@
-"""Suites: functions of a module that return lists of experiments, and what is chosen of them."""
+"""Suites: functions that return lists of experiments, by name or as MODULE:FUNCTION, and what is chosen of them."""
 
 import argparse
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
 
-from fedsim.experiment import Experiment, nearest, with_settings
+from fedsim.experiment import Experiment, experiments_from, function_at, nearest, with_settings
 from fedsim.sweeps.progress import label_of
 
 
@@ -28,6 +29,20 @@ def suites_in(module: ModuleType) -> Suites:
 def _is_suite(signature: inspect.Signature) -> bool:
     optional = all(parameter.default is not inspect.Parameter.empty for parameter in signature.parameters.values())
     return optional and signature.return_annotation == list[Experiment]
+
+
+def suite_at(target: str) -> tuple[str, Callable[..., list[Experiment]]]:
+    """The suite that MODULE:FUNCTION names, and what it is called in results.
+
+    **Raises:** `ValueError` saying which part of `target` does not lead anywhere.
+    """
+    function = function_at(target)
+
+    @functools.wraps(function)
+    def make(**arguments: float) -> list[Experiment]:
+        return experiments_from(target, functools.partial(function, **arguments))
+
+    return spelled(target.partition(":")[2]), make
 
 
 def spelled(name: str) -> str:

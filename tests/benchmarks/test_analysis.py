@@ -13,10 +13,10 @@ import pytest
 
 import fedsim
 from baselines.fedavg import FedAvg
-from fedsim.report.readings import records
-from fedsim.report.document import write_report
 from benchmarks.suites import tiny
 from fedgrow_algo.fedgrow import FedGrow
+from fedsim.report.document import write_report
+from fedsim.report.readings import records
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
 

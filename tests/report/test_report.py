@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from fedsim.cli import main
+from fedsim.report.document import html_report
 from fedsim.report.readings import finished_runs, last_within, sent_bytes
-from fedsim.report.document import html_report, main
 from fedsim.report.tables import markdown, notes, print_summary, significant, summary
 from fedsim.results.tables import load, write_table
 
@@ -255,19 +256,19 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
 def test_command_writes_the_page_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture, out: str | None) -> None:
     add_quick(tmp_path)
     path = tmp_path / (out or "report.html")
-    assert main([str(tmp_path)] + (["--out", str(path)] if out else [])) == 0
+    assert main(["report", str(tmp_path)] + (["--out", str(path)] if out else [])) == 0
     assert capsys.readouterr().out == f"{path}\n"
     assert path.read_text(encoding="utf-8").endswith("</html>\n")
     assert not list(path.parent.glob(".*"))
 
 
 def test_command_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main([str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path)]) == 2
     assert "looked for runs/*.parquet" in capsys.readouterr().err
 
 
 def test_command_runs_as_a_script_from_the_root(tmp_path: Path) -> None:
-    command = [sys.executable, "fedsim/report/document.py", str(tmp_path / "absent")]
+    command = [sys.executable, "benchmarks/report.py", str(tmp_path / "absent")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "is not a folder" in done.stderr
 

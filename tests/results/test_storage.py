@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 import fedsim
-from fedsim.report.document import write_report
 from fedsim.cli import main
 from fedsim.experiment import Experiment
+from fedsim.report.document import write_report
 from fedsim.results.tables import Results
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import RunFailed, run

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 
 from baselines.fedavg import FedAvg
-from fedsim.sweeps import fairness
-from benchmarks import suites, sweep
-from fedsim.sweeps.fairness import check_fair
+from benchmarks import suites
+from fedsim.cli.sweep import LISTED
 from fedsim.data.config import EMBEDDED
 from fedsim.engine.cohort import members
 from fedsim.experiment import Experiment, with_settings
 from fedsim.models.pretrained import Checkpoint
+from fedsim.sweeps import fairness
+from fedsim.sweeps.fairness import check_fair
 from fedsim.sweeps.suites import arguments_of, suites_in
 
 
@@ -99,7 +100,7 @@ def test_data_are_dealt_once_a_way_of_dealing(
 def test_all_suites_of_embedded_data_are_fair() -> None:
     found = set()
     for name, make in suites_in(suites).items():
-        experiments = make(**arguments_of(make, sweep.LISTED))
+        experiments = make(**arguments_of(make, LISTED))
         if all(experiment.task.data.name in EMBEDDED for experiment in experiments):
             check_fair([dataclasses.replace(each, seed=seed) for each in experiments for seed in (0, 1)], None)
             found.add(name)

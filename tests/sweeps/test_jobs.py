@@ -16,6 +16,7 @@ from rich.console import Console
 
 import fedsim
 from benchmarks import suites, sweep
+from fedsim.cli import sweep as cli
 from fedsim.data.source import cifar10
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
@@ -116,7 +117,7 @@ def test_a_worker_that_is_killed_fails_its_run_alone_and_the_printed_command_fin
 ) -> None:
     killed, good = disturbed("die", tmp_path / "killed"), growing()
     monkeypatch.setattr(suites, "small", one_suite([killed, good]), raising=False)
-    monkeypatch.setattr(sweep, "write_report", lambda out, results: out / "report.html")
+    monkeypatch.setattr(cli, "write_report", lambda out, **_: out / "report.html")
     out = tmp_path / "out"
     words = ["--suite", "small", "--runtime", "inline", "--jobs", "2", "--seeds", "0", "1", "--out", str(out)]
     assert sweep.main(words) == 1
@@ -128,7 +129,7 @@ def test_a_worker_that_is_killed_fails_its_run_alone_and_the_printed_command_fin
 
     (line,) = (line for line in said.splitlines() if line.startswith("go on with: "))
     command = shlex.split(line.removeprefix("go on with: "))
-    assert command == ["python", "benchmarks/sweep.py", *words]
+    assert command == ["fedsim", "sweep", *words]
     assert sweep.main(command[2:]) == 0
     said = capsys.readouterr().out
     assert said.count("finished before") == 3 and "(resumed at round 1)" in said

@@ -22,11 +22,10 @@ from baselines.heterofl import HeteroFL
 from baselines.lora import hetlora
 from baselines.progfed import ProgFed
 from benchmarks import suites, sweep
-from fedsim.sweeps.calibration import LONG, SMALL, Calibration, Line, Model, Outline, Part, Phase, Stage, phases
-from fedsim.sweeps.plan import Estimate, Machine, Planner, print_plan
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm
+from fedsim.cli import parser
 from fedsim.data.config import DataConfig, digits
 from fedsim.data.partition import Partition
 from fedsim.engine.cohort import cohort_of, members
@@ -36,6 +35,8 @@ from fedsim.models import Form
 from fedsim.results.tables import load
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
+from fedsim.sweeps.calibration import LONG, SMALL, Calibration, Line, Model, Outline, Part, Phase, Stage, phases
+from fedsim.sweeps.plan import Estimate, Machine, Planner, print_plan
 from fedsim.sweeps.suites import experiments_of as selected
 from fedsim.sweeps.suites import suites_in
 from tests.support.small_federation import without_counting
@@ -341,7 +342,7 @@ def test_without_data_the_rest_is_planned_and_what_is_missing_is_said(
 
 
 def experiments_of(name: str, *words: str) -> list[Experiment]:
-    return selected(suites_in(suites), name, sweep.parser().parse_args(["--seeds", "0", *words]))
+    return selected(suites_in(suites), name, parser().parse_args(["sweep", "--seeds", "0", *words]))
 
 
 def test_a_suite_is_spelled_with_hyphens_or_underscores() -> None:

@@ -9,6 +9,9 @@ import pytest
 from baselines.fedavg import FedAvg
 from benchmarks import suites, sweep
 from fedgrow_algo.fedgrow import FedGrow
+from fedsim.cli import main as fedsim
+from fedsim.cli import parser
+from fedsim.cli import sweep as cli
 from fedsim.experiment import Experiment
 from fedsim.results.tables import load
 from fedsim.sweeps.suites import arguments_of, experiments_of, suites_in
@@ -93,13 +96,13 @@ def test_seeds_are_whole_numbers(capsys: pytest.CaptureFixture) -> None:
 
 def test_no_suite_holds_an_experiment_twice() -> None:
     for make in suites_in(suites).values():
-        experiments = make(**arguments_of(make, sweep.LISTED))
+        experiments = make(**arguments_of(make, cli.LISTED))
         assert len({experiment.run_id for experiment in experiments}) == len(experiments)
 
 
 def test_only_and_seeds_choose_experiments() -> None:
     words = ["--only", "fedavg", "fedgrow", "--seeds", "4", "7", "4", "--set", "rounds=2"]
-    chosen = experiments_of(suites_in(suites), "quick", sweep.parser().parse_args(words))
+    chosen = experiments_of(suites_in(suites), "quick", parser().parse_args(["sweep", *words]))
     assert [(one.seed, one.algorithm.name, one.algorithm.preset_name) for one in chosen] == [
         (seed, *algorithm)
         for seed in (4, 7)
@@ -136,7 +139,7 @@ def test_dry_run_prints_what_would_be_run(
     tmp_path: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suites, "small", one_suite(tiny_experiment), raising=False)
-    monkeypatch.setattr(sweep, "run_all", lambda *_, **__: pytest.fail("a dry run computes nothing"))
+    monkeypatch.setattr(cli, "run_all", lambda *_, **__: pytest.fail("a dry run computes nothing"))
     out = tmp_path / "out"
     assert sweep.main(["--suite", "small", "--seeds", "0", "5", "--dry-run", "--out", str(out)]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
@@ -182,14 +185,14 @@ def test_an_interrupted_sweep_computes_only_what_is_missing(
     assert isinstance(tiny_experiment.algorithm, FedGrow)
     monkeypatch.setattr(suites, "small", one_suite(both[0]), raising=False)
     words = ["--suite", "small", "--runtime", "inline", "--out", str(tmp_path), "--seeds", "0", "9"]
-    real, done = sweep.run_all, []
+    real, done = cli.run_all, []
 
     def interrupted(experiments: list[Experiment], **fields) -> list:
         done.extend(real(experiments[:1], **fields))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "run_all", interrupted)
+        patched.setattr(cli, "run_all", interrupted)
         assert sweep.main(words) == 130
     assert load(tmp_path).runs.run_id.tolist() == [both[0].run_id]
     capsys.readouterr()
@@ -210,6 +213,32 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(
     assert sweep.main(words) == 1
     said = capsys.readouterr().out
     assert f"run {bad.run_id} failed: ZeroDivisionError: division by zero" in said
-    assert f"go on with: python benchmarks/sweep.py {' '.join(words)}" in said
+    assert f"go on with: fedsim sweep {' '.join(words)}" in said
     assert load(tmp_path).runs.set_index("run_id").status.to_dict() == {bad.run_id: "failed", good.run_id: "finished"}
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_suite_of_ones_own_is_swept_by_its_name(
+    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_study.py").write_text(
+        "from dataclasses import replace\n"
+        "from baselines.fedavg import FedAvg\n"
+        "from benchmarks.suites import tiny\n"
+        "def my_suite(scale=1.0):\n"
+        "    return [replace(tiny(), rounds=round(2 * scale)), replace(tiny(), rounds=1, algorithm=FedAvg())]\n"
+        "def one(): return tiny()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", "my_study:my_suite", "--only", "fedavg", "--seeds", "0", "1", "--runtime", "inline"]
+    settings = [setting for setting in tiny_settings if not setting.startswith("rounds=")]
+    settings = [setting for setting in settings if not setting.startswith("algorithm.") or "batch_size" in setting]
+    assert fedsim([*words, "--set", *settings]) == 0
+    runs = load(tmp_path / "results" / "my-suite").runs
+    assert sorted(zip(runs.algorithm, runs.seed, strict=True)) == [("fedavg", 0), ("fedavg", 1)]
+    assert set(runs.suite) == {"my-suite"} and "my_study:my_suite" in runs.command[0]
+    capsys.readouterr()
+    assert fedsim([*words, "--scale", "2"]) == 2 and "--scale=2.0" in capsys.readouterr().err
+    assert fedsim(["sweep", "my_study:none"]) == 2 and "my_suite" in capsys.readouterr().err
+    assert fedsim(["sweep"]) == 2 and "--suite NAME" in capsys.readouterr().err
+    assert fedsim(["sweep", "my_study:one", "my_study:one"]) == 2 and "two suites" in capsys.readouterr().err

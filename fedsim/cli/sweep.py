@@ -1,0 +1,111 @@
+"""`fedsim sweep` and `fedsim report`: several runs into one folder, and the page about them."""
+
+import argparse
+import os
+import shlex
+import webbrowser
+from pathlib import Path
+
+from rich.console import Console
+
+from fedsim.cli.options import SUITES, report_failures, runtime_maker
+from fedsim.core import environment
+from fedsim.experiment import Experiment, module_named
+from fedsim.report.document import write_report
+from fedsim.report.tables import print_summary
+from fedsim.results.tables import load
+from fedsim.storage.place import place
+from fedsim.sweeps.fairness import check_fair
+from fedsim.sweeps.plan import Machine, print_plan
+from fedsim.sweeps.profile import print_profile
+from fedsim.sweeps.progress import overview_for
+from fedsim.sweeps.runner import check_data, locked, run_all
+from fedsim.sweeps.suites import Suites, arguments_of, experiments_of, spelled, suite_at, suites_in
+from fedsim.sweeps.tensorboard import Boards, check_tensorboard
+
+
+LISTED = 0.05  # the scale at which suites are made to list their algorithms: full-size ones may need the hub
+
+
+def sweep_command(options: argparse.Namespace, console: Console) -> int:
+    if options.list:
+        return list_suites(suites_in(module_named(SUITES)))
+    if options.jobs < 1:
+        raise ValueError(f"--jobs={options.jobs}: must be at least 1")
+    wanted = wanted_of(options)
+    out, data_dir = place(options.out or Path("results") / "+".join(wanted)), environment.data_dir()
+    if options.dry_run:
+        machine = Machine(options.runtime, options.hosts, options.jobs, os.cpu_count() or 1)
+        print_plan(wanted, out=out, data_dir=data_dir, machine=machine, console=console)
+        return 0
+
+    make_runtime, typed = runtime_maker(options, console), shlex.join(["fedsim", *options.words])
+    if options.tensorboard:
+        check_tensorboard()
+    for experiments in wanted.values():
+        check_fair(experiments, data_dir)
+    check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
+    failures = []
+    with locked(out, lambda text: console.print(text, highlight=False)):
+        for suite, experiments in wanted.items():
+            failures += run_all(
+                experiments,
+                out=out,
+                make_runtime=make_runtime,
+                suite=suite,
+                data_dir=data_dir,
+                console=console,
+                overview=Boards(overview_for(console), out) if options.tensorboard else overview_for(console),
+                jobs=options.jobs,
+                command=typed,
+                profile=options.profile,
+                resume_anywhere=options.resume_anywhere,
+            )
+        if any((out / "runs").glob("*.parquet")):  # not even one row is left of a run whose process died early
+            results = load(out)
+            if options.profile:
+                print_profile(results.profile, console)
+            page = write_report(out, results=results, reference=options.reference)
+            print_summary(results, directory=out, report=page, console=console, reference=options.reference)
+    report_failures(failures, typed, console)
+    return 1 if failures else 0
+
+
+def report_command(options: argparse.Namespace, console: Console) -> int:
+    if options.out is not None and options.out.suffix not in (".html", ".htm"):
+        raise ValueError(f"--out={str(options.out)!r}: must end with .html")
+    results = load(*options.directories)
+    path = write_report(results.directories[0], options.out, results, options.reference)
+    print(path)
+    if options.open and not (isinstance(path, Path) and webbrowser.open(path.resolve().as_uri())):
+        console.print("no browser could be opened", highlight=False)
+    return 0
+
+
+def wanted_of(options: argparse.Namespace) -> dict[str, list[Experiment]]:
+    """The experiments of each suite that was asked for, by what it is called in results.
+
+    **Raises:** `ValueError` where nothing was asked for, or for what `experiments_of` refuses.
+    """
+    wanted: dict[str, list[Experiment]] = {}
+    if options.suite:
+        known = suites_in(module_named(SUITES))
+        wanted = {spelled(name): experiments_of(known, name, options) for name in options.suite}
+    for target in options.targets:
+        name, make = suite_at(target)
+        if name in wanted:
+            raise ValueError(f"MODULE:FUNCTION={target!r}: two suites are called {name!r}")
+        wanted[name] = experiments_of({name: make}, name, options)
+    if not wanted:
+        raise ValueError("MODULE:FUNCTION: name a function that returns a list of experiments, or give --suite NAME")
+    return wanted
+
+
+def list_suites(known: Suites) -> int:
+    """Plain lines: every suite, and every algorithm in one of them."""
+    for name in known:
+        print(f"suite {name}")
+    listed = [experiment for make in known.values() for experiment in make(**arguments_of(make, LISTED))]
+    for name in sorted({experiment.algorithm.name for experiment in listed}):
+        print(f"algorithm {name}")
+    return 0
