@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
-from fedsim.report.readings import finished_runs, histories, variant_names  # noqa: E402
+from fedsim.report.names import variant_names  # noqa: E402
+from fedsim.report.readings import finished_runs, histories  # noqa: E402
 from fedsim.report.tables import percent  # noqa: E402
 from fedsim.results.tables import Results, load  # noqa: E402
 

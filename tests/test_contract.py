@@ -138,7 +138,7 @@ METHODS = {
     "heterofl_clean": partial(heterofl_clean(**HALVES)),
     "fedrolex": partial(FedRolex(**HALVES), by_examples=False),
     "fjord": partial(FjORD(**HALVES)),
-    "federated_dropout": partial(FederatedDropout(**HALVES), one_payload=False),
+    "federated_dropout": partial(FederatedDropout(**HALVES), one_payload=False, rounds=9),
     "fedbrb_like": partial(FedBRBLike(broadcast=0.0, **ROLLING), rounds=9),
     "depthfl": Row(DepthFL(exits=2, **LOCAL), "more", deploys="half as deep", serves="target", combines=False),
     "progfed": Row(ProgFed(stages=2, **LOCAL), "model", deploys="half as deep", serves="half as deep"),
@@ -513,8 +513,8 @@ def test_training_loss_falls(case: Case) -> None:
             updates.append(update)
         server = case.algorithm.server_aggregate(server, iter(updates), case.server(round))
         losses.append(total / sum(info.num_examples for info in case.clients))
-    # The median of several: one round whose loss jumps, as rounding has it, is not what is asked about.
-    assert statistics.median(losses[-5:]) < losses[0] - 0.05, losses
+    # The median of three: one round whose loss jumps, as rounding has it, is not what is asked about.
+    assert statistics.median(losses[-3:]) < losses[0] - 0.05, losses
 
 
 def test_a_client_without_data_trains_nothing(case: Case) -> None:

@@ -65,7 +65,7 @@ class Meter:
     @staticmethod
     def of(algorithm: Any, counted: dict[tuple, "StepCost"]) -> "Meter":
         """A meter that shares counts between variants of one method: learning rates cost no FLOPs."""
-        fields = dataclasses.fields(algorithm) if dataclasses.is_dataclass(algorithm) else ()
+        fields: Any = getattr(algorithm, "__dataclass_fields__", {}).values()
         costly = [f"{f.name}={getattr(algorithm, f.name)}" for f in fields if f.metadata.get("costs")]
         return Meter("/".join([type(algorithm).__qualname__, algorithm.preset_name, *costly]), counted)
 

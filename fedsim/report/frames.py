@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from fedsim.experiment import nearest
 from fedsim.report.comparison import BUDGETS, Difference, differences, interval
@@ -16,6 +15,9 @@ from fedsim.results import tables
 from fedsim.results.tables import Results
 from fedsim.storage.place import Place
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AMOUNTS = {
     "rounds": lambda row: row["round"],
@@ -45,13 +47,15 @@ class Study(Results):
         """
         return summary(self._readings if reference is None else read(self, reference=reference))
 
-    def plot(self, y: str = "accuracy_mean", against: str = "rounds", setting: str = "") -> Figure:
+    def plot(self, y: str = "accuracy_mean", against: str = "rounds", setting: str = "") -> "Figure":
         """A column of `rounds`, one line a method: the mean over seeds, with a 95 % interval as a band.
 
         - `against`: "rounds", "MB" sent and received by all participants so far, or "FLOPs" computed so far.
 
         **Raises:** `ValueError` for a column that is not there or holds no numbers, or a setting that is not one.
         """
+        from matplotlib.figure import Figure  # takes a second, and most ask for tables
+
         columns = [name for name, kind in self.rounds.dtypes.items() if pd.api.types.is_numeric_dtype(kind)]
         if y not in columns:
             raise ValueError(f"y={y!r}: must be a column of numbers in rounds{nearest(y, [str(c) for c in columns])}")

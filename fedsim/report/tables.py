@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.report.comparison import BUDGETS, Difference, differences, interval, reference_of, to_target
+from fedsim.report.names import method_name
 from fedsim.report.readings import (
     CHOSEN,
     EQUAL_BYTES,
@@ -24,7 +25,6 @@ from fedsim.report.readings import (
     Readings,
     by_method,
     by_setting,
-    method_name,
     read,
     records,
 )

@@ -85,7 +85,9 @@ def test_correction_counts_the_methods() -> None:
 def test_the_reference_is_chosen_by_validation_not_by_test() -> None:
     good, bad = runs_of("fedgrow (paper)", [0.1], accuracy_val=0.9), runs_of("fedgrow (aki)", [0.8], accuracy_val=0.2)
     assert reference_of(good + bad) == "fedgrow (paper)"
-    assert reference_of(runs_of("fedavg", [0.9])) is None
+    assert reference_of(runs_of("fedavg", [0.9])) == "fedavg", "nobody else is there"
+    assert reference_of(good + bad, "fedgrow (aki)") == "fedgrow (aki)"
+    assert reference_of(good + runs_of("fedavg", [0.9]), "fedavg") == "fedavg"
     assert reference_of(runs_of("fedgrow (paper)", [0.9], accuracy_val=NAN)) is None
 
 

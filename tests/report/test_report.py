@@ -154,15 +154,15 @@ def test_budget_edges(budget: int, round_: int) -> None:
     assert found is not None and found["round"] == round_
 
 
-def test_without_fedavg_nothing_is_saved_and_without_fedgrow_nothing_equal(tmp_path: Path) -> None:
+def test_without_fedavg_nothing_is_saved_and_without_fedgrow_the_first_method_is_the_budget(tmp_path: Path) -> None:
     add_run(tmp_path / "a", "fedgrow", [0.1, 0.2], 100, preset="paper")
     table = summary(load(tmp_path / "a"))
     assert list(table["saved"].isna()) == [True]
     assert "no finished run of fedavg" in notes(load(tmp_path / "a"))[1]
     add_run(tmp_path / "b", "fedavg", [0.1, 0.2], 100)
     table = summary(load(tmp_path / "b"))
-    assert list(table["equal_bytes_accuracy"].isna()) == [True] and list(table["saved"]) == [0.0]
-    assert "no run of fedgrow" in notes(load(tmp_path / "b"))[0]
+    assert list(table["equal_bytes_accuracy"]) == [0.2] and list(table["saved"]) == [0.0]
+    assert "than fedavg in its whole run" in notes(load(tmp_path / "b"))[0]
     for folder in ("a", "b"):
         assert "| -" in markdown(load(tmp_path / folder))
         assert "<img" in html_report(load(tmp_path / folder), "x")

@@ -119,7 +119,7 @@ def test_load_gives_all_three_tables_even_before_a_run_has_finished(tmp_path: Pa
     write_table(tmp_path, "rounds", "r1", [row("rounds", run_id="r1")])
     loaded = load(tmp_path)
     assert len(loaded.rounds) == 1 and len(loaded.runs) == 0 and len(loaded.clients) == 0
-    assert list(loaded.runs.columns) == results.RUNS.names
+    assert list(loaded.runs.columns) == SCHEMAS["runs"].names
     for table in ("runs", "clients"):
         write_table(tmp_path, table, "r1", [row(table, run_id="r1")])
     loaded = load(str(tmp_path))

@@ -143,7 +143,7 @@ def test_participant_without_memory_says_who_and_how_much(two_hosts, tmp_path, w
 
 def elsewhere(function: str, *words: object) -> str:
     """Call a function of this module in a process that is connected to no Ray. Returns what it printed."""
-    program = f"import sys; from tests import test_recovery as here; here.{function}(*sys.argv[1:])"
+    program = f"import sys; from tests.runtime import test_recovery as here; here.{function}(*sys.argv[1:])"
     command = [sys.executable, "-c", program, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

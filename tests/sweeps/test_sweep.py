@@ -239,6 +239,6 @@ def test_a_suite_of_ones_own_is_swept_by_its_name(
     assert set(runs.suite) == {"my-suite"} and "my_study:my_suite" in runs.command[0]
     capsys.readouterr()
     assert fedsim([*words, "--scale", "2"]) == 2 and "--scale=2.0" in capsys.readouterr().err
-    assert fedsim(["sweep", "my_study:none"]) == 2 and "my_suite" in capsys.readouterr().err
+    assert fedsim(["sweep", "my_study:my_sweet"]) == 2 and "my_suite" in capsys.readouterr().err
     assert fedsim(["sweep"]) == 2 and "--suite NAME" in capsys.readouterr().err
     assert fedsim(["sweep", "my_study:one", "my_study:one"]) == 2 and "two suites" in capsys.readouterr().err
