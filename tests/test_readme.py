@@ -57,18 +57,35 @@ def test_every_module_of_the_tree_has_a_docstring():
         assert not path.endswith(".py") or not text.strip() or text.startswith('"""'), path
 
 
-def commands(program: str) -> list[list[str]]:
-    """Lines of the README that call a program, comments left out."""
-    lines = [line.partition("#")[0].split() for line in README.splitlines() if line.startswith(f"    {program} ")]
+def commands(text: str, program: str) -> list[list[str]]:
+    """Lines that call a program, comments left out."""
+    lines = [line.partition("#")[0].split() for line in text.splitlines() if line.startswith(f"    {program} ")]
     return [words[1:] for words in lines]
 
 
-def test_its_fedsim_commands_are_understood():
-    assert len(commands("fedsim")) >= 4
-    for words in commands("fedsim"):
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+def test_its_fedsim_commands_are_understood(page: str):
+    found = commands((ROOT / page).read_text(), "fedsim")
+    assert len(found) >= 4
+    for words in found:
         options = fedsim_parser().parse_args(words)
         for experiment in load_experiments(options.target) if getattr(options, "target", None) else []:
             with_settings(experiment, options.settings)
+
+
+def test_its_first_lines_of_python_run_as_printed(tiny_experiment, tmp_path, monkeypatch, capsys):
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in program.splitlines() if line.strip()]) <= 12
+    monkeypatch.setattr("benchmarks.suites.tiny", lambda: tiny_experiment)  # the same, smaller
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "fedgrow (paper)" in said and "difference=Interval(" in said
+    assert (tmp_path / "results" / "first.svg").exists()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def test_its_two_commands_are_targets_of_the_makefile():
