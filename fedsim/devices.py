@@ -106,7 +106,7 @@ class Conditions:
         return min(participants, math.ceil(cohort * (1 + self.over_selection)))
 
 
-def busy_seconds(device: Device | None, row: Mapping[str, Any]) -> float | None:
+def client_round_seconds(device: Device | None, row: Mapping[str, Any]) -> float | None:
     """Simulated seconds from the payload to the update, of what a participant noted of its work in a round.
 
     The making of private state when it first takes part (Fed-Grow's local stage) is left out: it needs no payload, and
@@ -114,10 +114,10 @@ def busy_seconds(device: Device | None, row: Mapping[str, Any]) -> float | None:
     """
     if device is None:
         return None
-    work = (row.get("flops") or 0) - (row.get("begun_flops") or 0)
+    work = (row.get("flops") or 0) - (row.get("init_flops") or 0)
     return device.seconds(down=row.get("bytes_down", 0), flops=work, up=row.get("bytes_up", 0))
 
 
-def begun_seconds(device: Device | None, row: Mapping[str, Any]) -> float | None:
+def init_seconds(device: Device | None, row: Mapping[str, Any]) -> float | None:
     """Simulated seconds of the making of private state, in the round in which it was made."""
-    return None if device is None else device.seconds(down=0, flops=row.get("begun_flops") or 0, up=0)
+    return None if device is None else device.seconds(down=0, flops=row.get("init_flops") or 0, up=0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fedsim.core.numerics import PORTABLE, in_force
 from fedsim.engine.aggregator import Aggregator, ParticipantError
-from fedsim.engine.cohort import Member, federation_sha256, label_histograms, members, scored_in, turnout_of
+from fedsim.engine.cohort import Member, federation_sha256, label_histograms, members, round_cohort_of, scored_in
 from fedsim.engine.cost import cost_of, too_small
 from fedsim.engine.gpu import with_gpu_fractions
 from fedsim.engine.participant import Participant, last_line
@@ -14,7 +14,7 @@ from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.learning.training import StepCost
-from fedsim.results.machine import Alike
+from fedsim.results.machine import SameEnvironment
 from fedsim.results.provenance import code_sha256
 from fedsim.results.rows import client_columns, profile_rows, round_row, run_row
 from fedsim.results.store import TOKENIZER, RunStore
@@ -70,26 +70,28 @@ def run(
         store.check_numerics(numerics, resume_anywhere)
 
     folder = out.absolute() / "checkpoints" / run_id
-    alike = Alike.here(str(folder / "private"), numerics["fingerprint"] if numerics["name"] == PORTABLE else None)
+    environment = SameEnvironment.here(
+        str(folder / "private"), numerics["fingerprint"] if numerics["name"] == PORTABLE else None
+    )
     make_participants: dict[int, Callable[[], Participant]] = {
-        member.info.id: functools.partial(_participant, alike, experiment, member, data_dir, COUNTED)
+        member.info.id: functools.partial(_participant, environment, experiment, member, data_dir, COUNTED)
         for member in population
     }
     resources = {member.info.id: _asked_by(member) for member in population}
     infos = [member.info for member in population]
-    make_aggregator = functools.partial(_aggregator, alike, experiment, infos, data_dir, str(folder))
+    make_aggregator = functools.partial(_aggregator, environment, experiment, infos, data_dir, str(folder))
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
         too_small(experiment, cost_of(experiment, COUNTED))
     runtime.start(make_aggregator, make_participants, resources, experiment.chunk)
     cost = cost_of(experiment, COUNTED)  # hosts come up meanwhile
     left_out = too_small(experiment, cost)
-    outside = {member.info.id for member in population if member.info.tier in left_out}
+    excluded_ids = {member.info.id for member in population if member.info.tier in left_out}
 
     first = store.open(resume, numerics)
     if task.dataset is not None and task.dataset.tokenizer is not None:
         with sent(folder / TOKENIZER) as here:
             task.dataset.tokenizer.save_pretrained(here)
-    about = functools.partial(
+    make_run_row = functools.partial(
         run_row,
         experiment,
         run_id=run_id,
@@ -104,29 +106,29 @@ def run(
     progress.begin(experiment, first)
     try:
         for round in range(first, experiment.rounds + 1):
-            started, turnout = time.perf_counter(), turnout_of(experiment, round, outside)
-            scored = tuple(id_ for id_ in scored_in(experiment, round) if id_ not in outside)
-            report = runtime.ask("run_round", round, turnout, scored, watch=progress.within)
-            before = store.rounds[-1] if store.rounds else None
-            asked = time.perf_counter() - started
-            row = round_row(experiment, run_id, round, turnout, report, before, asked)
+            started, round_cohort = time.perf_counter(), round_cohort_of(experiment, round, excluded_ids)
+            scored = tuple(id_ for id_ in scored_in(experiment, round) if id_ not in excluded_ids)
+            report = runtime.ask("run_round", round, round_cohort, scored, watch=progress.within)
+            previous_row = store.rounds[-1] if store.rounds else None
+            round_seconds = time.perf_counter() - started
+            row = round_row(experiment, run_id, round, round_cohort, report, previous_row, round_seconds)
             store.commit(round, row, client_columns(experiment, run_id, population, round, report["rows"]))
             if profile:
                 seconds = time.perf_counter() - started
-                spent = {"driver": {"write": seconds - asked}} | report["spent"]
+                spent = {"driver": {"write": seconds - round_seconds}} | report["spent"]
                 store.add_profile(profile_rows(experiment, run_id, round, spent, seconds))
             progress.finished(row)
     except Exception as error:
         reason = error.text if isinstance(error, ParticipantError) else last_line(error)
         try:
-            store.finish(about(wall_seconds=store.wall_seconds, error=_short(error)))
+            store.finish(make_run_row(wall_seconds=store.wall_seconds, error=_short(error)))
         except OSError as also:  # what came first is what is raised
             reason = f"{reason}\nand the row that says so is missing: {also}"
         progress.failed(reason)
         raise RunFailed(run_id, _short(error)) from error
     finally:
         progress.close()
-    store.finish(about(wall_seconds=store.wall_seconds, error=None))
+    store.finish(make_run_row(wall_seconds=store.wall_seconds, error=None))
     progress.end()
     return run_id
 
@@ -138,18 +140,22 @@ def _asked_by(member: Member) -> Resources:
 
 
 def _participant(
-    alike: Alike, experiment: Experiment, member: Member, data_dir: str | None, counted: dict[tuple, StepCost]
+    environment: SameEnvironment,
+    experiment: Experiment,
+    member: Member,
+    data_dir: str | None,
+    counted: dict[tuple, StepCost],
 ) -> Participant:
     """What a runtime calls to make a participant, wherever it puts it."""
-    alike.check()
-    return Participant(experiment, member, data_dir, alike.folder, counted)
+    environment.check()
+    return Participant(experiment, member, data_dir, environment.folder, counted)
 
 
 def _aggregator(
-    alike: Alike, experiment: Experiment, infos, data_dir: str | None, folder: str, call: Call
+    environment: SameEnvironment, experiment: Experiment, infos, data_dir: str | None, folder: str, call: Call
 ) -> Aggregator:
     """What a runtime calls to make the aggregator, wherever it puts it."""
-    alike.check()
+    environment.check()
     return Aggregator(experiment, infos, data_dir, folder, call)
 
 

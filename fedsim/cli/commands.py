@@ -144,9 +144,9 @@ def doctor_command(options: argparse.Namespace, console: Console) -> int:
         if options.json or options.address:
             raise ValueError(f"--cluster={options.cluster!r}: not with --json or --address")
         environment.use_ray_token()
-        from fedsim.cluster.submit import examined
+        from fedsim.cluster.submit import examine as examine_cluster
 
-        return examined(options, console)
+        return examine_cluster(options, console)
     out = place(options.out) if options.out else None
     runtime = Choice("ray", address=address_of(options))()
     try:

@@ -17,7 +17,7 @@ from fedsim.experiment import Experiment
 from fedsim.results.provenance import git_commit
 from fedsim.runtime import submission
 from fedsim.runtime.base import Resources
-from fedsim.runtime.submission import LOST, Link, NoHead
+from fedsim.runtime.submission import LOST, JobServer, NoHead
 from fedsim.storage.place import Remote, download, place
 
 
@@ -38,19 +38,19 @@ def submit(options: argparse.Namespace, console: Console, wanted: Callable[[], S
         raise ValueError(
             f"--address={options.address!r}: must be http://HOST:PORT of a job server; or give --cluster FILE"
         )
-    with Link(cluster.path if cluster is not None else options.address) as link:
+    with JobServer(cluster.path if cluster is not None else options.address) as link:
         where = ("--cluster", options.cluster) if cluster is not None else ("--address", options.address)
         for option in ("stop", "attach"):
             if (id_ := getattr(options, option)) and not submission.known(link, id_):
                 raise ValueError(f"--{option}={id_!r}: the cluster has no such job")
         if options.stop:
-            return 0 if stopped(link, Job(options.stop, where), console) else 1
+            return 0 if stop(link, Job(options.stop, where), console) else 1
         if options.attach:
             to = _checked(_fetched_to(options))
             job = Job(options.attach, where, cluster, place(options.out) if options.out else None, to)
-            return followed(link, job, console)
-        job = sent(link, options, Job("", where, cluster), console, wanted)
-        return 0 if options.detach else followed(link, job, console)
+            return follow(link, job, console)
+        job = send(link, options, Job("", where, cluster), console, wanted)
+        return 0 if options.detach else follow(link, job, console)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Job:
         return shlex.join(["fedsim", "submit", *self.where, option, self.id, *out])
 
 
-def sent(
-    link: Link, options: argparse.Namespace, job: Job, console: Console, wanted: Callable[[], Sequence[Experiment]]
+def send(
+    link: JobServer, options: argparse.Namespace, job: Job, console: Console, wanted: Callable[[], Sequence[Experiment]]
 ) -> Job:
     """Check what can be checked here, then send it. **Raises:** `ValueError`."""
     cluster = job.cluster
@@ -110,7 +110,7 @@ def sent(
     return job
 
 
-def examined(options: argparse.Namespace, console: Console) -> int:
+def examine(options: argparse.Namespace, console: Console) -> int:
     """`fedsim doctor --cluster FILE`: the file, and the nodes if they are up. **Returns:** 1 for a problem, else 0."""
     cluster = cluster_file.read(options.cluster)
     nodes = ", ".join(f"{kind.most} x {kind.name} {dict(kind.resources)}" for kind in cluster.nodes) or "does not say"
@@ -120,7 +120,7 @@ def examined(options: argparse.Namespace, console: Console) -> int:
     if any(found.level == PROBLEM for found in findings):
         return 1
     words = ["python", "-m", "fedsim", "doctor", "--address", "auto", *(["--out", options.out] if options.out else [])]
-    with Link(cluster.path) as link:
+    with JobServer(cluster.path) as link:
         try:
             link.first()
         except NoHead as error:
@@ -131,7 +131,7 @@ def examined(options: argparse.Namespace, console: Console) -> int:
             return 1
         job = Job(f"fedsim-doctor-{secrets.token_hex(4)}", ("--cluster", options.cluster))
         submission.send(link, job.id, shlex.join(words), Path.cwd(), LEFT_OUT, {"PYTHONUNBUFFERED": "1"})
-        return followed(link, job, console)
+        return follow(link, job, console)
 
 
 def entrypoint(options: argparse.Namespace, hosts: int | None, wait: float) -> list[str]:
@@ -162,7 +162,7 @@ def asked_by(experiment: Experiment) -> dict[int, Resources]:
     }
 
 
-def followed(link: Link, job: Job, console: Console) -> int:
+def follow(link: JobServer, job: Job, console: Console) -> int:
     """Print what the job prints, then copy its results."""
     try:
         details = submission.follow(
@@ -170,9 +170,9 @@ def followed(link: Link, job: Job, console: Console) -> int:
         )
     except KeyboardInterrupt:
         _say(f"stopping job {job.id}", console)
-        ended = stopped(link, job, console)
+        ended = stop(link, job, console)
         if ended and job.out is not None:
-            fetched(job, console)
+            fetch(job, console)
         return 130 if ended else 1
     except ConnectionError as error:
         _say(f"{error}; to look again: {job.again('--attach')}", console)
@@ -183,11 +183,11 @@ def followed(link: Link, job: Job, console: Console) -> int:
         status = 130 if str(details.status) == "STOPPED" else 1
     if job.out is None or status == 2:
         return status
-    copied = fetched(job, console)
+    copied = fetch(job, console)
     return status or copied
 
 
-def fetched(job: Job, console: Console) -> int:
+def fetch(job: Job, console: Console) -> int:
     """Copy tables and report; checkpoints stay where they are. **Returns:** an exit status."""
     if isinstance(job.out, Remote):
         try:
@@ -214,7 +214,7 @@ def fetched(job: Job, console: Console) -> int:
     return 0
 
 
-def stopped(link: Link, job: Job, console: Console) -> bool:
+def stop(link: JobServer, job: Job, console: Console) -> bool:
     """End a job. **Returns:** whether it has ended; if not, it is said how to try again."""
     try:
         details = submission.stop(link, job.id)

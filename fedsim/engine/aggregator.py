@@ -17,8 +17,8 @@ from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, Paylo
 from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
 from fedsim.core.tree import Tree
-from fedsim.devices import Device, begun_seconds, busy_seconds
-from fedsim.engine.cohort import Turnout
+from fedsim.devices import Device, client_round_seconds, init_seconds
+from fedsim.engine.cohort import RoundCohort
 from fedsim.engine.participant import Reply
 from fedsim.experiment import Experiment
 from fedsim.learning.task import Task, load_task
@@ -74,11 +74,11 @@ class Fold:
         """A reply without its update if that came too late."""
         if self.deadline is None or not isinstance(reply, Reply):
             return reply
-        seconds = busy_seconds(self.devices[id_], reply.row)
-        return late(reply) if seconds is not None and seconds > self.deadline else reply
+        seconds = client_round_seconds(self.devices[id_], reply.row)
+        return drop_straggler(reply) if seconds is not None and seconds > self.deadline else reply
 
 
-def late(reply: Reply) -> Reply:
+def drop_straggler(reply: Reply) -> Reply:
     """A reply whose update is left out, as it came when the round was over."""
     return dataclasses.replace(reply, update=None, row=reply.row | {"late": True})
 
@@ -104,7 +104,7 @@ class Aggregator:
         self.state: Tree = {}
         self.private: dict[int, str] = {}  # id -> hash of that participant's private state
 
-    def run_round(self, round: int, turnout: Turnout, scored: Sequence[int]) -> dict[str, Any]:
+    def run_round(self, round: int, round_cohort: RoundCohort, scored: Sequence[int]) -> dict[str, Any]:
         """One round: broadcast, local work, aggregation, checkpoint, scores. Round 0 makes the states and scores them.
 
         **Returns:** what the round's rows are made of: rows per participant, traffic, `state_sha256`; no tensors.
@@ -115,17 +115,19 @@ class Aggregator:
         context = self._context(round)
         if round == 0:
             self.state, self.private = trees.ordered(self.experiment.algorithm.server_init(context)), {}
-            chosen = sorted({*turnout.takes_part, *scored})
+            chosen = sorted({*round_cohort.takes_part, *scored})
             nothing: Payload = {}
             for chunk in self._awaited(self.call("begin", round, dict.fromkeys(chosen, nothing), policy=self.policy)):
                 self._note(chunk, rows)
         else:
             self._enter(round)
             with self._spending("broadcast"):
-                payloads = self.experiment.algorithm.server_broadcast(self.state, self._infos(turnout.reached), context)
-            for id_ in turnout.dropped_out:  # what it received is all that is ever known of its round
-                rows[id_] = nowhere() | {"bytes_down": trees.nbytes(payloads[id_]), "dropped_out": True}
-            arriving = self._updates(round, {id_: payloads[id_] for id_ in turnout.takes_part}, rows)
+                payloads = self.experiment.algorithm.server_broadcast(
+                    self.state, self._infos(round_cohort.reached), context
+                )
+            for id_ in round_cohort.dropped_out:  # what it received is all that is ever known of its round
+                rows[id_] = empty_report() | {"bytes_down": trees.nbytes(payloads[id_]), "dropped_out": True}
+            arriving = self._updates(round, {id_: payloads[id_] for id_ in round_cohort.takes_part}, rows)
             with self._spending("sum"):
                 state = self.experiment.algorithm.server_aggregate(self.state, arriving, context)
                 for _ in arriving:
@@ -139,8 +141,8 @@ class Aggregator:
         self.round = round
         for id_, place in self.call.places().items():
             rows[id_].update(place)
-        for id_ in turnout.excluded:
-            rows[id_] = nowhere() | {"excluded": True}
+        for id_ in round_cohort.excluded:
+            rows[id_] = empty_report() | {"excluded": True}
         return {
             "rows": rows,
             "simulated_seconds": self._simulated(round, rows),
@@ -218,7 +220,7 @@ class Aggregator:
     def _first(self, chunks: Sequence[Sequence[tuple[int, Any]]]) -> Iterator[list[tuple[int, Any]]]:
         """The same chunks of replies, with only so many updates as the cohort wants: those that are there first."""
         times = {
-            id_: busy_seconds(self.devices[id_], reply.row)
+            id_: client_round_seconds(self.devices[id_], reply.row)
             for chunk in chunks
             for id_, reply in chunk
             if isinstance(reply, Reply)
@@ -226,7 +228,7 @@ class Aggregator:
         wanted = self.experiment.cohort or self.experiment.participants
         kept = {*sorted(times, key=lambda id_: (times[id_], id_))[:wanted]}
         for chunk in chunks:
-            yield [(id_, late(reply) if id_ in times and id_ not in kept else reply) for id_, reply in chunk]
+            yield [(id_, drop_straggler(reply) if id_ in times and id_ not in kept else reply) for id_, reply in chunk]
 
     def _simulated(self, round: int, rows: dict[int, dict[str, Any]]) -> float | None:
         """Simulated seconds that the server waited, noted for every participant as well; None if any is unknown."""
@@ -235,7 +237,7 @@ class Aggregator:
             if round and "bytes_up" not in row:
                 continue  # scored, or not heard of
             device = self.devices[id_]
-            begun, busy = begun_seconds(device, row), busy_seconds(device, row)
+            begun, busy = init_seconds(device, row), client_round_seconds(device, row)
             row["simulated_seconds"] = None if begun is None or busy is None else begun + busy
             waited.append((begun if round == 0 else busy, row))
         deadline = self.experiment.conditions.deadline
@@ -249,7 +251,7 @@ class Aggregator:
 
     def _note(self, replies: Sequence[tuple[int, Reply | Failure]], rows: dict[int, dict[str, Any]]) -> None:
         for id_, reply in replies:
-            row = rows.setdefault(id_, nowhere())
+            row = rows.setdefault(id_, empty_report())
             if isinstance(reply, Failure):
                 if self.experiment.on_error != "drop":
                     raise ParticipantError(id_, reply.text)
@@ -282,7 +284,7 @@ class Aggregator:
         return trees.sha256_of_text(f"{trees.sha256(self.state)}|{private}")
 
 
-def nowhere() -> dict[str, Any]:
+def empty_report() -> dict[str, Any]:
     """The row of a participant that has not been called yet."""
     return {"host": None, "node": None, "retries": 0}
 
@@ -301,9 +303,9 @@ def combined_work(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """A participant's row after one more call in the same round: seconds and FLOPs add up, marks take the highest."""
     if "train_seconds" not in row:  # its first
         scored_only = {"train_seconds": 0.0} if "accuracy" in more else {}
-        return {"flops": 0, "begun_flops": 0, "trainable_params": 0} | row | more | scored_only
+        return {"flops": 0, "init_flops": 0, "trainable_params": 0} | row | more | scored_only
     merged = row | {name: value for name, value in more.items() if value is not None or name not in row}
-    for name in ("flops", "begun_flops", "trainable_params"):
+    for name in ("flops", "init_flops", "trainable_params"):
         merged[name] = row.get(name, 0) + more.get(name, 0)
     if "accuracy" in more:
         merged["train_seconds"] = row["train_seconds"]  # scoring is not training

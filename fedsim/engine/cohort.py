@@ -98,7 +98,7 @@ def cohort_of(experiment: Experiment, round: int) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Turnout:
+class RoundCohort:
     """What becomes of a round's cohort before anybody has trained, each in order of id.
 
     - `takes_part`: who trains. - `dropped_out`: who received the payload and was not heard of again.
@@ -115,7 +115,7 @@ class Turnout:
         return tuple(sorted((*self.takes_part, *self.dropped_out)))
 
 
-def turnout_of(experiment: Experiment, round: int, too_small: Collection[int] = ()) -> Turnout:
+def round_cohort_of(experiment: Experiment, round: int, too_small: Collection[int] = ()) -> RoundCohort:
     """Who of a round's cohort takes part in it.
 
     - `too_small`: participants whose device cannot hold what the method asks (`too_small`).
@@ -124,10 +124,10 @@ def turnout_of(experiment: Experiment, round: int, too_small: Collection[int] = 
     excluded = tuple(id_ for id_ in cohort if id_ in too_small)
     kept = [id_ for id_ in cohort if id_ not in too_small]
     if not experiment.conditions.dropout or round == 0:
-        return Turnout(tuple(kept), (), excluded)
+        return RoundCohort(tuple(kept), (), excluded)
     draws = numpy_generator(experiment.seed, "dropout", round).random(experiment.participants)
     gone = draws < experiment.conditions.dropout
-    return Turnout(tuple(id_ for id_ in kept if not gone[id_]), tuple(id_ for id_ in kept if gone[id_]), excluded)
+    return RoundCohort(tuple(id_ for id_ in kept if not gone[id_]), tuple(id_ for id_ in kept if gone[id_]), excluded)
 
 
 def scored_in(experiment: Experiment, round: int) -> tuple[int, ...]:

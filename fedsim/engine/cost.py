@@ -97,7 +97,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class DryRunState:
     """What the aggregator and one participant a tier hold between two rounds."""
 
     server: Tree
@@ -119,7 +119,7 @@ class Call:
     seconds: float
 
 
-class Rehearsal:
+class DryRun:
     """An experiment with one participant a tier, in the order of tiers, none of whom has data.
 
     Everything is built, sent and averaged as in a run, and nothing is trained, sampled, scored or stored.
@@ -133,7 +133,7 @@ class Rehearsal:
         # One example each, by which means are weighted.
         self.infos = [ClientInfo(id_, t.name, t.form, 1, t.checkpoint) for id_, t in enumerate(experiment.tiers)]
 
-    def begin(self, timed: Collection[str] = ()) -> tuple[Standing, list[Call]]:
+    def begin(self, timed: Collection[str] = ()) -> tuple[DryRunState, list[Call]]:
         """The state before round 1, and how participants made theirs.
 
         - `timed`: tiers whose participants take the time of a step.
@@ -144,27 +144,27 @@ class Rehearsal:
             meter, started = self._meter(info.tier in timed), time.perf_counter()
             state = self.experiment.algorithm.client_init(self.client(info, 0, meter))
             calls.append(Call(tuple(meter.work), {}, None, state, time.perf_counter() - started))
-        return Standing(server, tuple(call.state for call in calls)), calls
+        return DryRunState(server, tuple(call.state for call in calls)), calls
 
-    def train(self, standing: Standing, round: int, timed: Collection[str] = ()) -> list[Call]:
+    def train(self, held: DryRunState, round: int, timed: Collection[str] = ()) -> list[Call]:
         """A round's local work, from what was held before it, whichever round that was."""
         algorithm, calls = self.experiment.algorithm, []
-        payloads = algorithm.server_broadcast(standing.server, self.infos, self.server(round))
-        for info, private in zip(self.infos, standing.private, strict=True):
+        payloads = algorithm.server_broadcast(held.server, self.infos, self.server(round))
+        for info, private in zip(self.infos, held.private, strict=True):
             meter, started = self._meter(info.tier in timed), time.perf_counter()
             payload, private = trees.to(payloads[info.id], self.device), trees.to(private, self.device)
             update, state = algorithm.client_update(payload, private, self.client(info, round, meter))
             calls.append(Call(tuple(meter.work), payload, update, state, time.perf_counter() - started))
         return calls
 
-    def aggregate(self, standing: Standing, round: int, calls: Sequence[Call]) -> Standing:
+    def aggregate(self, held: DryRunState, round: int, calls: Sequence[Call]) -> DryRunState:
         """What is held after a round in which participants answered so."""
         algorithm = self.experiment.algorithm
         updates = [call.update for call in calls if call.update is not None]
         partial = algorithm.combine(updates)
         arriving = iter(updates if partial is None else [partial])
-        server = algorithm.server_aggregate(standing.server, arriving, self.server(round))
-        return Standing(server, tuple(call.state for call in calls))
+        server = algorithm.server_aggregate(held.server, arriving, self.server(round))
+        return DryRunState(server, tuple(call.state for call in calls))
 
     def server(self, round: int) -> ServerContext:
         experiment = self.experiment
@@ -197,15 +197,15 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
     **Raises:** `ValueError` for a checkpoint that is not what its tier says.
     """
     check_checkpoints(experiment)
-    rehearsal, tiers = Rehearsal(experiment, counted), tiers_of(experiment)
+    dry_run, tiers = DryRun(experiment, counted), tiers_of(experiment)
     stage = experiment.algorithm.stage
     last = max((round for round in range(experiment.rounds + 1) if stage(round) == "federated"), default=0)
-    start, begun = rehearsal.begin()
+    start, begun = dry_run.begin()
     participants = [
-        _participant(rehearsal.task, tier, tiers.count(tier), *calls)
-        for tier, *calls in zip(experiment.tiers, begun, rehearsal.train(start, last), strict=True)
+        _participant(dry_run.task, tier, tiers.count(tier), *calls)
+        for tier, *calls in zip(experiment.tiers, begun, dry_run.train(start, last), strict=True)
     ]
-    return Cost(trees.numel(rehearsal.task.fresh(experiment.target, 0)), participants)
+    return Cost(trees.numel(dry_run.task.fresh(experiment.target, 0)), participants)
 
 
 def too_small(experiment: Experiment, cost: Cost) -> tuple[str, ...]:

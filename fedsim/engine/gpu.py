@@ -14,7 +14,7 @@ import torch
 
 from fedsim.core.fields import refuse
 from fedsim.devices import MEBIBYTE
-from fedsim.engine.cost import Rehearsal
+from fedsim.engine.cost import DryRun
 from fedsim.experiment import Experiment, Tier, of_tier
 
 
@@ -46,9 +46,9 @@ def bytes_on_gpu(experiment: Experiment, tier: Tier, device: str = "cuda") -> tu
     torch.cuda.init()
     torch.cuda.reset_peak_memory_stats(device)
     alone = dataclasses.replace(experiment, tiers=(tier,), participants=1, cohort=None)
-    rehearsal = Rehearsal(alone, {}, device)
-    start, _ = rehearsal.begin(timed=(tier.name,))
-    rehearsal.train(start, experiment.rounds, timed=(tier.name,))
+    dry_run = DryRun(alone, {}, device)
+    start, _ = dry_run.begin(timed=(tier.name,))
+    dry_run.train(start, experiment.rounds, timed=(tier.name,))
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device)  # of this process alone: it has the device to itself
     return context + torch.cuda.max_memory_reserved(device), total

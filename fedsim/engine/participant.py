@@ -68,7 +68,7 @@ class Participant:
         self.sha256 = ""
         self.shard: Split | None = None  # held where it is small: cutting it out anew takes longer than a small model
         self.shard_bytes = 0
-        self.begun_flops = 0  # of making the private state, within the current call
+        self.init_flops = 0  # of making the private state, within the current call
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +125,9 @@ class Participant:
             return
         before = meter.flops
         state = self.experiment.algorithm.client_init(self._context(0, meter))
-        self.begun_flops = meter.flops - before
+        self.init_flops = meter.flops - before
         # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
-        self._keep(round, state, on_disk=bool(state or self.begun_flops))
+        self._keep(round, state, on_disk=bool(state or self.init_flops))
 
     def _keep(self, version: int, state: Tree, on_disk: bool = True) -> None:
         """Save before use: what a reply reports is already on disk."""
@@ -195,7 +195,7 @@ class Participant:
         """Run some work and note what it took."""
         meter = Meter(self.key, self.counted)
         reset_peak_memory(self.device)
-        self.begun_flops = 0
+        self.init_flops = 0
         started = time.perf_counter()
         try:
             received = INBOX.copy_of(payload, self.device, call)
@@ -210,7 +210,7 @@ class Participant:
             "train_seconds": time.perf_counter() - started,
             "train_loss": meter.loss,
             "flops": meter.flops,
-            "begun_flops": self.begun_flops,
+            "init_flops": self.init_flops,
             "trainable_params": meter.trainable,
             "peak_memory_bytes": peak_memory(self.device),
             "small_sha256": meter.small_sha256,

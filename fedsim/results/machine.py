@@ -175,7 +175,7 @@ class Different(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Alike:
+class SameEnvironment:
     """What the machine of a participant must have in common with the driver's; checked where participants are made.
 
     - `folder`: a folder of the run, that the driver makes. A machine that does not see it would lose private states.
@@ -190,7 +190,7 @@ class Alike:
     driver: tuple[str, int]
 
     @classmethod
-    def here(cls, folder: str, fingerprint: str | None) -> "Alike":
+    def here(cls, folder: str, fingerprint: str | None) -> "SameEnvironment":
         driver = (socket.gethostname(), os.getpid())
         return cls(tuple(versions().items()), source_sha256(), folder, fingerprint, driver)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.engine.cohort import Member, Turnout
+from fedsim.engine.cohort import Member, RoundCohort
 from fedsim.engine.cost import Cost, whole
 from fedsim.experiment import Experiment
 from fedsim.results.machine import versions
@@ -77,7 +77,7 @@ def round_row(
     experiment: Experiment,
     run_id: str,
     round: int,
-    turnout: Turnout,
+    round_cohort: RoundCohort,
     report: Mapping[str, Any],
     before: Row | None,
     wall_seconds: float,
@@ -113,7 +113,7 @@ def round_row(
         "flops": sum(note.get("flops") or 0 for note in noted.values()),
         "wall_seconds": wall_seconds,
         "retries": report["retries"],
-        "participants": len(turnout.reached) + len(turnout.excluded),
+        "participants": len(round_cohort.reached) + len(round_cohort.excluded),
         "state_sha256": report["state_sha256"],
         "bytes_moved": report["bytes_moved"],
         "seam_bytes_up": report["seam_bytes_up"],
@@ -128,8 +128,8 @@ def round_row(
         "f1_mean": f1[0],
         "simulated_seconds": report["simulated_seconds"],
         "late": sum("late" in note for note in noted.values()),
-        "dropped_out": len(turnout.dropped_out),
-        "excluded": len(turnout.excluded),
+        "dropped_out": len(round_cohort.dropped_out),
+        "excluded": len(round_cohort.excluded),
     }
 
 

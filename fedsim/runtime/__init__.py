@@ -76,13 +76,13 @@ class Choice:
         if self.name == "inline" or self.address is not None:
             yield
             return
-        from fedsim.runtime import rising
+        from fedsim.runtime import ray_prestart
 
-        rising.rise(max(os.cpu_count() or 1, self.hosts or 0), self.gpus)
+        ray_prestart.prestart(max(os.cpu_count() or 1, self.hosts or 0), self.gpus)
         try:
             yield
         finally:
-            rising.give_up()
+            ray_prestart.cancel()
 
     @contextlib.contextmanager
     def shared(self, jobs: int, demands: Sequence[tuple[int, float]]) -> Iterator["Choice"]:

@@ -21,7 +21,7 @@ FLUSH_BYTES = 4 * 2**20  # answers are sent when so much has gathered
 FLUSH_SECONDS = 0.25  # or so much time has passed
 
 # Number of a unit, its participants, those of them who were elsewhere before, and whether they are a whole chunk.
-Share = tuple[int, Sequence[int], Sequence[int], bool]
+WorkItem = tuple[int, Sequence[int], Sequence[int], bool]
 Batch = tuple[list[tuple[int, Answer]], str, float, float]  # by unit; node, seconds of broadcast, and of writing
 
 
@@ -44,10 +44,10 @@ class Host:
     def answer(
         self,
         token: str,
-        makers: list,
+        factories: list,
         method: str,
         round: int,
-        shares: Sequence[Share],
+        shares: Sequence[WorkItem],
         payloads: tuple[dict[int, int], list[list]],
         fold: Fold | None,
         policy: Policy,
@@ -56,22 +56,22 @@ class Host:
     ) -> Iterator[Batch]:
         """Call `method` of some participants, unit by unit. **Yields** answers, as many at a time as are worth sending.
 
-        - `makers`: a reference inside a list. - `payloads`: participant -> place in the list of such references.
+        - `factories`: a reference inside a list. - `payloads`: participant -> place in the list of such references.
         - `alone`: nobody else computes meanwhile. - `at_once`: send every answer by itself.
         """
         pin_threads()
         started = time.perf_counter()
         if token != self.token:
             self._let_go(list(self.participants))
-            self.makers = ray.get(makers[0])
+            self.factories = ray.get(factories[0])
             self.token = token
         which, boxes = payloads
         received = ray.get([box[0] for box in boxes])
         broadcast, write = time.perf_counter() - started, 0.0
         node, flushed = socket.gethostname(), time.perf_counter()
         batch: list[tuple[int, Answer]] = []
-        for number, ids, strangers, whole in shares:
-            self._let_go(strangers)  # what is held of them, if anything, is not their newest state
+        for number, ids, stale_ids, whole in shares:
+            self._let_go(stale_ids)  # what is held of them, if anything, is not their newest state
             chosen = {id_: received[which[id_]] for id_ in ids}
             held = {id_: self._participant(id_) for id_ in ids}
             batch.append((number, answered(held, method, round, chosen, fold if whole else None, policy, alone)))
@@ -86,7 +86,7 @@ class Host:
 
     def _participant(self, id_: int) -> Any:
         if id_ not in self.participants:
-            self.participants[id_] = self.makers[id_]()
+            self.participants[id_] = self.factories[id_]()
         self.participants.move_to_end(id_)
         return self.participants[id_]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import ray
 from ray.exceptions import AuthenticationError
 
-from fedsim.runtime.rising import end_in_order
+from fedsim.runtime.ray_prestart import end_in_order
 
 
 ANSWER_SECONDS = 10.0  # in which something at the address must answer

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 
 import ray
 
-from fedsim.runtime.rising import connect_private, end_in_order, is_rising, take
+from fedsim.runtime.ray_prestart import claim, connect_private, end_in_order, is_prestarted
 
 
 def start_private(cpus: float, gpus: int | None) -> None:
-    """Start a Ray, or take the one that was begun (`rising`), and connect this process; `ray.shutdown()` ends it.
+    """Start a Ray, or take the one that was begun (`ray_prestart`), and connect this process; `ray.shutdown()` ends it.
 
     - `cpus`: logical CPUs, at least. - `gpus`: logical GPUs; None: those there are.
     """
-    begun = take()
+    begun = claim()
     there = begun is not None and begun.up()
     does = begun is not None and begun.cpus >= cpus and begun.gpus == gpus
     if there and not does:
@@ -27,7 +27,7 @@ def start_private(cpus: float, gpus: int | None) -> None:
 def shared_ray(cpus: float, gpus: int | None) -> Iterator[str]:
     """The address of a Ray that processes of this user can join: the one this process is connected to, if it is, else
     a private Ray (`start_private`) that ends with the context."""
-    own = is_rising() or not ray.is_initialized()
+    own = is_prestarted() or not ray.is_initialized()
     if own:
         start_private(cpus, gpus)
     try:

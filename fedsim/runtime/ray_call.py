@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from fedsim.runtime.actors import Share
+from fedsim.runtime.actors import WorkItem
 from fedsim.runtime.base import PLAIN, Answer, Fold, Ledger, Policy, Resources, chunks, tensor_bytes
 from fedsim.runtime.schedule import Durations, Unit, assigned, cut_where_it_pays, merged
 
@@ -28,7 +28,7 @@ class RayCall(Ledger):
     """Made by the driver, used by the aggregator in its own process.
 
     - `hosts`: actors; `requests`: what each asked for. - `resources`: of every participant.
-    - `makers`: reference to the factories of participants. - `fixed`: participant -> its own host, where all have one.
+    - `factories`: reference to those of participants. - `fixed`: participant -> its own host, where all have one.
     - `patience`: seconds in which a host that died must be back, if no other can do its work.
     """
 
@@ -38,13 +38,13 @@ class RayCall(Ledger):
         hosts: Sequence[Any],
         requests: Sequence[Resources],
         resources: Mapping[int, Resources],
-        makers: Any,
+        factories: Any,
         chunk: int,
         fixed: Mapping[int, int],
         patience: float = START_SECONDS,
     ) -> None:
         super().__init__()
-        self.token, self.hosts, self.makers, self.chunk, self.fixed = token, hosts, makers, chunk, fixed
+        self.token, self.hosts, self.factories, self.chunk, self.fixed = token, hosts, factories, chunk, fixed
         self.patience = patience
         self.resources, self.durations = resources, Durations()
         self.guessing = True  # what calls will take, for want of any that were made
@@ -207,7 +207,7 @@ class _Asking:
 
     def _give(self, host: int, numbers: list[int], at_once: bool, alone: bool) -> None:
         call = self.call
-        shares, which, boxes = list[Share](), dict[int, int](), dict[int, int]()
+        shares, which, boxes = list[WorkItem](), dict[int, int](), dict[int, int]()
         for number in numbers:
             ids = self.units[number].ids
             shares.append((number, ids, [id_ for id_ in ids if call.last.get(id_) != host], self.whole[number]))
@@ -224,7 +224,7 @@ class _Asking:
             .answer.options(num_returns="streaming")
             .remote(
                 call.token,
-                [call.makers],
+                [call.factories],
                 self.method,
                 self.round,
                 shares,
@@ -256,7 +256,7 @@ class _Asking:
             )
         for reference in ready:
             if reference in self.call.returning:
-                self._welcome(reference)
+                self._host_restarted(reference)
             else:
                 self._read(reference)
 
@@ -311,7 +311,7 @@ class _Asking:
             ) from error
         self._push(push.numbers, at_once=True)
 
-    def _welcome(self, reference: Any) -> None:
+    def _host_restarted(self, reference: Any) -> None:
         """A host that had died is back, and holds nothing."""
         host = self.call.returning.pop(reference)
         if self.call.unmet:

@@ -29,7 +29,7 @@ from fedsim.runtime.nodes import capacities, on_every_node
 from fedsim.runtime.placement import Capacity, Plan, grouped, part_of, plan
 from fedsim.runtime.private_ray import start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
-from fedsim.runtime.rising import is_rising
+from fedsim.runtime.ray_prestart import is_prestarted
 
 
 SOON_SECONDS, TELL_SECONDS = 60.0, 60.0  # when it is first said that hosts are waited for, and then again
@@ -75,7 +75,7 @@ class RayRuntime(Runtime):
         self.plan: Plan | None = None
         self.connected = False  # by this object, which then also disconnects
         self.dashboard: str | None = None  # of a cluster that this object joined: HOST:PORT
-        self.private = address is None and (is_rising() or not ray.is_initialized())
+        self.private = address is None and (is_prestarted() or not ray.is_initialized())
 
     def start(
         self,
@@ -170,9 +170,9 @@ class RayRuntime(Runtime):
         make_aggregator, make_participants, resources, chunk = self.to_make
         alone = {group[0]: host for host, group in enumerate(self.plan.groups) if len(group) == 1}
         fixed = alone if len(alone) == len(resources) else {}
-        makers = ray.put(dict(make_participants))
+        factories = ray.put(dict(make_participants))
         call = RayCall(
-            self.token, self.actors, self.plan.requests, dict(resources), makers, chunk, fixed, self.patience
+            self.token, self.actors, self.plan.requests, dict(resources), factories, chunk, fixed, self.patience
         )
         return ray.put((make_aggregator, call))
 

@@ -34,7 +34,7 @@ class NoHead(ValueError):
     """The launcher knows of no head: the cluster was never started, or was ended."""
 
 
-class Link:
+class JobServer:
     """The way to a cluster's job server.
 
     - `address`: `http://HOST:PORT`, or a launcher's file, whose head is reached through SSH (`ray dashboard`).
@@ -113,7 +113,7 @@ class Link:
             self.log.close()
         self.tunnel, self.log = None, None
 
-    def __enter__(self) -> "Link":
+    def __enter__(self) -> "JobServer":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -124,7 +124,7 @@ RAY = (sys.executable, "-m", "ray.scripts.scripts")  # the command `ray` of this
 
 
 def send(
-    link: Link, id_: str, entrypoint: str, folder: Path, leave_out: Sequence[str], variables: Mapping[str, str]
+    link: JobServer, id_: str, entrypoint: str, folder: Path, leave_out: Sequence[str], variables: Mapping[str, str]
 ) -> None:
     """Send a folder and run a command in it, on the head.
 
@@ -143,7 +143,7 @@ def send(
         raise ValueError(f"{link.address}: the job was not taken: {' '.join(str(error).split())}") from error
 
 
-def follow(link: Link, id_: str, write: Callable[[str], None], tell: Callable[[str], None]) -> JobDetails:
+def follow(link: JobServer, id_: str, write: Callable[[str], None], tell: Callable[[str], None]) -> JobDetails:
     """Pass on what a job prints until it ends. A lost connection is tried again, and nothing is printed twice.
 
     **Raises:** `ConnectionError` if the cluster cannot be reached for `LOST_SECONDS`, or knows nothing of the job.
@@ -194,7 +194,7 @@ class Printed:
             self.write(new)
 
 
-def stop(link: Link, id_: str) -> JobDetails | None:
+def stop(link: JobServer, id_: str) -> JobDetails | None:
     """End a job, by an interrupt first. **Returns:** what became of it; None: it did not end in time."""
     client, end = link.first(), time.monotonic() + STOP_SECONDS
     if not client.get_job_info(id_).status.is_terminal():
@@ -207,7 +207,7 @@ def stop(link: Link, id_: str) -> JobDetails | None:
     return None
 
 
-def known(link: Link, id_: str) -> bool:
+def known(link: JobServer, id_: str) -> bool:
     """Whether a cluster has such a job. **Raises:** `ValueError` if it cannot be reached."""
     return id_ in {job.submission_id for job in link.first().list_jobs()}
 

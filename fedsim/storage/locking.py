@@ -52,7 +52,7 @@ def locked(directory: Place, say: Callable[[str], None] = lambda text: None) -> 
         lock.release()
 
 
-_held: dict[str, "Heart"] = {}  # results folders in object stores that this process holds
+_held: dict[str, "LockHeartbeat"] = {}  # results folders in object stores that this process holds
 
 
 def check_held(directory: Place) -> None:
@@ -62,7 +62,7 @@ def check_held(directory: Place) -> None:
         raise LockLost(f"{directory}: another process has taken this folder over; this one was silent for too long")
 
 
-class Heart:
+class LockHeartbeat:
     """Writes the object that says that this process holds a folder, again and again."""
 
     def __init__(self, lock: Remote) -> None:
@@ -96,7 +96,7 @@ class Heart:
 
 @contextlib.contextmanager
 def _beating(directory: Remote, say: Callable[[str], None]) -> Iterator[None]:
-    heart = Heart(directory / ".lock")
+    heart = LockHeartbeat(directory / ".lock")
     try:
         _wait_for_silence(heart.lock, directory, say)
         heart.beat()

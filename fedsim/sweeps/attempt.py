@@ -23,7 +23,7 @@ Compute = Callable[..., Any]  # `fedsim.simulation.run` with what is the same fo
 
 
 @dataclass(frozen=True)
-class Todo:
+class PendingRun:
     """A run to compute, and whether it goes on where it was cut."""
 
     experiment: Experiment
@@ -32,7 +32,7 @@ class Todo:
 
 def attempt(
     compute: Compute,
-    todo: Todo,
+    pending_run: PendingRun,
     out: Place,
     runtime: Callable[[], Runtime],
     progress: ProgressListener,
@@ -42,10 +42,10 @@ def attempt(
 
     **Raises:** `ValueError` for a request that cannot be met; `RunFailed` for everything else that went wrong.
     """
-    run_id = todo.experiment.run_id
+    run_id = pending_run.experiment.run_id
     try:
         with _alone_with(run_id, out, worker):
-            compute(todo.experiment, runtime=runtime(), resume=todo.resume, progress=progress)
+            compute(pending_run.experiment, runtime=runtime(), resume=pending_run.resume, progress=progress)
     except (RunFailed, ValueError):
         raise
     except Exception as error:

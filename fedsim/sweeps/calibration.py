@@ -1,7 +1,7 @@
 """What a run consists of, counted without data, and how long its parts take on one core of this machine.
 
 Nothing is learned: participants without data, one a tier, go through the rounds that differ
-(`fedsim.engine.cost.Rehearsal`). Where seconds are asked for, steps on batches that hold no data are timed, each kind
+(`fedsim.engine.cost.DryRun`). Where seconds are asked for, steps on batches that hold no data are timed, each kind
 of them once. Not foreseen: what a participant is sent that depends on who else took part (FLoRA's stack of adapters is
 that of one participant a tier).
 """
@@ -21,7 +21,7 @@ from fedsim import simulation
 from fedsim.core.tree import nbytes
 from fedsim.data.config import PER_TOKEN, Split
 from fedsim.data.partition import Partition
-from fedsim.engine.cost import Call, Rehearsal, Standing
+from fedsim.engine.cost import Call, DryRun, DryRunState
 from fedsim.experiment import Experiment
 from fedsim.learning.task import Task
 from fedsim.learning.training import Meter, Work
@@ -125,14 +125,14 @@ class Outline:
 
 @dataclasses.dataclass(frozen=True)
 class Act:
-    """One piece of a rehearsal: everyone begins (round 0), or a round is done; then `standing` is held.
+    """One piece of a dry_run: everyone begins (round 0), or a round is done; then `held` is held.
 
     - `averaging`: seconds the server took to get there from the updates.
     """
 
     round: int
     calls: list[Call]
-    standing: Standing
+    held: DryRunState
     averaging: float = 0.0
 
 
@@ -224,19 +224,19 @@ class Calibration:
         known = all(_call_key(experiment, call) in self.calls for act in full for call in act.calls)
         if known and all(_call_keys(experiment, act) in self.servers for act in full[1:]):
             return
-        rehearsal = Rehearsal(experiment, simulation.COUNTED)
-        algorithm, task = experiment.algorithm, rehearsal.task
+        dry_run = DryRun(experiment, simulation.COUNTED)
+        algorithm, task = experiment.algorithm, dry_run.task
         for act in acts(experiment, spans, [()] * len(full)):
-            server = rehearsal.server(act.round)
-            payloads = algorithm.server_broadcast(act.standing.server, rehearsal.infos, server)
-            for info, call, state in zip(rehearsal.infos, act.calls, act.standing.private, strict=True):
-                context, key = rehearsal.client(info, act.round), _call_key(experiment, call)
+            server = dry_run.server(act.round)
+            payloads = algorithm.server_broadcast(act.held.server, dry_run.infos, server)
+            for info, call, state in zip(dry_run.infos, act.calls, act.held.private, strict=True):
+                context, key = dry_run.client(info, act.round), _call_key(experiment, call)
                 if key not in self.calls:
                     make = functools.partial(algorithm.client_model, payloads[info.id], state, context)
                     self.calls[key] = (call.seconds, _timed(make, task) if act.round else None)
             key = _call_keys(experiment, act)
             if key not in self.servers and act.round:
-                model = _timed(functools.partial(algorithm.server_model, act.standing.server, server), task)
+                model = _timed(functools.partial(algorithm.server_model, act.held.server, server), task)
                 self.servers[key] = (act.averaging / len(act.calls), model)
 
 
@@ -245,22 +245,22 @@ def phases(experiment: Experiment) -> tuple[list[Span], list[Act]]:
 
     Who does the same in two rounds is taken to do so in all between them.
     """
-    rehearsal = Rehearsal(experiment, simulation.COUNTED)
-    standing, calls = rehearsal.begin()
-    spans, found = [], [Act(0, calls, standing)]
+    dry_run = DryRun(experiment, simulation.COUNTED)
+    held, calls = dry_run.begin()
+    spans, found = [], [Act(0, calls, held)]
     while not spans or spans[-1][1] < experiment.rounds:
         first = spans[-1][1] + 1 if spans else 1
-        calls = rehearsal.train(standing, first)
-        standing = rehearsal.aggregate(standing, first, calls)
+        calls = dry_run.train(held, first)
+        held = dry_run.aggregate(held, first, calls)
         last, beyond, asked = first, experiment.rounds + 1, experiment.rounds
         while last + 1 < beyond:  # the same up to `last`, something else from `beyond` on
-            if _doing(rehearsal.train(standing, asked)) == _doing(calls):
+            if _doing(dry_run.train(held, asked)) == _doing(calls):
                 last = asked
             else:
                 beyond = asked
             asked = (last + beyond) // 2
         spans.append((first, last))
-        found.append(Act(first, calls, standing))
+        found.append(Act(first, calls, held))
     return spans, found
 
 
@@ -269,14 +269,14 @@ def acts(experiment: Experiment, spans: Sequence[Span], timed: Sequence[Collecti
 
     - `timed`: for each of these, the tiers whose participants take the time of a step.
     """
-    rehearsal, (at_first, *in_rounds) = Rehearsal(experiment, simulation.COUNTED), timed
-    standing, calls = rehearsal.begin(at_first)
-    found = [Act(0, calls, standing)]
+    dry_run, (at_first, *in_rounds) = DryRun(experiment, simulation.COUNTED), timed
+    held, calls = dry_run.begin(at_first)
+    found = [Act(0, calls, held)]
     for (round, _), names in zip(spans, in_rounds, strict=True):
-        calls = rehearsal.train(standing, round, names)
+        calls = dry_run.train(held, round, names)
         started = time.perf_counter()
-        standing = rehearsal.aggregate(standing, round, calls)
-        found.append(Act(round, calls, standing, time.perf_counter() - started))
+        held = dry_run.aggregate(held, round, calls)
+        found.append(Act(round, calls, held, time.perf_counter() - started))
     return found
 
 

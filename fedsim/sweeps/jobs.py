@@ -29,7 +29,7 @@ from fedsim.runtime import Choice
 from fedsim.simulation import COUNTED, RunFailed
 from fedsim.storage.locking import check_held
 from fedsim.storage.place import Place
-from fedsim.sweeps.attempt import Compute, Todo, attempt, opened
+from fedsim.sweeps.attempt import Compute, PendingRun, attempt, opened
 from fedsim.sweeps.progress import REDRAW_SECONDS, Overview
 
 
@@ -37,7 +37,7 @@ LET_GO_SECONDS = 10.0  # in which a worker that has nothing left to do lets go o
 
 
 def run_at_once(
-    todos: Sequence[Todo],
+    pending_runs: Sequence[PendingRun],
     *,
     jobs: int,
     choice: Choice,
@@ -56,8 +56,11 @@ def run_at_once(
     context = multiprocessing.get_context(choice.start_method)
     # What a server imports its children share: the platform, and the models that were checked here.
     context.set_forkserver_preload([__name__, *(name for name in sys.modules if ".modeling_" in name)])
-    demands = [(todo.experiment.participants, max(t.num_cpus for t in todo.experiment.tiers)) for todo in todos]
-    waiting, workers, failures = deque(todos), list[Worker](), list[RunFailed]()
+    demands = [
+        (pending_run.experiment.participants, max(t.num_cpus for t in pending_run.experiment.tiers))
+        for pending_run in pending_runs
+    ]
+    waiting, workers, failures = deque(pending_runs), list[Worker](), list[RunFailed]()
     with choice.shared(jobs, demands) as shared:
         patience = 0.0
         try:
@@ -81,7 +84,7 @@ def run_at_once(
                             raise ValueError(text)
                         case None:
                             workers.remove(worker)
-                            failures += _bereaved(worker, out, overview)
+                            failures += _worker_died(worker, out, overview)
             patience = LET_GO_SECONDS
         finally:
             _end([worker.process for worker in workers], patience)
@@ -103,11 +106,11 @@ class Worker:
         assert self.experiment is not None
         return self.experiment.run_id
 
-    def give(self, todo: Todo | None) -> None:
+    def give(self, pending_run: PendingRun | None) -> None:
         """Hand it a run, with what others have counted; None: there is nothing left to do."""
-        self.experiment = todo.experiment if todo else None
+        self.experiment = pending_run.experiment if pending_run else None
         with contextlib.suppress(OSError):  # it is dead, as `receive` is about to say
-            self.connection.send((todo, COUNTED))
+            self.connection.send((pending_run, COUNTED))
 
     def receive(self) -> tuple | None:
         """Its next message; None: there are no more, for it ended."""
@@ -122,7 +125,7 @@ def _with_news(workers: Sequence[Worker]) -> list[Worker]:
     return [worker for worker in workers if worker.connection in ready]
 
 
-def _bereaved(worker: Worker, out: Place, overview: Overview) -> list[RunFailed]:
+def _worker_died(worker: Worker, out: Place, overview: Overview) -> list[RunFailed]:
     """The run that ended with its worker, if there is one and it was not finished."""
     worker.process.join()
     experiment = worker.experiment
@@ -163,10 +166,10 @@ def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) 
 
     with opened(replace(choice, say=say), out, say) as runtime:
         while (received := inbox.get())[0] is not None:
-            todo, counted = received
+            pending_run, counted = received
             COUNTED.update(counted)
             try:
-                attempt(compute, todo, out, runtime, sender, worker=True)
+                attempt(compute, pending_run, out, runtime, sender, worker=True)
             except RunFailed as failure:
                 sender.send("over", failure.reason, COUNTED)
             except ValueError as error:

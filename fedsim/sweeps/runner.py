@@ -20,7 +20,7 @@ from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.storage.locking import locked
 from fedsim.storage.place import Place, place
-from fedsim.sweeps.attempt import Todo, attempt, opened
+from fedsim.sweeps.attempt import PendingRun, attempt, opened
 from fedsim.sweeps.jobs import run_at_once
 from fedsim.sweeps.progress import OneByOne, Overview, overview_for
 
@@ -99,27 +99,35 @@ def run_all(
 
     stores = {one.run_id: RunStore(out, one.run_id, code_sha256(one.algorithm)) for one in experiments}
     found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]
-    todos = [Todo(experiment, status == "unfinished") for experiment, status in found if status != "finished"]
+    pending_runs = [
+        PendingRun(experiment, status == "unfinished") for experiment, status in found if status != "finished"
+    ]
     if isinstance(choice, Choice):
-        for todo in todos:
-            if todo.resume:
-                stores[todo.experiment.run_id].check_numerics(in_force(choice.numerics), resume_anywhere)
+        for pending_run in pending_runs:
+            if pending_run.resume:
+                stores[pending_run.experiment.run_id].check_numerics(in_force(choice.numerics), resume_anywhere)
         finished = [stores[one.run_id].finished_with() for one, status in found if status == "finished"]
         if others := sum(numerics != choice.numerics for numerics in finished):
             text = f"finished runs that were not computed with {choice.numerics} numerics, kept as they are: {others}"
             console.print(text, highlight=False)
     overview.begin(found)
     try:
-        if isinstance(choice, Choice) and jobs > 1 and todos:
+        if isinstance(choice, Choice) and jobs > 1 and pending_runs:
             say = functools.partial(console.print, highlight=False)
             return run_at_once(
-                todos, jobs=min(jobs, len(todos)), choice=choice, compute=compute, out=out, overview=overview, say=say
+                pending_runs,
+                jobs=min(jobs, len(pending_runs)),
+                choice=choice,
+                compute=compute,
+                out=out,
+                overview=overview,
+                say=say,
             )
         failures: list[RunFailed] = []
         with opened(make_runtime, out, lambda text: console.print(text, highlight=False)) as runtime:
-            for todo in todos:
+            for pending_run in pending_runs:
                 try:
-                    attempt(compute, todo, out, runtime, overview.of(todo.experiment.run_id))
+                    attempt(compute, pending_run, out, runtime, overview.of(pending_run.experiment.run_id))
                 except RunFailed as failure:
                     failures.append(failure)
         return failures

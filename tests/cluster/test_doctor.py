@@ -28,7 +28,7 @@ from fedsim.cluster.doctor import (
 )
 from fedsim.experiment import Experiment
 from fedsim.results import machine
-from fedsim.results.machine import Alike, Different, Facts, Gpu, facts
+from fedsim.results.machine import Different, Facts, Gpu, SameEnvironment, facts
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.sweeps.runner import run_all
 
@@ -251,7 +251,7 @@ def test_runtimes_of_this_process_alone_are_not_examined(tmp_path: Path) -> None
 
 
 def test_a_machine_unlike_the_drivers_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Alike.here(str(tmp_path / "not-there"), None)
+    here = SameEnvironment.here(str(tmp_path / "not-there"), None)
     here.check()  # the driver itself: it makes the folder later
     elsewhere = dataclasses.replace(here, driver=("laptop", 1))
     with pytest.raises(Different, match=r"does not see .*not-there: --out must be on storage that all nodes share"):

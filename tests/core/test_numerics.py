@@ -23,7 +23,7 @@ from fedsim.cluster.doctor import OK, WARNING, check_nodes, compared
 from fedsim.core import environment, numerics
 from fedsim.core.numerics import NATIVE, PORTABLE, SETTINGS, in_force, settle
 from fedsim.experiment import Experiment
-from fedsim.results.machine import Alike, Different, Facts, facts
+from fedsim.results.machine import Different, Facts, SameEnvironment, facts
 from fedsim.runtime import Choice
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
@@ -250,7 +250,7 @@ def test_finished_runs_of_other_numerics_are_kept_and_a_message_says_so(
 
 
 def test_a_host_with_other_portable_bits_is_refused(tmp_path: Path) -> None:
-    elsewhere = dataclasses.replace(Alike.here(str(tmp_path), "feed"), driver=("elsewhere", 1))
+    elsewhere = dataclasses.replace(SameEnvironment.here(str(tmp_path), "feed"), driver=("elsewhere", 1))
     with pytest.raises(Different, match=r"gives other bits under portable numerics than the driver: \w+, not feed"):
         elsewhere.check()
     dataclasses.replace(elsewhere, fingerprint=numerics.fingerprint()).check()

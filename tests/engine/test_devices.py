@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from baselines.fedavg import FedAvg
-from fedsim.devices import PROFILES, Conditions, Device, begun_seconds, busy_seconds
-from fedsim.engine.cohort import cohort_of, turnout_of
+from fedsim.devices import PROFILES, Conditions, Device, client_round_seconds, init_seconds
+from fedsim.engine.cohort import cohort_of, round_cohort_of
 from fedsim.experiment import Experiment, with_settings
 from fedsim.results.tables import Results, load
 from fedsim.runtime.base import Runtime
@@ -50,10 +50,10 @@ def of_round(results: Results, round: int) -> pd.DataFrame:
 
 def test_time_by_hand() -> None:
     """1 MB at 8 Mbit/s is a second; so are a million operations; 1 MB at 4 Mbit/s are two."""
-    row = {"bytes_down": 10**6, "bytes_up": 10**6, "flops": 3_500_000, "begun_flops": 2_500_000}
-    assert busy_seconds(SLOW, row) == pytest.approx(1 + 1 + 2)
-    assert begun_seconds(SLOW, row) == pytest.approx(2.5)
-    assert busy_seconds(None, row) is None and begun_seconds(None, row) is None
+    row = {"bytes_down": 10**6, "bytes_up": 10**6, "flops": 3_500_000, "init_flops": 2_500_000}
+    assert client_round_seconds(SLOW, row) == pytest.approx(1 + 1 + 2)
+    assert init_seconds(SLOW, row) == pytest.approx(2.5)
+    assert client_round_seconds(None, row) is None and init_seconds(None, row) is None
 
 
 def test_profiles_differ_as_devices_do() -> None:
@@ -173,13 +173,13 @@ def test_who_drops_out_is_drawn_by_the_seed_and_keeps_its_state(tmp_path: Path) 
     experiment = on_devices(SLOW, FAST, FAST, conditions=Conditions(dropout=0.5))
     results = results_of(experiment, tmp_path)
     for round in (1, 2, 3):
-        turnout, rows = turnout_of(experiment, round), of_round(results, round)
-        assert turnout.reached == (0, 1, 2, 3, 4, 5) and turnout == turnout_of(experiment, round)
-        assert tuple(rows.index[rows.outcome == "dropped_out"]) == turnout.dropped_out
-        gone = rows.loc[list(turnout.dropped_out)]
+        round_cohort, rows = round_cohort_of(experiment, round), of_round(results, round)
+        assert round_cohort.reached == (0, 1, 2, 3, 4, 5) and round_cohort == round_cohort_of(experiment, round)
+        assert tuple(rows.index[rows.outcome == "dropped_out"]) == round_cohort.dropped_out
+        gone = rows.loc[list(round_cohort.dropped_out)]
         assert (gone.bytes_up == 0).all() and (gone.bytes_down > 0).all() and gone.train_loss.isna().all()
     assert results.rounds.dropped_out.sum() > 0
-    assert turnout_of(experiment, 0).dropped_out == ()
+    assert round_cohort_of(experiment, 0).dropped_out == ()
 
 
 def test_a_round_in_which_nobody_is_there_changes_nothing(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_dead_holder_is_followed(bucket: Remote) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_holder_that_slept_looks_before_it_writes(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     """A laptop that was closed: its heart has not beaten since, nor noticed that another took over."""
-    monkeypatch.setattr(locking.Heart, "run", lambda heart: None)
+    monkeypatch.setattr(locking.LockHeartbeat, "run", lambda heart: None)
     with locked(bucket / "out"):
         check_held(bucket / "out")
         write_atomically(bucket / "out/.lock", b"somewhere process 2 def 1")

@@ -85,10 +85,10 @@ def test_a_host_that_is_gone_when_an_aggregator_begins_is_given_nothing(
     there = ray.remote(Host).options(num_cpus=0.5).remote()
     gone = ray.remote(Host).options(num_cpus=0.5, resources={"farm": 1}).remote()
     ray.get(there.ready.remote())
-    makers = ray.put({id_: functools.partial(Counting, id_) for id_ in range(2)})
+    factories = ray.put({id_: functools.partial(Counting, id_) for id_ in range(2)})
     alone = {0: 0, 1: 1} if own else {}
     call = ray_call.RayCall(
-        "token", [there, gone], [Resources()] * 2, dict.fromkeys(range(2), Resources()), makers, 1, alone
+        "token", [there, gone], [Resources()] * 2, dict.fromkeys(range(2), Resources()), factories, 1, alone
     )
     for round in range(2):
         assert [*call("tell", round, {0: {}, 1: {}})] == [[(0, 0)], [(1, 1)]]

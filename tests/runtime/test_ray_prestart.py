@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from fedsim.runtime import Choice, private_ray, rising
+from fedsim.runtime import Choice, private_ray, ray_prestart
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,35 +40,35 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     result, before = Pretended(), signal.getsignal(signal.SIGTERM)
-    for module in (private_ray, rising):
+    for module in (private_ray, ray_prestart):
         monkeypatch.setattr(module, "connect_private", result.start)
     monkeypatch.setattr(ray, "shutdown", result.end)
     yield result
     signal.signal(signal.SIGTERM, before)
-    assert not rising.is_rising(), "nothing is left for the next test"
+    assert not ray_prestart.is_prestarted(), "nothing is left for the next test"
 
 
 def test_who_needs_a_ray_takes_the_one_that_was_begun(pretended: Pretended) -> None:
     pretended.may_start.clear()
-    rising.rise(4, None)
-    assert rising.is_rising() and pretended.events == [], "nobody waits"
+    ray_prestart.prestart(4, None)
+    assert ray_prestart.is_prestarted() and pretended.events == [], "nobody waits"
     pretended.may_start.set()
     private_ray.start_private(3, None)
     assert pretended.events == [(4, None)]
-    rising.give_up()
+    ray_prestart.cancel()
     assert pretended.events == [(4, None)], "it is theirs who took it"
 
 
 @pytest.mark.parametrize("asked", [(5, None), (4, 1)])
 def test_one_that_does_not_do_is_ended_and_another_started(pretended: Pretended, asked: tuple) -> None:
-    rising.rise(4, None)
+    ray_prestart.prestart(4, None)
     private_ray.start_private(*asked)
     assert pretended.events == [(4, None), "end", asked]
 
 
 def test_what_failed_is_tried_again_by_whoever_needs_it(pretended: Pretended) -> None:
     pretended.failing = True
-    rising.rise(4, None)
+    ray_prestart.prestart(4, None)
     private_ray.start_private(2, None)
     assert pretended.events == [(4, None), (2, None)]
 
@@ -90,7 +90,7 @@ def test_a_request_to_end_ends_ray_as_well(pretended: Pretended) -> None:
 def test_only_a_private_ray_is_begun(pretended: Pretended) -> None:
     for choice in (Choice("inline"), Choice("ray", address="somewhere:1")):
         with choice.ahead():
-            assert not rising.is_rising()
+            assert not ray_prestart.is_prestarted()
     assert pretended.events == []
 
 

@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 
 
-class Rising:
+class RayPrestart:
     """A private Ray, started in a thread of its own.
 
     The thread lives as long as the process: Ray ties what it starts to the life of the thread that started it.
@@ -51,14 +51,14 @@ def connect_private(cpus: float, gpus: int | None) -> None:
     )
 
 
-_rising: Rising | None = None  # until somebody takes it
+_prestarted: RayPrestart | None = None  # until somebody takes it
 
 
-def rise(cpus: float, gpus: int | None) -> None:
+def prestart(cpus: float, gpus: int | None) -> None:
     """Begin to start a private Ray with these logical CPUs and GPUs (None: those there are)."""
-    global _rising
+    global _prestarted
     end_in_order()
-    _rising = Rising(cpus, gpus)
+    _prestarted = RayPrestart(cpus, gpus)
 
 
 def end_in_order() -> None:
@@ -71,21 +71,21 @@ def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(number)
 
 
-def is_rising() -> bool:
+def is_prestarted() -> bool:
     """Whether one was begun that nobody has taken."""
-    return _rising is not None
+    return _prestarted is not None
 
 
-def take() -> Rising | None:
+def claim() -> RayPrestart | None:
     """The one that was begun; the caller ends it, once it is up."""
-    global _rising
-    taken, _rising = _rising, None
+    global _prestarted
+    taken, _prestarted = _prestarted, None
     return taken
 
 
-def give_up() -> None:
+def cancel() -> None:
     """End what was begun, unless somebody took it."""
-    left = take()
+    left = claim()
     if left is not None and left.up():
         import ray
 
