@@ -2,7 +2,7 @@
 
 Meant to be read, copied and changed: cells are marked with `# %%`, so that editors and Jupyter can run them one by one.
 The tables are `fedsim.load(DIR)`'s: `runs` (a row a run), `rounds` (a row a round), `clients` (a row a participant and
-round); what their columns mean is in `fedsim/results/tables.py`.
+round); what their columns mean is in `fedsim/results/columns.py`.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportOptionalOperand=false

@@ -1,6 +1,6 @@
 """Run what is missing of one or more suites, and report: `python benchmarks/sweep.py --suite quick --out DIR`.
 
-The same as `fedsim sweep --suite quick`, which is what it does where no suite is named.
+It is `fedsim sweep`, of the suite `quick` where nothing is named.
 """
 
 import sys
@@ -13,13 +13,14 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
 from fedsim.cli import main as fedsim  # noqa: E402
+from fedsim.cli import parser  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Exit status as `fedsim`'s."""
     words = [*(sys.argv[1:] if arguments is None else arguments)]
-    named = "--suite" in words or any(word.startswith("--suite=") for word in words)
-    return fedsim(["sweep", *words, *([] if named else ["--suite", "quick"])])
+    options = parser().parse_args(["sweep", *words])
+    return fedsim(["sweep", *words, *([] if options.suite or options.targets else ["--suite", "quick"])])
 
 
 if __name__ == "__main__":

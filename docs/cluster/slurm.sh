@@ -7,7 +7,7 @@
 #   ~/.fedsim-uv/bin/uv venv --seed --python 3.11 --managed-python ~/fedsim-env
 #   ~/fedsim-env/bin/pip install -c constraints.txt -e .
 # EVERY TIME: set the lines marked <<<, then for example
-#   SUITE=small OUT=/shared/$USER/small sbatch docs/cluster/slurm.sh
+#   SUITE=quick OUT=/shared/$USER/quick sbatch docs/cluster/slurm.sh
 #   squeue --me; tail -f fedsim-JOBID.log; scancel JOBID
 # Submitted again with the same OUT, it goes on where it was. It does so by itself when Slurm takes the nodes away
 # (--requeue), and five minutes before its time is up (--signal): at most 10 times.

@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
     submit = commands.add_parser("submit", help="run on a cluster elsewhere: send, follow, fetch")
     submit.add_argument("target", nargs="?", metavar="MODULE:FUNCTION", help="a function that returns an Experiment")
-    submit.add_argument("--suite", nargs="+", metavar="NAME", help="or suites, as for benchmarks/sweep.py")
+    submit.add_argument("--suite", nargs="+", metavar="NAME", help="or suites, as of `fedsim sweep`")
     submit.add_argument("--cluster", metavar="FILE", help="the cluster that `ray up FILE` started")
     submit.add_argument(
         "--address", metavar="http://HOST:PORT", help="or its job server, if it can be reached from here"

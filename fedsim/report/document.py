@@ -112,7 +112,7 @@ TAKES = (
     "trains all."
 )
 TO_TARGET = (
-    "What it took to reach a target accuracy, which is a constant of the harness for each data set: the median over "
+    "What it took to reach a target accuracy, a constant for each data set (`TARGET_ACCURACY`): the median over "
     "seeds at the first evaluated round that reached it. `>`: half of the seeds or more never did, and would have "
     "needed more than all they spent; in brackets, how many seeds got there."
 )

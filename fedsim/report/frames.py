@@ -28,7 +28,7 @@ AMOUNTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study(Results):
-    """`.runs`, `.rounds`, `.clients`: pandas frames (`fedsim.results.tables` has their columns).
+    """`.runs`, `.rounds`, `.clients`: pandas frames (`fedsim.results.columns` says what they hold).
 
     Runs are compared within a *setting*: one suite, data set, population and partition. Where a folder holds several,
     methods take `setting`, a part of its name.

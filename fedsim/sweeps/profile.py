@@ -11,7 +11,7 @@ PHASES = ("broadcast", "compute", "sum", "write", "idle")
 def print_profile(profile: pd.DataFrame, console: Console) -> None:
     """Seconds of a federated round at every place, on average, for each algorithm; round 0 has a line of its own.
 
-    - `profile`: the table of that name (`fedsim.results.tables`).
+    - `profile`: the table of that name (`fedsim.results.columns`).
     """
     federated = profile["round"] > 0
     parts = [

@@ -35,7 +35,7 @@ SCALARS: Mapping[str, str] = {
 def check_tensorboard() -> None:
     """**Raises:** `ValueError` if the package that writes TensorBoard's files is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard: needs a package that is not installed: pip install 'fedsim[tensorboard]'")
+        raise ValueError("--tensorboard: needs a package that is not installed: pip install -e '.[tensorboard]'")
 
 
 class Boards:
