@@ -29,6 +29,7 @@ WRITTEN_AS = {
     "fedsim.learning.task": "fedsim.task",
     "fedsim.learning.server_opt": "fedsim.server_opt",
     "fedsim.models.pretrained": "fedsim.pretrained",
+    "__mp_main__": "__main__",  # a script, as the processes see it that it starts
 }
 PLACEMENT = {"placement": True}  # marks fields that say where a run is computed: left out of its identity
 
@@ -239,7 +240,7 @@ def revived(value: Any, hint: Any = None) -> Any:
 def class_written(name: str) -> Any:
     """The class that configs call so. **Raises:** `ImportError` or `AttributeError` if there is none."""
     written, _, name = name.rpartition(".")
-    lies_in = {old: new for new, old in WRITTEN_AS.items()}
+    lies_in = {old: new for new, old in WRITTEN_AS.items() if old != "__main__"}
     return getattr(importlib.import_module(lies_in.get(written, written)), name)
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from fedsim.cli.options import SUITES, report_failures, runtime_maker
 from fedsim.core import environment
 from fedsim.experiment import Experiment, module_named
 from fedsim.report.document import write_report
+from fedsim.report.readings import finished_runs, referred
 from fedsim.report.tables import print_summary
 from fedsim.results.tables import load
 from fedsim.storage.place import place
@@ -42,6 +44,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
     make_runtime, typed = runtime_maker(options, console), shlex.join(["fedsim", *options.words])
     if options.tensorboard:
         check_tensorboard()
+    check_reference(options.reference, [each for experiments in wanted.values() for each in experiments])
     for experiments in wanted.values():
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
@@ -65,17 +68,22 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
             results = load(out)
             if options.profile:
                 print_profile(results.profile, console)
-            page = write_report(out, results=results, reference=options.reference)
-            print_summary(results, directory=out, report=page, console=console, reference=options.reference)
+            reference = options.reference
+            if reference is not None and not referred(finished_runs(results), reference):
+                console.print(f"--reference={reference!r}: no run of it has finished", highlight=False, markup=False)
+                reference = None
+            page = write_report(out, results=results, reference=reference)
+            print_summary(results, directory=out, report=page, console=console, reference=reference)
     report_failures(failures, typed, console)
     return 1 if failures else 0
 
 
 def report_command(options: argparse.Namespace, console: Console) -> int:
-    if options.out is not None and options.out.suffix not in (".html", ".htm"):
-        raise ValueError(f"--out={str(options.out)!r}: must end with .html")
+    if options.out is not None and not options.out.endswith((".html", ".htm")):
+        raise ValueError(f"--out={options.out!r}: must end with .html")
     results = load(*options.directories)
-    path = write_report(results.directories[0], options.out, results, options.reference)
+    out = place(options.out) if options.out else None
+    path = write_report(results.directories[0], out, results, options.reference)
     print(path)
     if options.open and not (isinstance(path, Path) and webbrowser.open(path.resolve().as_uri())):
         console.print("no browser could be opened", highlight=False)
@@ -99,6 +107,13 @@ def wanted_of(options: argparse.Namespace) -> dict[str, list[Experiment]]:
     if not wanted:
         raise ValueError("MODULE:FUNCTION: name a function that returns a list of experiments, or give --suite NAME")
     return wanted
+
+
+def check_reference(reference: str | None, experiments: Sequence[Experiment]) -> None:
+    """**Raises:** `ValueError` for a reference that is neither one of the algorithms nor a variant of one."""
+    names = sorted({experiment.algorithm.name for experiment in experiments})
+    if reference is not None and reference.partition(" ")[0] not in names:
+        raise ValueError(f"--reference={reference!r}: must be one of {', '.join(names)}, or a method of theirs")
 
 
 def list_suites(known: Suites) -> int:

@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "targets", nargs="*", metavar="MODULE:FUNCTION", help="functions that return a list of experiments"
     )
-    sweep.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="or functions of benchmarks.suites")
+    sweep.add_argument(
+        "--suite", nargs="+", action="extend", default=[], metavar="NAME", help="or functions of benchmarks.suites"
+    )
     sweep.add_argument("--out", metavar="DIR", help="results folder, s3:// or gs:// (default: results/<suite>)")
     sweep.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     sweep.add_argument("--only", nargs="+", metavar="ALGORITHM", help="leave the other algorithms out")
@@ -80,9 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="one page from results folders, as HTML and as Markdown")
     report.add_argument("directories", nargs="+", metavar="DIR", help="results folders, s3:// or gs://")
-    report.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="default: report.html in the first; FILE.md goes beside it"
-    )
+    report.add_argument("--out", metavar="FILE.html", help="default: report.html in the first; FILE.md goes beside it")
     add_reference(report)
     report.add_argument("--open", action="store_true", help="show it in a browser")
     report.set_defaults(command="report_command", module="sweep")

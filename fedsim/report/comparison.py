@@ -65,13 +65,15 @@ def reference_of(runs: Sequence[Row], reference: str | None = None) -> str | Non
     """The method others are compared with: of those that may be (`referred`), the one with the highest validation
     accuracy after its last round.
 
-    Of one setting's runs; None if none was validated.
+    Of one setting's runs; None if none was validated, unless a single method was named.
     """
     means = {
         method: statistics.fmean(row["accuracy_val"] for row in rows)
         for method, rows in by_method(referred(runs, reference)).items()
     }
     known = {method: mean for method, mean in means.items() if not math.isnan(mean)}
+    if reference is not None and len(means) == 1:
+        return next(iter(means))
     return max(known, key=lambda method: known[method], default=None)
 
 

@@ -7,7 +7,6 @@ config.
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -166,7 +165,7 @@ def _in_short(rows: Sequence[Row]) -> str:
             figures.append(f"{percent(reference['saved'])} % of FedAvg's upload saved")
         parts.append(f"the reference, **{reference['method']}**: {', '.join(figures)}")
         alone = by_name.get(reference["method"].replace("fedgrow (", "fedgrow_no_federation ("))
-        if alone:
+        if alone and alone is not reference:
             parts.append(f"the same without federation: {percent(alone['accuracy'])} %")
     text = "; ".join(parts)
     return f"In short: {text}." if text else "In short: nothing was evaluated."
@@ -275,7 +274,7 @@ def html_report(results: Results, title: str) -> str:
 
 
 def write_report(
-    directory: Place, out: Path | None = None, results: Results | None = None, reference: str | None = None
+    directory: Place, out: Place | None = None, results: Results | None = None, reference: str | None = None
 ) -> Place:
     """Write the page of a results folder and return where: by default `report.html` in it.
 

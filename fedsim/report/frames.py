@@ -63,7 +63,10 @@ class Study(Results):
             raise ValueError(f"against={against!r}: must be one of {', '.join(AMOUNTS)}")
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        for method, runs in by_method(self._of(setting)).items():
+        shown = self._of(setting)
+        if not any(row[y] == row[y] for run in shown for row in self._readings.rounds[run["run_id"]]):
+            raise ValueError(f"y={y!r}: no round of these runs has it")
+        for method, runs in by_method(shown).items():
             points: dict[int, list[tuple[float, float]]] = {}
             for run in runs:
                 for row in self._readings.rounds[run["run_id"]]:
@@ -83,15 +86,17 @@ class Study(Results):
     def compare(self, a: str, b: str, at: str = "rounds", setting: str = "") -> Difference:
         """Accuracy of `a` minus `b`, seed by seed, with a 95 % interval and the p-value of a paired t-test.
 
-        - `at`: equal "rounds", "bytes" or "FLOPs" (what the reference spent).
+        - `at`: equal "rounds", or equal "bytes" or "FLOPs": what `b` spent, seed by seed.
 
-        **Raises:** `ValueError` for a method or a budget that is not there.
+        **Raises:** `ValueError` for a method or a budget that is not there, or a method compared with itself.
         """
-        runs = self._of(setting)
-        methods = list(by_method(runs))
-        for method in (a, b):
+        methods = list(by_method(self._of(setting)))
+        for name, method in (("a", a), ("b", b)):
             if method not in methods:
-                raise ValueError(f"method {method!r}: not in {nearest(method, methods)[2:]}")
+                raise ValueError(f"{name}={method!r}: must be a method{nearest(method, methods)}")
+        if a == b:
+            raise ValueError(f"a={a!r}, b={b!r}: must be two methods")
+        runs = self._of(setting, read(self, reference=b))
         if at not in BUDGETS:
             raise ValueError(f"at={at!r}: must be one of {', '.join(BUDGETS)}")
         return differences([run for run in runs if run["method"] in (a, b)], BUDGETS[at], b)[a]
@@ -106,14 +111,15 @@ class Study(Results):
         runs = [run for run in self._of(setting) if algorithm in (None, run["algorithm"], run["method"])]
         validated = [run for run in runs if not math.isnan(run["accuracy_val"])]
         if not validated:
-            raise ValueError(f"algorithm={algorithm!r}: no finished run of it was validated")
+            there = ", ".join(by_method(self._of(setting)))
+            raise ValueError(f"algorithm={algorithm!r}: no finished run of it was validated; there are {there}")
         chosen = max(validated, key=lambda run: run["accuracy_val"])
         return next(row for row in records(self.runs) if row["run_id"] == chosen["run_id"])
 
-    def _of(self, setting: str) -> list[Any]:
-        """The runs of one setting."""
-        settings = by_setting(self._readings.runs)
-        named = [name for name in settings if setting in name]
+    def _of(self, setting: str, readings: Readings | None = None) -> list[Any]:
+        """The runs of one setting: the one of that name, or the only one that it is a part of."""
+        settings = by_setting((readings or self._readings).runs)
+        named = [setting] if setting in settings else [name for name in settings if setting in name]
         if len(named) != 1:
             raise ValueError(f"setting={setting!r}: must be a part of exactly one of {'; '.join(settings) or 'none'}")
         return settings[named[0]]

@@ -198,14 +198,14 @@ def in_order(run: Row) -> tuple[int, str]:
 def referred(runs: Runs, reference: str | None) -> list[Row]:
     """Of one setting's runs, those of the algorithm or method that others are compared with.
 
-    None: those of `fedgrow` or, where there are none, of the first method in the list.
+    None: those of `fedgrow` or, where there are none, of the first method in the list that sent anything.
     """
     if reference is not None:
         return [run for run in runs if reference in (run["algorithm"], run["method"])]
-    first = min(runs, key=in_order, default=None)
-    return [run for run in runs if run["algorithm"] == "fedgrow"] or [
-        run for run in runs if first is not None and run["method"] == first["method"]
-    ]
+    grown = [run for run in runs if run["algorithm"] == "fedgrow"]
+    sent = [run for run in runs if run.get("bytes_per_upload", run.get("upload_mb", 1))]
+    first = min(sent or runs, key=in_order, default=None)
+    return grown or [run for run in runs if first is not None and run["method"] == first["method"]]
 
 
 def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -254,7 +254,8 @@ def _budgets(runs: Runs, totals: Mapping[str, float], reference: str | None) -> 
     candidates = defaultdict(list)
     for of_setting in by_setting(runs).values():
         for run in referred(of_setting, reference):
-            candidates[run["setting"], run["seed"]].append((totals[run["run_id"]], run["method"]))
+            if totals[run["run_id"]]:  # nothing is no budget
+                candidates[run["setting"], run["seed"]].append((totals[run["run_id"]], run["method"]))
     return {key: min(found) for key, found in candidates.items()}
 
 

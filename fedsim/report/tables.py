@@ -107,7 +107,9 @@ def notes(results: Results, readings: Readings | None = None) -> list[str]:
     settings = by_setting(readings.runs)
     lines = []
     for setting, runs in settings.items():
-        lines += [f"{setting}: {line}" if len(settings) > 1 else line for line in _setting_notes(runs)]
+        lines += [
+            f"{setting}: {line}" if len(settings) > 1 else line for line in _setting_notes(runs, readings.reference)
+        ]
     lines += _small_models(results, readings)
     for run in records(results.runs):
         if run["status"] != "finished":
@@ -121,7 +123,7 @@ def notes(results: Results, readings: Readings | None = None) -> list[str]:
     return lines
 
 
-def _setting_notes(runs: Sequence[Row]) -> Iterable[str]:
+def _setting_notes(runs: Sequence[Row], reference: str | None) -> Iterable[str]:
     budgets = {row["seed"]: row["budget_mb"] for row in runs if not math.isnan(row["budget_mb"])}
     if budgets:
         of = " or ".join(sorted({row["budget_method"] for row in runs if row["budget_method"]}))
@@ -131,7 +133,8 @@ def _setting_notes(runs: Sequence[Row]) -> Iterable[str]:
             f"than {of} in its whole run, {significant(_mean(list(budgets.values())))} MB{over}."
         )
     else:
-        yield "Equal bytes: empty, because no run of the reference has finished."
+        of = f"of {reference}, the reference," if reference else "that could be the reference"
+        yield f"Equal bytes: empty, because no finished run {of} sent anything in this setting."
     if all(math.isnan(row["saved"]) for row in runs):
         yield "Saved against FedAvg: empty, because there is no finished run of fedavg to compare with."
     yield from (f"{name}: {text}." for name, text in REMARKS.items() if any(row["algorithm"] == name for row in runs))

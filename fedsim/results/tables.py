@@ -172,12 +172,18 @@ def load(*directories: Place | str) -> Results:
 
     **Raises:** `ValueError` for a folder without results, a file that cannot be read, or a run that two folders hold.
     """
+    if not directories:
+        raise ValueError("directories=(): must be at least one results folder")
     folders = tuple(place(directory) for directory in directories)
     runs, rounds = (_joined(table, folders) for table in ("runs", "rounds"))
-    twice = sorted(runs.run_id[runs.run_id.duplicated()])
-    if twice:
+    if twice := sorted(set(runs.run_id[runs.run_id.duplicated()]) | set(rounds.run_id[_repeated(rounds)])):
         raise ValueError(f"run {twice[0]} is in more than one of {', '.join(map(str, folders))}")
     return Results(folders, runs, rounds)
+
+
+def _repeated(rounds: pd.DataFrame) -> pd.Series:
+    """Which rows are of a run and a round that another row is of, too."""
+    return rounds.duplicated(["run_id", "round"])
 
 
 def _joined(table: str, directories: Sequence[Place]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore, run_ids_in
-from fedsim.runtime import Choice
+from fedsim.runtime import RUNTIMES, Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.storage.locking import locked
@@ -154,10 +154,22 @@ def run_in(
     **Raises:** `ValueError`, before anything starts; `RunFailed` for the first run that broke.
     """
     folder, data_dir, console = place(out), environment.data_dir(), Console()
+    experiments = list(experiments) if isinstance(experiments, Iterable) else [experiments]
+    for each in experiments:
+        if not isinstance(each, Experiment):
+            raise ValueError(f"experiments: {each!r} must be an Experiment; a function that makes one is to be called")
+    if where["runtime"] not in RUNTIMES:
+        raise ValueError(f"runtime={where['runtime']!r}: must be one of {', '.join(RUNTIMES)}")
+    for name, least in (("hosts", 1), ("gpus", 0)):
+        if where[name] is not None and where[name] < least:
+            raise ValueError(f"{name}={where[name]!r}: must be at least {least}")
     if seeds is not None:
+        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        if not seeds:
+            raise ValueError("seeds=[]: must be at least one")
         experiments = [dataclasses.replace(each, seed=seed) for seed in dict.fromkeys(seeds) for each in experiments]
     if not experiments:
-        raise ValueError("experiments=[]: must be at least one, and so must seeds")
+        raise ValueError("experiments=[]: must be at least one")
     here = where.get("runtime") == "inline" and jobs == 1
     say = functools.partial(console.print, highlight=False, markup=False)
     choice = Choice(where.pop("runtime"), **where, numerics=settle(numerics, here=here, say=say))

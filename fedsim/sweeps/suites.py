@@ -99,7 +99,8 @@ def _given_scale(known: Suites, suite: str, scale: float | None) -> dict[str, fl
     arguments = arguments_of(known[suite], scale)
     if not arguments:
         others = ", ".join(name for name, each in known.items() if arguments_of(each, scale))
-        raise ValueError(f"--scale={scale}: suite {suite!r} has one size only; scales are for {others}")
+        elsewhere = f"; scales are for {others}" if others else ""
+        raise ValueError(f"--scale={scale}: suite {suite!r} has one size only{elsewhere}")
     return arguments
 
 

@@ -185,7 +185,7 @@ def test_a_folder_that_not_all_nodes_see_is_refused(cluster: Cluster) -> None:
 
 def test_nodes_with_other_sources_are_refused_before_the_run(cluster: Cluster) -> None:
     """From the head, with what lies there: one worker has an older tree."""
-    worker, file = cluster.lab.workers[1], "fedsim/fedsim/seeding.py"
+    worker, file = cluster.lab.workers[1], "fedsim/fedsim/core/seeding.py"
     worker.run(["sh", "-c", f"cp {file} kept.py && echo '# older' >> {file}"])
     command = f"cd ~/fedsim && export {TOKEN_MODE} && python -m fedsim run benchmarks.suites:tiny --hosts 2 "
     command += f"--address {cluster.lab.head.address}:{GCS_PORT} --out s3://{BUCKET}/other"

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,8 +50,17 @@ def test_one_run_into_the_folder_of_others_is_refused_and_told_of_sweeps(
 ) -> None:
     with pytest.raises(ValueError, match="holds a different experiment"):
         fedsim.run(replace(tiny_experiment, seed=7), out=swept)
-    with pytest.raises(ValueError, match="at least one"):
-        fedsim.sweep([tiny_experiment], out=swept, seeds=[])
+    wrong: Any
+    for wrong, said in (
+        ({"seeds": []}, r"seeds=\[\]"),
+        ({"runtime": "rey"}, "runtime='rey': must be one of ray, inline"),
+        ({"hosts": 0}, "hosts=0"),
+        ({"jobs": 0}, "jobs=0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fedsim.sweep([tiny_experiment], out=swept, **wrong)
+    with pytest.raises(ValueError, match="must be an Experiment"):
+        fedsim.sweep([None], out=swept)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_table_compares_with_fedgrow_or_with_what_is_named(swept: Path) -> None:
@@ -80,8 +91,13 @@ def test_comparing_two_methods_is_a_paired_difference(swept: Path) -> None:
     assert found.difference.mean == pytest.approx(sum(by_hand) / 2, abs=1e-12) and found.difference.n == 2
     back = results.compare("fedgrow (paper)", "fedavg")
     assert back.difference.mean == -found.difference.mean and (back.p == found.p or math.isnan(found.p))
-    with pytest.raises(ValueError, match="'fedprox'"):
+    at_equal_bytes = results.compare("fedgrow (paper)", "fedavg", at="bytes").difference.mean
+    table = results.table(reference="fedavg").set_index("method")
+    assert at_equal_bytes == table.equal_bytes_accuracy_difference["fedgrow (paper)"], "within what FedAvg sent"
+    with pytest.raises(ValueError, match="a='fedprox'"):
         results.compare("fedprox", "fedavg")
+    with pytest.raises(ValueError, match="two methods"):
+        results.compare("fedavg", "fedavg")
     with pytest.raises(ValueError, match="at='time'"):
         results.compare("fedavg", "fedgrow (paper)", at="time")
 
@@ -107,6 +123,17 @@ def test_a_plot_has_a_line_a_method(swept: Path) -> None:
         results.plot("acuracy_mean")
     with pytest.raises(ValueError, match="against='time'"):
         results.plot(against="time")
+    with pytest.raises(ValueError, match=r"simulated_seconds.*no round"):
+        results.plot("simulated_seconds")
+
+
+def test_a_setting_is_chosen_by_its_name_or_a_part_of_it(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    base = replace(tiny_experiment, rounds=1, algorithm=FedAvg())
+    results = fedsim.sweep([base, replace(base, cohort=2)], out=tmp_path)
+    whole = "sweep: digits, vit, dirichlet (alpha 0.5), 3 participants"
+    assert results.best(setting=whole)["cohort"] == 3 and results.best(setting="2 a round")["cohort"] == 2
+    with pytest.raises(ValueError, match="exactly one of"):
+        results.best()
 
 
 def test_folders_are_read_as_one_and_reported_together(
@@ -121,6 +148,14 @@ def test_folders_are_read_as_one_and_reported_together(
     assert "swept" in page.read_text() and "--reference fedavg" in page.with_suffix(".md").read_text()
     with pytest.raises(ValueError, match="more than one"):
         fedsim.load(swept, swept)
+    for path in (other / "runs").iterdir():  # a copy made before its run had finished
+        path.unlink()
+    again = tmp_path / "again"
+    shutil.copytree(other, again)
+    with pytest.raises(ValueError, match="more than one"):
+        fedsim.load(other, again)
+    with pytest.raises(ValueError, match="at least one"):
+        fedsim.load()
     capsys.readouterr()
     assert main(["report", str(swept), "--reference", "fedprox"]) == 2
     assert "reference='fedprox'" in capsys.readouterr().err

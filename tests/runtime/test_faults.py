@@ -178,7 +178,7 @@ def is_actor(process: psutil.Process) -> bool:
     return process.cmdline()[:1] != [] and process.cmdline()[0].startswith(("ray::Host", "ray::Server"))
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"

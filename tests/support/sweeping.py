@@ -126,7 +126,7 @@ class Sweep:
     def __exit__(self, *error: object) -> None:
         self.process.kill()  # had a test ended it, this does nothing
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 900) -> int:
         self.process.join(seconds)
         assert self.process.exitcode is not None, self.said()
         return self.process.exitcode
@@ -146,7 +146,7 @@ def _swept(words: Sequence[str], experiments: Sequence[Experiment], counted: Map
         sys.exit(sweep.main(words))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"

@@ -241,7 +241,7 @@ def test_ctrl_c_and_a_kill_leave_no_worker_and_every_finished_round(
 def test_two_jobs_share_a_private_ray_and_give_the_numbers_of_inline(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Sweep([averaging()], out, "--hosts", "1", "--jobs", "2", "--seeds", "0", "1") as swept:
-        wait_for(lambda: rounds_done(out) or not swept.process.is_alive(), seconds=200)
+        wait_for(lambda: rounds_done(out) or not swept.process.is_alive())
         assert swept.process.is_alive(), swept.said()
         assert len(swept.workers()) == 2
         started = psutil.Process(swept.process.pid).children(recursive=True)
