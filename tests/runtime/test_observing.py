@@ -141,5 +141,5 @@ def test_tensorboard_that_is_not_there_is_said(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name))
     words = ["run", "benchmarks.suites:tiny", "--runtime", "inline", "--out", str(tmp_path / "out"), "--tensorboard"]
     assert main(words) == 2
-    assert "fedsim[tensorboard]" in capsys.readouterr().err
+    assert "'.[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
