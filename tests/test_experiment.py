@@ -19,7 +19,7 @@ from fedsim.cli import main
 from fedsim.data.config import DataConfig, pydoc
 from fedsim.data.partition import Partition
 from fedsim.engine.progress import ProgressListener
-from fedsim.experiment import Experiment, Tier, load_experiments, parsed, revived, with_settings
+from fedsim.experiment import Experiment, Tier, canonical, load_experiments, parsed, revived, with_settings
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
@@ -478,3 +478,10 @@ def test_a_language_model_is_dealt_by_its_topics() -> None:
     base = with_settings(tiny(), ["task.family=gpt2", "task.data.name=pydoc", "partition.scheme=natural"])
     assert base.task.data == dataclasses.replace(tiny().task.data, name="pydoc")
     assert base.task.inputs.kind == TaskConfig(pydoc(), family="gpt2").inputs.kind == "lm"
+
+
+def test_a_class_of_a_script_has_one_name_in_all_its_processes() -> None:
+    """Processes that a script starts know its module as `__mp_main__`."""
+    here = dataclasses.make_dataclass("Mine", ["lr"], frozen=True, namespace={"__module__": "__main__"})
+    there = dataclasses.make_dataclass("Mine", ["lr"], frozen=True, namespace={"__module__": "__mp_main__"})
+    assert canonical(here(1)) == canonical(there(1)) == {"class": "__main__.Mine", "lr": 1}

@@ -12,7 +12,7 @@ from fedsim.cluster.doctor import PROBLEM, as_json, examine, print_findings
 from fedsim.core import environment
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cost import Cost, cost_of
-from fedsim.experiment import Experiment, load_experiments, module_named, with_settings
+from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.learning.training import StepCost
 from fedsim.results.export import export
 from fedsim.results.store import clean, runs_in
@@ -22,7 +22,7 @@ from fedsim.storage.place import place
 from fedsim.sweeps.profile import print_profile
 from fedsim.sweeps.progress import OneByOne, label_of
 from fedsim.sweeps.runner import check_data, check_folder, locked, run_all
-from fedsim.sweeps.suites import experiments_of, suites_in
+from fedsim.sweeps.suites import experiments_of, suites_of
 from fedsim.sweeps.tensorboard import Boards
 
 
@@ -127,7 +127,7 @@ def experiments_for(options: argparse.Namespace) -> list[Experiment]:
     """What `fedsim submit` will run: of MODULE:FUNCTION, or of suites at one seed, for all seeds ask for the same."""
     if options.target:
         return [with_settings(each, options.settings) for each in load_experiments(options.target)]
-    known = suites_in(module_named(SUITES))
+    known = suites_of(SUITES)
     chosen = argparse.Namespace(**{**vars(options), "seeds": [(options.seeds or [0])[0]]})
     return [each for name in options.suite for each in experiments_of(known, name, chosen)]
 

@@ -11,18 +11,18 @@ from rich.console import Console
 
 from fedsim.cli.options import SUITES, report_failures, runtime_maker
 from fedsim.core import environment
-from fedsim.experiment import Experiment, module_named
+from fedsim.experiment import Experiment
 from fedsim.report.document import write_report
 from fedsim.report.readings import finished_runs, referred
 from fedsim.report.tables import print_summary
 from fedsim.results.tables import load
-from fedsim.storage.place import place
+from fedsim.storage.place import Place, place
 from fedsim.sweeps.fairness import check_fair
 from fedsim.sweeps.plan import Machine, print_plan
 from fedsim.sweeps.profile import print_profile
 from fedsim.sweeps.progress import overview_for
 from fedsim.sweeps.runner import check_data, locked, run_all
-from fedsim.sweeps.suites import Suites, arguments_of, experiments_of, spelled, suite_at, suites_in
+from fedsim.sweeps.suites import Suites, arguments_of, experiments_of, spelled, suite_at, suites_of
 from fedsim.sweeps.tensorboard import Boards, check_tensorboard
 
 
@@ -31,7 +31,7 @@ LISTED = 0.05  # the scale at which suites are made to list their algorithms: fu
 
 def sweep_command(options: argparse.Namespace, console: Console) -> int:
     if options.list:
-        return list_suites(suites_in(module_named(SUITES)))
+        return list_suites(suites_of(SUITES))
     if options.jobs < 1:
         raise ValueError(f"--jobs={options.jobs}: must be at least 1")
     wanted = wanted_of(options)
@@ -44,7 +44,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
     make_runtime, typed = runtime_maker(options, console), shlex.join(["fedsim", *options.words])
     if options.tensorboard:
         check_tensorboard()
-    check_reference(options.reference, [each for experiments in wanted.values() for each in experiments])
+    check_reference(options.reference, [each for experiments in wanted.values() for each in experiments], out)
     for experiments in wanted.values():
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
@@ -97,7 +97,7 @@ def wanted_of(options: argparse.Namespace) -> dict[str, list[Experiment]]:
     """
     wanted: dict[str, list[Experiment]] = {}
     if options.suite:
-        known = suites_in(module_named(SUITES))
+        known = suites_of(SUITES)
         wanted = {spelled(name): experiments_of(known, name, options) for name in options.suite}
     for target in options.targets:
         name, make = suite_at(target)
@@ -109,11 +109,16 @@ def wanted_of(options: argparse.Namespace) -> dict[str, list[Experiment]]:
     return wanted
 
 
-def check_reference(reference: str | None, experiments: Sequence[Experiment]) -> None:
-    """**Raises:** `ValueError` for a reference that is neither one of the algorithms nor a variant of one."""
-    names = sorted({experiment.algorithm.name for experiment in experiments})
+def check_reference(reference: str | None, experiments: Sequence[Experiment], out: Place) -> None:
+    """**Raises:** `ValueError` for a reference that is neither one of the algorithms nor a variant of one.
+
+    - `out`: its runs may be what others are compared with, too.
+    """
+    names = {experiment.algorithm.name for experiment in experiments}
+    if any((out / "runs").glob("*.parquet")):
+        names |= {*load(out).runs.algorithm}
     if reference is not None and reference.partition(" ")[0] not in names:
-        raise ValueError(f"--reference={reference!r}: must be one of {', '.join(names)}, or a method of theirs")
+        raise ValueError(f"--reference={reference!r}: must be one of {', '.join(sorted(names))}, or a method of theirs")
 
 
 def list_suites(known: Suites) -> int:

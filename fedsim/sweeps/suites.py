@@ -7,11 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
 
-from fedsim.experiment import Experiment, experiments_from, function_at, nearest, with_settings
+from fedsim.experiment import Experiment, experiments_from, function_at, module_named, nearest, with_settings
 from fedsim.sweeps.progress import label_of
 
 
 Suites = Mapping[str, Callable[..., list[Experiment]]]
+
+
+def suites_of(module_name: str) -> Suites:
+    """`suites_in` a module. **Raises:** `ValueError` if it cannot be imported."""
+    try:
+        return suites_in(module_named(module_name))
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--suite: looked up in {module_name}, which cannot be imported: {error}") from error
 
 
 def suites_in(module: ModuleType) -> Suites:

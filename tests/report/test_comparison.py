@@ -88,6 +88,11 @@ def test_the_reference_is_chosen_by_validation_not_by_test() -> None:
     assert reference_of(runs_of("fedavg", [0.9])) == "fedavg", "nobody else is there"
     assert reference_of(good + bad, "fedgrow (aki)") == "fedgrow (aki)"
     assert reference_of(good + runs_of("fedavg", [0.9]), "fedavg") == "fedavg"
+    assert reference_of(runs_of("fedavg", [0.9], accuracy_val=NAN), "fedavg") == "fedavg", "it was named"
+    silent = [run | {"upload_mb": 0.0} for run in runs_of("fedgrow_no_federation (paper)", [0.8])]
+    sending = [run | {"upload_mb": 1.0} for run in runs_of("fedavg", [0.9])]
+    assert reference_of(silent + sending) == "fedavg", "what sent nothing is no budget"
+    assert reference_of(silent) == "fedgrow_no_federation (paper)"
     assert reference_of(runs_of("fedgrow (paper)", [0.9], accuracy_val=NAN)) is None
 
 

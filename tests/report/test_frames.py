@@ -145,7 +145,9 @@ def test_folders_are_read_as_one_and_reported_together(
     assert len(both.runs) == 5 and len(both.clients) == len(fedsim.load(swept).clients) * 5 // 4
     page = tmp_path / "page.html"
     assert main(["report", str(swept), str(other), "--out", str(page), "--reference", "fedavg"]) == 0
-    assert "swept" in page.read_text() and "--reference fedavg" in page.with_suffix(".md").read_text()
+    said = page.with_suffix(".md").read_text()
+    assert "swept" in page.read_text() and "--reference fedavg" in said
+    assert "the reference, **fedavg**" in said and "without federation" not in said
     with pytest.raises(ValueError, match="more than one"):
         fedsim.load(swept, swept)
     for path in (other / "runs").iterdir():  # a copy made before its run had finished

@@ -240,5 +240,9 @@ def test_a_suite_of_ones_own_is_swept_by_its_name(
     capsys.readouterr()
     assert fedsim([*words, "--scale", "2"]) == 2 and "--scale=2.0" in capsys.readouterr().err
     assert fedsim(["sweep", "my_study:my_sweet"]) == 2 and "my_suite" in capsys.readouterr().err
+    runs_before = set(load(tmp_path / "results" / "my-suite").runs.run_id)
+    assert fedsim([*words, "--seeds", "2", "--reference", "typo", "--set", *settings]) == 2
+    assert "--reference='typo': must be one of fedavg" in capsys.readouterr().err
+    assert set(load(tmp_path / "results" / "my-suite").runs.run_id) == runs_before, "refused before anything starts"
     assert fedsim(["sweep"]) == 2 and "--suite NAME" in capsys.readouterr().err
     assert fedsim(["sweep", "my_study:one", "my_study:one"]) == 2 and "two suites" in capsys.readouterr().err
