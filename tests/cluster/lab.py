@@ -433,7 +433,7 @@ def cluster_file(lab: Lab, folder: Path, source: Path | None = None) -> Path:
         "min_workers": len(lab.workers),
         "max_workers": len(lab.workers),
         "file_mounts": {"~/.ray/auth_token": "~/.ray/auth_token"} | ({"~/fedsim": str(source)} if source else {}),
-        "rsync_exclude": [".git", ".venv", ".scratch", "results", "__pycache__", ".*_cache", ".hypothesis"],
+        "rsync_exclude": [".git", ".venv", ".scratch", "/results", "__pycache__", ".*_cache", ".hypothesis"],
         "setup_commands": [
             f"ln -sfn {sys.prefix} ~/fedsim-env",
             "grep -q fedsim-env ~/.bashrc || echo 'export PATH=~/fedsim-env/bin:$PATH' >> ~/.bashrc",

@@ -18,10 +18,6 @@ import pytest
 import yaml
 
 import fedsim
-from benchmarks.suites import quick, tiny
-from fedsim.experiment import with_settings
-from fedsim.runtime.inline import InlineRuntime
-from fedsim.sweeps.runner import run_all
 from tests.cluster.lab import GCS_PORT, TOKEN_MODE, Lab, cluster_file, make_token, pid_space, start_cluster, wait_until
 
 
@@ -160,6 +156,13 @@ def cluster(lab: Lab, source: Path) -> Iterator[Cluster]:
     lab.stop(server)
 
 
+def run_here(out: Path, *words: str) -> Path:
+    """The same, inline, in a process whose numerics are those of the command line."""
+    command = [sys.executable, "-m", "fedsim", *words, "--runtime", "inline", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
+    return out
+
+
 def rounds_of(results: Any) -> pd.DataFrame:
     return results.rounds.sort_values(["run_id", "round"])[["run_id", "round", "state_sha256"]].reset_index(drop=True)
 
@@ -210,8 +213,7 @@ def test_ctrl_c_stops_the_job_and_it_can_be_resumed(cluster: Cluster, tmp_path: 
     words = ["submit", *words, "--cluster", str(cluster.file), "--out", out, "--fetch", str(here)]
     assert "--resume" in cluster.fedsim(*words, status=2)
     assert "resumed at round" in cluster.fedsim(*words, "--resume")
-    undisturbed = tmp_path / "here"
-    assert run_all([with_settings(tiny(), ["rounds=15"])], out=undisturbed, make_runtime=InlineRuntime) == []
+    undisturbed = run_here(tmp_path / "here", "run", "benchmarks.suites:tiny", "--set", "rounds=15")
     pd.testing.assert_frame_equal(rounds_of(fedsim.load(here)), rounds_of(fedsim.load(undisturbed)))
 
 
@@ -255,8 +257,7 @@ def test_a_suite_equals_one_that_was_run_here_though_a_worker_is_lost_in_the_mid
         assert submitted.ended(900) == 0, submitted.said()
     assert f"results: {out}; " in submitted.said()
 
-    undisturbed = tmp_path / "here"
-    assert run_all(quick(), out=undisturbed, make_runtime=InlineRuntime) == []
+    undisturbed = run_here(tmp_path / "here", "sweep", "--suite", "quick", "--seeds", "0")
     results = fedsim.load(here)
     pd.testing.assert_frame_equal(rounds_of(results), rounds_of(fedsim.load(undisturbed)))
     assert {*results.runs["status"]} == {"finished"}
