@@ -157,8 +157,19 @@ def cluster(lab: Lab, source: Path) -> Iterator[Cluster]:
 
 
 def run_here(out: Path, *words: str) -> Path:
-    """The same, inline, in a process whose numerics are those of the command line."""
-    command = [sys.executable, "-m", "fedsim", *words, "--runtime", "inline", "--out", str(out)]
+    """The same, inline, in a process of its own, with the numerics that nodes have by default."""
+    command = [
+        sys.executable,
+        "-m",
+        "fedsim",
+        *words,
+        "--runtime",
+        "inline",
+        "--numerics",
+        "portable",
+        "--out",
+        str(out),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
     return out
 
