@@ -15,45 +15,47 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    Training,
+)
 from fedsim.core.fields import check_range
 from fedsim.core.tree import Tree, clone, prefixed, under
-from fedsim.learning.exits import ends_at, exit_logits, shallower, tail, up_to
+from fedsim.learning.exits import EXIT, ExitsLoss, ends_at, shallower, tail, up_to
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
-from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import COSTS, Objective, check_settings, minimise, settings
+from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-EXIT = "exit."  # tails in the server's state: "exit.<depth>.<name>"
 COVERED = "covered."  # beside each tensor: whether anyone has trained it so far, one bool
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthFL(Algorithm):
+class DepthFL(LocalTraining):
     """DepthFL of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `exits`: parts that the target's blocks are divided into, each with a head after it.
     - `distillation`: c; 0: exits do not teach each other. - `ramp`: rounds over which it comes in, as exp(-5 (1-t)^2).
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    exits: int = dataclasses.field(default=4, metadata=COSTS)
-    distillation: float = dataclasses.field(default=1.0, metadata=COSTS)
+    exits: int = 4
+    distillation: float = 1.0
     ramp: int = 5
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_range(self, "algorithm", "exits", "ramp", least=1)
         check_range(self, "algorithm", "distillation", least=0)
 
@@ -107,9 +109,14 @@ class DepthFL(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
-        trained = minimise(ctx, [self._objective(ctx)], payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+        depths = self._depths(ctx.task, ctx.info.form, ctx.target)
+        objective = ExitsLoss(ctx.task, ctx.target, depths, self.distillation > 0 and len(depths) > 1)
+        # c_t moves from round to round: as a tensor it is no part of what the objective is.
+        ramped = self.distillation * math.exp(-5 * (1 - min(1.0, ctx.round / self.ramp)) ** 2)
+        frozen = {"ramped": torch.tensor(ramped, dtype=torch.float32, device=ctx.device)}
+        trained = yield Training(objective, payload, frozen, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         deepest = self._depths(ctx.task, ctx.info.form, ctx.target)[-1]
@@ -119,24 +126,3 @@ class DepthFL(Algorithm):
         kept = up_to(task, target, depth)
         body = {name: tensor for name, tensor in tree.items() if name in kept}
         return task.module(shallower(target, depth), body | under(tree, f"{EXIT}{depth}."))
-
-    def _objective(self, ctx: ClientContext) -> Objective:
-        depths, task = self._depths(ctx.task, ctx.info.form, ctx.target), ctx.task
-        ramped = self.distillation * math.exp(-5 * (1 - min(1.0, ctx.round / self.ramp)) ** 2)
-
-        def objective(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            body = {name: tensor for name, tensor in tree.items() if not name.startswith(EXIT)}
-            tails = [under(dict(tree), f"{EXIT}{depth}.") for depth in depths]
-            logits = [each.float() for each in exit_logits(task, ctx.target, body, tails, depths, batch)]
-            loss = torch.stack([task.loss(each, batch) for each in logits]).sum()
-            if not self.distillation or len(logits) == 1:
-                return loss
-            return loss + ramped * sum(self._taught(task, logits, own, batch) for own in range(len(logits)))
-
-        return objective
-
-    def _taught(self, task: Task, logits: list[Tensor], own: int, batch: Batch) -> Tensor:
-        """Mean KL divergence of one exit from each of the others, which are held fixed."""
-        student, others = logits[own], [each.detach() for number, each in enumerate(logits) if number != own]
-        cross = [task.distillation(student, other, batch) - task.distillation(other, other, batch) for other in others]
-        return torch.stack(cross).mean()

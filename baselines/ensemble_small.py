@@ -17,13 +17,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
     weighted_sum,
 )
 from fedsim.core.fields import check_range
@@ -32,29 +35,22 @@ from fedsim.learning.ensemble import Ensemble
 from fedsim.learning.rates import parameter_count, smallest
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.task import Task
-from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class EnsembleSmall(Algorithm):
+class EnsembleSmall(LocalTraining):
     """FedAvg of several models of the smallest form.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `members`: how many; None: as many as fit into the target's parameters.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     members: int | None = None
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_range(self, "algorithm", "members", least=1)
 
     @property
@@ -84,14 +80,13 @@ class EnsembleSmall(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
-        form, trained = _form(ctx), {}
-        forward = lambda tree, batch: ctx.task.forward(form, tree, batch)  # noqa: E731
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+        form, models = _form(ctx), {}
         for member in range(self._members(ctx.task, form, ctx.target)):
             start = under(dict(payload), f"{member}.")
-            model = local_train(ctx, forward, start, purpose=f"member {member}", **settings(self))
-            trained |= prefixed(model, f"{member}.")
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+            trained = yield Training(TaskLoss(ctx.task, form), start, purpose=f"member {member}", **self.settings())
+            models |= prefixed(trained.parameters, f"{member}.")
+        return ClientUpdate(ctx.info.id, models, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return self._ensemble(payload, ctx)

@@ -18,13 +18,16 @@ from torch import nn
 
 from fedgrow_algo.pretrain import trained_on_own_shard
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
     weighted_sum,
 )
 from fedsim.core.fields import check_range, refuse
@@ -32,32 +35,25 @@ from fedsim.core.tree import Tree
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.task import Task
-from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class Exclusive(Algorithm):
+class Exclusive(LocalTraining):
     """FedAvg of the target without weak devices.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `share`: a participant is able if its small model has at least this share of the target's parameters.
     - `small_lr`, `small_epochs`: of the other participants' own models, once.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     share: float = 1.0
     small_lr: float = 5e-4
     small_epochs: int = 10
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_range(self, "algorithm", "share", above=0, most=1)
         check_range(self, "algorithm", "small_lr", "small_epochs", least=0)
 
@@ -96,18 +92,17 @@ class Exclusive(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
+    def client_init(self, ctx: ClientContext) -> Steps[Tree] | Tree:
         if self._able(ctx.task, ctx.info.form, ctx.target):
             return {}
-        alone = settings(self) | {"lr": self.small_lr, "epochs": self.small_epochs}
+        alone = self.settings(lr=self.small_lr, epochs=self.small_epochs)
         return trained_on_own_shard(ctx, **alone)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         if not payload:
             return ClientUpdate(ctx.info.id, {}, 0), state
-        forward = lambda tree, batch: ctx.task.forward(ctx.target, tree, batch)  # noqa: E731
-        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+        trained = yield Training(TaskLoss(ctx.task, ctx.target), payload, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         if payload:

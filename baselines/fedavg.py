@@ -20,20 +20,23 @@ from typing import Literal
 from torch import nn
 
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
     weighted_sum,
 )
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.tree import Tree
+from fedsim.learning.objectives import Proximal
 from fedsim.learning.rates import smallest
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.learning.training import COSTS, check_settings, minimise, proximal, settings, task_loss
 from fedsim.models import Form
 
 
@@ -41,26 +44,20 @@ NAMES = {"target": "fedavg", "intermediate": "fedavg_mid", "smallest": "fedavg_s
 
 
 @dataclasses.dataclass(frozen=True)
-class FedAvg(Algorithm):
+class FedAvg(LocalTraining):
     """FedAvg of one form, from scratch.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `of`: whose form: the target's, the intermediate, or the smallest of the participants' own.
     - `mu`: weight of FedProx's proximal term, for the target alone; None: no such term, and no such name.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     of: Literal["target", "intermediate", "smallest"] = "target"
-    mu: float | None = dataclasses.field(default=None, metadata=COSTS)
+    mu: float | None = None
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_range(self, "algorithm", "mu", least=0)
         if self.mu is not None and self.of != "target":
             refuse("algorithm.mu", self.mu, f"None where algorithm.of={self.of!r}")
@@ -90,13 +87,13 @@ class FedAvg(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         form = self._form(ctx, ctx.forms or [ctx.info.form])
-        objective = task_loss(ctx, lambda tree, batch: ctx.task.forward(form, tree, batch))
-        if self.mu is not None:
-            objective = proximal(objective, payload, self.mu)
-        trained = minimise(ctx, [objective], payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+        loss = TaskLoss(ctx.task, form)
+        objective = loss if self.mu is None else Proximal(loss, self.mu)
+        frozen = {} if self.mu is None else {"anchor": payload}
+        trained = yield Training(objective, payload, frozen, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx, ctx.forms or [ctx.info.form]), payload)

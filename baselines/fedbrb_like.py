@@ -24,7 +24,18 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
+)
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import Tree, prefixed
@@ -32,15 +43,13 @@ from fedsim.learning.coverage import MODEL, averaged, covered_of, everywhere, mo
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form, window
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.task import Task
-from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FedBRBLike(Algorithm):
+class FedBRBLike(LocalTraining):
     """The reconstruction of FedBRB, of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `rates`: the block sizes there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `clock`: all participants of a rate train the same block ("together"), or each begins at another ("spread").
     - `broadcast`: lam; 0: none. - `decay`: rounds after which lam_t is half of it; None: constant.
@@ -48,11 +57,6 @@ class FedBRBLike(Algorithm):
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     rates: tuple[float, ...] = RATES
     clock: Literal["together", "spread"] = "together"
     broadcast: float = 0.05
@@ -61,7 +65,7 @@ class FedBRBLike(Algorithm):
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_rates(self.rates)
         check_range(self, "algorithm", "broadcast", least=0, most=1)
         check_range(self, "algorithm", "decay", above=0)
@@ -120,11 +124,10 @@ class FedBRBLike(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         form = self._form(ctx)
-        forward = lambda tree, batch: ctx.task.forward(form, tree, batch)  # noqa: E731
-        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+        trained = yield Training(TaskLoss(ctx.task, form), payload, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)

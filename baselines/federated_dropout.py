@@ -20,40 +20,44 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    Training,
+)
 from fedsim.core.fields import refuse
 from fedsim.core.seeding import generator
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import Tree
 from fedsim.learning.coverage import averaged, covered_of, model_of, start
+from fedsim.learning.objectives import Frozen
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
-from fedsim.learning.task import Task
-from fedsim.learning.training import check_settings, local_train, settings
+from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FederatedDropout(Algorithm):
+class FederatedDropout(LocalTraining):
     """Federated Dropout of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `keep`: the share of each axis that everyone keeps, whatever its device; None: the participant's rate.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     rates: tuple[float, ...] = RATES
     keep: float | None = None
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_rates(self.rates)
         if self.keep is not None and not 0 < self.keep <= 1:
             refuse("algorithm.keep", self.keep, "above 0 and at most 1, or None")
@@ -103,26 +107,40 @@ class FederatedDropout(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
-        form, shares = self._form(ctx), self._shares(ctx)
-        forward = lambda tree, batch: ctx.task.forward(form, divided(tree, shares), batch)  # noqa: E731
-        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+        objective = DividedLoss(ctx.task, self._form(ctx), ctx.target)
+        trained = yield Training(objective, payload, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
-        return ctx.task.module(self._form(ctx), divided(payload, self._shares(ctx)))
+        form = self._form(ctx)
+        return ctx.task.module(form, divided(payload, shares(ctx.task, form, ctx.target)))
 
     def _form(self, ctx: ClientContext) -> Form:
         return sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, ctx.info.form, self._rates))
 
-    def _shares(self, ctx: ClientContext) -> dict[str, float]:
-        """For each parameter, the share kept of what it reads; a tied head reads through the norm before it."""
-        small, large, shares = self._form(ctx).axes, ctx.target.axes, {}
-        for name, spec in ctx.task.specs(ctx.target).items():
-            first, *_ = spec.parts(name).values()  # parts of a fused parameter read alike
-            read = [axis for dim in first.parsed if dim.mode == "read" or dim.tied for axis in dim.axes]
-            shares[name] = math.prod(small[axis] / large[axis] for axis in read)
-        return shares
+
+@dataclasses.dataclass(frozen=True)
+class DividedLoss:
+    """The task's loss of a sub-model of form `form` of the target, its parameters divided by their shares."""
+
+    task: Task
+    form: Form
+    target: Form
+
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        kept = divided(parameters, shares(self.task, self.form, self.target))
+        return self.task.loss(self.task.forward(self.form, kept, batch).float(), batch)
+
+
+def shares(task: Task, form: Form, target: Form) -> dict[str, float]:
+    """For each parameter, the share kept of what it reads; a tied head reads through the norm before it."""
+    small, large, found = form.axes, target.axes, {}
+    for name, spec in task.specs(target).items():
+        first, *_ = spec.parts(name).values()  # parts of a fused parameter read alike
+        read = [axis for dim in first.parsed if dim.mode == "read" or dim.tied for axis in dim.axes]
+        found[name] = math.prod(small[axis] / large[axis] for axis in read)
+    return found
 
 
 def divided(tree: Mapping[str, Tensor], shares: Mapping[str, float]) -> Tree:

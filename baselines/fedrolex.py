@@ -18,7 +18,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
+)
 from fedsim.core.fields import refuse
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import Tree
@@ -26,33 +37,26 @@ from fedsim.learning.coverage import averaged, covered_of, model_of, start
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.task import Task
-from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FedRolex(Algorithm):
+class FedRolex(LocalTraining):
     """FedRolex of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `step`: coordinates that windows move on by in a round; negative rolls the other way.
     - `by_examples`: weight the mean by examples.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     rates: tuple[float, ...] = RATES
     step: int = 1
     by_examples: bool = False
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_rates(self.rates)
         if not self.step:
             refuse("algorithm.step", self.step, "a whole number other than 0 (HeteroFL's windows stay)")
@@ -93,11 +97,10 @@ class FedRolex(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         form = self._form(ctx)
-        forward = lambda tree, batch: ctx.task.forward(form, tree, batch)  # noqa: E731
-        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples if self.by_examples else 1), state
+        trained = yield Training(TaskLoss(ctx.task, form), payload, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples if self.by_examples else 1), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)

@@ -14,38 +14,42 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    Training,
+)
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import Tree
 from fedsim.learning.coverage import averaged, covered_of, model_of, start
+from fedsim.learning.objectives import Frozen
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form, window
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import COSTS, Objective, check_settings, minimise, settings, task_loss
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FjORD(Algorithm):
+class FjORD(LocalTraining):
     """FjORD of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who holds which).
     - `distillation`: smaller sub-models learn from the largest that the participant holds.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    rates: tuple[float, ...] = dataclasses.field(default=RATES, metadata=COSTS)
-    distillation: bool = dataclasses.field(default=True, metadata=COSTS)
+    rates: tuple[float, ...] = RATES
+    distillation: bool = True
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_rates(self.rates)
 
     @property
@@ -83,28 +87,40 @@ class FjORD(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         own = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
-        objectives = [self._objective(ctx, own, rate) for rate in self.rates if rate <= own]
-        trained = minimise(ctx, objectives, payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+        largest = sub_form(ctx.task, ctx.target, own)
+        objectives = tuple(
+            SubModelLoss(ctx.task, largest, sub_form(ctx.task, ctx.target, rate), self.distillation and rate < own)
+            for rate in self.rates
+            if rate <= own
+        )
+        trained = yield Training(objectives, payload, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         own = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
         return ctx.task.module(sub_form(ctx.task, ctx.target, own), payload)
 
-    def _objective(self, ctx: ClientContext, own: float, rate: float) -> Objective:
-        """The loss of a step that draws `rate`, as a function of the sub-model at `own`."""
-        task, whole, form = ctx.task, sub_form(ctx.task, ctx.target, own), sub_form(ctx.task, ctx.target, rate)
+
+@dataclasses.dataclass(frozen=True)
+class SubModelLoss:
+    """The loss of a step that draws the sub-model `form`, as a function of the largest that the participant holds.
+
+    - `distilled`: that largest one is trained as well, and the sub-model learns from it.
+    """
+
+    task: Task
+    largest: Form
+    form: Form
+    distilled: bool
+
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        task, whole, form = self.task, self.largest, self.form
         specs = task.specs(whole)
         cut = Cut(specs, whole.axes, {axis: window(whole.axes[axis], form.axes[axis], 0) for axis in cut_axes(specs)})
-        at_own = lambda tree, batch: task.forward(whole, tree, batch)  # noqa: E731
-        at_rate = lambda tree, batch: task.forward(form, cut.extract(tree), batch)  # noqa: E731
-        if rate == own or not self.distillation:
-            return task_loss(ctx, at_rate)
-
-        def distilled(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            teacher, student = at_own(tree, batch).float(), at_rate(tree, batch).float()
-            return task.loss(teacher, batch) + task.distillation(student, teacher.detach(), batch)
-
-        return distilled
+        if not self.distilled:
+            return task.loss(task.forward(form, cut.extract(parameters), batch).float(), batch)
+        teacher = task.forward(whole, parameters, batch).float()
+        student = task.forward(form, cut.extract(parameters), batch).float()
+        return task.loss(teacher, batch) + task.distillation(student, teacher.detach(), batch)

@@ -15,56 +15,51 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    Training,
     weighted_mean,
 )
 from fedsim.core.fields import check_range
 from fedsim.core.tree import Tree, clone, nbytes, prefixed, to, under
-from fedsim.learning.adapters import A, B, adapted, applied, check_rank, fresh, logits_beside, rank_of
+from fedsim.learning.adapters import HEAD, A, AdapterLoss, B, adapted, applied, check_rank, fresh, rank_of
 from fedsim.learning.exits import tail
 from fedsim.learning.starts import start_of
-from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import check_settings, local_train, settings
+from fedsim.learning.task import Task
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
 
 
-STACK, MATRICES, HEAD = "stack.", "w.", "head."
+STACK, MATRICES = "stack.", "w."
 # In the server's state: the rounds of the last two stacks, the later first, and of each client's last update; 0 stands
 # for none. `(2 + clients,)`.
 SINCE = "since"
 
 
 @dataclasses.dataclass(frozen=True)
-class FLoRA(Algorithm):
+class FLoRA(LocalTraining):
     """Stacked adapters of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `rank`: of the adapters of a device that holds the target; others have their rate's part of it.
     - `alpha`: B A counts alpha / rank times, for all ranks.
     - `base`: W at first, a checkpoint of the target's form; None: as the seed gives it.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     rank: int = 8
     alpha: float = 16.0
     base: Checkpoint | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_range(self, "algorithm", "rank", "alpha", above=0)
 
     @property
@@ -122,18 +117,14 @@ class FLoRA(Algorithm):
     def client_init(self, ctx: ClientContext) -> Tree:
         return to(start_of(ctx.task, ctx.target, self.base, ctx.seed), ctx.device)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         base, writes = self._base(payload, state, ctx), adapted(ctx.task, ctx.target)
         rank = rank_of(ctx.task, ctx.target, ctx.info.form, self.rank)
         adapters = to(fresh(base, writes, rank, ctx.generator("adapters")), ctx.device)
-
-        def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            scale = self.alpha / self.rank
-            return logits_beside(ctx.task, ctx.target, base | under(tree, HEAD), tree, scale, batch)
-
         start = adapters | {name: tensor for name, tensor in payload.items() if name.startswith(HEAD)}
-        trained = local_train(ctx, forward, start, purpose="adapters", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), base
+        objective = AdapterLoss(ctx.task, ctx.target, self.alpha / self.rank)
+        trained = yield Training(objective, start, {"model": base}, purpose="adapters", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), base
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._base(payload, state, ctx))

@@ -18,13 +18,16 @@ from torch import nn
 from fedgrow_algo.dual_ligo import grown, operator_between
 from fedgrow_algo.presets import by_name
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
     weighted_sum,
 )
 from fedsim.core.fields import check_range
@@ -32,31 +35,24 @@ from fedsim.core.tree import Tree
 from fedsim.learning.rates import smallest
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.task import Task
-from fedsim.learning.training import check_settings, local_train, settings
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowThenFedAvg(Algorithm):
+class GrowThenFedAvg(LocalTraining):
     """FedAvg of the smallest form, then of the target grown from it.
 
     - `preset`: the growth operator; see `fedgrow_algo.presets`.
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `small_rounds`: how many rounds the small model is averaged for.
     - `server`: what the server makes of the mean.
     """
 
     preset: str = "preserving"
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     small_rounds: int = 5
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         by_name(self.preset)
         check_range(self, "algorithm", "small_rounds", least=1)
 
@@ -101,11 +97,10 @@ class GrowThenFedAvg(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         form = self._form(ctx)
-        forward = lambda tree, batch: ctx.task.forward(form, tree, batch)  # noqa: E731
-        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+        trained = yield Training(TaskLoss(ctx.task, form), payload, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)

@@ -19,49 +19,52 @@ lose heads of keys and values instead of parts of heads (`fedsim.learning.rates`
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    Training,
+)
 from fedsim.core.submodel import ParamSpec
 from fedsim.core.tree import Tree, prefixed
-from fedsim.learning.coverage import ROWS, averaged, covered_of, model_of, start
+from fedsim.learning.coverage import ROWS, averaged, covered_of, model_of, present, start
+from fedsim.learning.objectives import Frozen
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, rate_of, sub_form
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import COSTS, check_settings, local_train, settings
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class HeteroFL(Algorithm):
+class HeteroFL(LocalTraining):
     """HeteroFL of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `scaler`: divide what width layers compute by the rate, in training. - `masks`: absent classes do not count.
     - `by_examples`: weight the mean by examples.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     rates: tuple[float, ...] = RATES
-    scaler: bool = dataclasses.field(default=True, metadata=COSTS)
-    masks: bool = dataclasses.field(default=True, metadata=COSTS)
+    scaler: bool = True
+    masks: bool = True
     by_examples: bool = False
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_rates(self.rates)
 
     @property
     def name(self) -> str:
-        clean = heterofl_clean(**settings(self), rates=self.rates, server=self.server)
+        clean = heterofl_clean(**self.settings(), rates=self.rates, server=self.server)
         return "heterofl_clean" if self == clean else "heterofl"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
@@ -91,23 +94,16 @@ class HeteroFL(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         rate = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
         form = sub_form(ctx.task, ctx.target, rate)
-        specs = ctx.task.specs(form)
-        divisors = {name: divisor(spec, rate) for name, spec in specs.items()}
-        rows = present(ctx, payload, specs) if self.masks else {}
+        rows = present(ctx.task, ctx.train, payload, ctx.task.specs(form)) if self.masks else {}
         seen = rows.get("token" if ctx.task.inputs.kind in ("lm", "mlm") else "class")
-
-        def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            if self.scaler:
-                tree = {name: tensor / divisors[name] for name, tensor in tree.items()}
-            logits = ctx.task.forward(form, tree, batch)
-            return logits if seen is None else logits.masked_fill(~seen.to(logits.device), 0.0)
-
-        trained = local_train(ctx, forward, payload, purpose="target", **settings(self))
+        objective = ScaledLoss(ctx.task, form, rate if self.scaler else None)
+        frozen = {} if seen is None else {"seen": seen.to(ctx.device)}
+        trained = yield Training(objective, payload, frozen, purpose="target", **self.settings())
         weight = ctx.info.num_examples if self.by_examples else 1
-        return ClientUpdate(ctx.info.id, trained | prefixed(rows, ROWS), weight), state
+        return ClientUpdate(ctx.info.id, trained.parameters | prefixed(rows, ROWS), weight), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         rate = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
@@ -119,27 +115,29 @@ def heterofl_clean(**fields) -> HeteroFL:
     return HeteroFL(**fields, scaler=False, masks=False, by_examples=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaledLoss:
+    """The task's loss of a sub-model, with the scaler of its rate (None: without).
+
+    - `frozen["seen"]`: the classes that count, of bools; nothing if all do.
+    """
+
+    task: Task
+    form: Form
+    rate: float | None
+
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        if self.rate is not None:
+            specs = self.task.specs(self.form)
+            parameters = {name: tensor / divisor(specs[name], self.rate) for name, tensor in parameters.items()}
+        logits = self.task.forward(self.form, parameters, batch)
+        if "seen" in frozen:
+            logits = logits.masked_fill(~frozen["seen"], 0.0)
+        return self.task.loss(logits.float(), batch)
+
+
 def divisor(spec: ParamSpec, rate: float) -> float:
     """What the scaler divides a parameter by: those of width layers by the rate, the norm before a tied head back."""
     if any(dim.tied for dim in spec.parsed_parts):
         return 1 / rate
     return rate if any(dim.mode == "write" for dim in spec.parsed_parts) else 1.0
-
-
-def present(ctx: ClientContext, tree: Payload, specs: Mapping[str, ParamSpec]) -> Tree:
-    """Which classes and tokens the client's data have, of bools; tokens that mean no text are everyone's."""
-    inputs, data = ctx.task.inputs, ctx.train.inputs
-    found = {"token": data.get("input_ids", torch.zeros(0)), "class": data.get("labels", ctx.train.labels)}
-    special = [id_ for id_ in (inputs.padding_id, inputs.end_id, inputs.mask_id) if id_ is not None]
-    rows: Tree = {}
-    for name, spec in specs.items():
-        for position, text in enumerate(spec.dims):
-            kind = text.removeprefix("=")
-            if text.startswith("=") and kind in found and kind not in rows:
-                seen = torch.zeros(tree[name].shape[position], dtype=torch.bool)
-                ids = found[kind].flatten().long()
-                seen[ids[ids >= 0]] = True
-                if kind == "token":
-                    seen[special] = True
-                rows[kind] = seen
-    return rows

@@ -13,26 +13,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from fedgrow_algo.pretrain import trained_on_own_shard
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
+)
 from fedsim.core.tree import Tree
-from fedsim.learning.training import check_settings, local_train, settings
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalOnly(Algorithm):
-    """Every participant alone, from a fresh model or its tier's checkpoint.
-
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
-    """
-
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
+class LocalOnly(LocalTraining):
+    """Every participant alone, from a fresh model or its tier's checkpoint."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
 
     @property
     def name(self) -> str:
@@ -54,13 +55,12 @@ class LocalOnly(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
-        return trained_on_own_shard(ctx, **{**settings(self), "epochs": 0})
+    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
+        return trained_on_own_shard(ctx, **self.settings(epochs=0))
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
-        forward = lambda tree, batch: ctx.task.forward(ctx.info.form, tree, batch)  # noqa: E731
-        trained = local_train(ctx, forward, state, purpose="small", **settings(self))
-        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), trained
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+        trained = yield Training(TaskLoss(ctx.task, ctx.info.form), state, purpose="small", **self.settings())
+        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), trained.parameters
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.info.form, state)

@@ -1,7 +1,7 @@
 """Federated LoRA on the target: FedIT, FFA-LoRA and HetLoRA (FLoRA is `baselines.flora`).
 
 Every matrix of a block that reads one axis and writes another gets W = W0 + (alpha / rank) B A, with A of rank x in
-(random at first) and B of out x rank (zero); what comes after the blocks (last normalisation and head) is trained too.
+(random at first) and B of out x rank (zero).
 
 | method | trains | server | ranks |
 |---|---|---|---|
@@ -9,65 +9,57 @@ Every matrix of a block that reads one axis and writes another gets W = W0 + (al
 | `ffa_lora` (Sun et al., ICLR 2024) | B | mean of B; A comes from the seed and stays | one |
 | `hetlora` (Cho et al., EMNLP 2024) | A, B | means of zero-padded A and B, weighted by the norm of B A | by device |
 
-Everyone must hold W0 and pass through it, forward and backward: saved are bytes, and gradients and moments of matrices.
-
-Differs from the papers: the last normalisation and head are trained, and averaged with the adapters' weights; all
-matrices; AdamW. FedIT: no 8-bit base. HetLoRA: ranks are the device's rate of `rank`, not pruned.
+Everyone holds W0 and passes through it: saved are bytes, and gradients and moments.
+Differs from the papers: last normalisation and head are trained and averaged as well; all matrices; AdamW; no 8-bit
+base (FedIT); ranks are the device's rate of `rank`, not pruned (HetLoRA).
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    Training,
     weighted_sum,
 )
 from fedsim.core.fields import check_range
 from fedsim.core.seeding import generator
 from fedsim.core.tree import Tree, prefixed, to, under
-from fedsim.learning.adapters import A, adapted, applied, check_rank, fresh, logits_beside, norm, rank_of, resized
+from fedsim.learning.adapters import HEAD, A, AdapterLoss, adapted, applied, check_rank, fresh, norm, rank_of, resized
 from fedsim.learning.exits import tail
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.starts import start_of
-from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import check_settings, local_train, settings
+from fedsim.learning.task import Task
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
 
 
-HEAD = "head."  # beside the adapters: what comes after the blocks
-
-
 @dataclasses.dataclass(frozen=True)
-class FederatedLoRA(Algorithm):
+class FederatedLoRA(LocalTraining):
     """Adapters of the target that are averaged factor by factor.
 
-    - `method`: see the module. - `lr` to `clip`: local training. - `rank`: of adapters; the largest, if they differ.
+    - `method`: see the module. - `rank`: of adapters; the largest, if they differ.
     - `alpha`: B A counts alpha / rank times. - `base`: W0, a checkpoint of the target's form; None: a fresh model.
     """
 
     method: Literal["fedit", "ffa_lora", "hetlora"] = "fedit"
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     rank: int = 8
     alpha: float = 16.0
     base: Checkpoint | None = None
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_range(self, "algorithm", "rank", "alpha", above=0)
 
     @property
@@ -105,17 +97,15 @@ class FederatedLoRA(Algorithm):
     def client_init(self, ctx: ClientContext) -> Tree:
         return to(self._start(ctx)[0], ctx.device)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
-        base, scale = {name: state[name] for name in ctx.task.specs(ctx.target)}, self.alpha / self.rank
-
-        def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            return logits_beside(ctx.task, ctx.target, base | under(tree, HEAD), {**state, **tree}, scale, batch)
-
-        trained = local_train(ctx, forward, payload, purpose="adapters", **settings(self))
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+        base = {name: state[name] for name in ctx.task.specs(ctx.target)}
+        frozen = {"model": base, "adapters": {name: state[name] for name in state.keys() - base.keys()}}
+        loss = AdapterLoss(ctx.task, ctx.target, self.alpha / self.rank)
+        trained = yield Training(loss, payload, frozen, purpose="adapters", **self.settings())
         weight = float(ctx.info.num_examples)
         if self.method == "hetlora":  # as long as all norms are 0 all adapters count alike
-            weight = norm(trained, adapted(ctx.task, ctx.target)) or 1e-12
-        return ClientUpdate(ctx.info.id, trained, weight), state
+            weight = norm(trained.parameters, adapted(ctx.task, ctx.target)) or 1e-12
+        return ClientUpdate(ctx.info.id, trained.parameters, weight), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return self._model(state, payload, ctx)

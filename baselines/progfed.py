@@ -13,16 +13,19 @@ last stage lasts until the run ends.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
     weighted_sum,
 )
 from fedsim.core.fields import check_range
@@ -30,33 +33,25 @@ from fedsim.core.seeding import derive
 from fedsim.core.tree import Tree
 from fedsim.learning.exits import ends_at, shallower, tail, up_to
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.learning.task import Batch
-from fedsim.learning.training import COSTS, check_settings, local_train, settings
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class ProgFed(Algorithm):
+class ProgFed(LocalTraining):
     """ProgFed of the target.
 
-    - `lr`, `epochs`, `batch_size`, `weight_decay`, `clip`: local training; see `fedsim.learning.training.settings`.
     - `stages`: parts that the target's blocks are divided into. - `stage_rounds`: rounds of each stage but the last.
     - `warmup`: rounds, at the beginning of each stage but the first, that train only what is new.
     - `server`: what the server makes of the mean.
     """
 
-    lr: float = 5e-4
-    epochs: int = 1
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     stages: int = 4
     stage_rounds: int = 2
-    warmup: int = dataclasses.field(default=0, metadata=COSTS)
+    warmup: int = 0
     server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_range(self, "algorithm", "stages", "stage_rounds", least=1)
         check_range(self, "algorithm", "warmup", least=0, most=self.stage_rounds)
 
@@ -101,16 +96,12 @@ class ProgFed(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         form, new = self._form(ctx), self._trained(ctx)
         fixed = {name: tensor for name, tensor in payload.items() if name not in new}
-
-        def forward(tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            return ctx.task.forward(form, fixed | dict(tree), batch)
-
         start = {name: payload[name] for name in payload if name in new}
-        trained = local_train(ctx, forward, start, purpose="target", **settings(self))
-        return ClientUpdate(ctx.info.id, trained, ctx.info.num_examples), state
+        trained = yield Training(TaskLoss(ctx.task, form), start, {"model": fixed}, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)

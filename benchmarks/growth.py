@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
-from fedgrow_algo.dual_ligo import grown_forward, operator_between  # noqa: E402
+from fedgrow_algo.dual_ligo import GrownLoss, operator_between  # noqa: E402
 from fedgrow_algo.ligo import Operator, widen  # noqa: E402
 from fedgrow_algo.presets import PRESETS  # noqa: E402
 from fedsim.core.seeding import generator  # noqa: E402
@@ -122,7 +122,8 @@ def step_of(ladder: Ladder, variant: Variant, device: torch.device, bf16: bool, 
         forward = lambda tree, batch: task.forward(ladder.large, tree, batch)  # noqa: E731
     else:
         task, operator, tensors, stacked = start_of(ladder, variant, device)
-        forward = grown_forward(task, operator, stacked, ladder.large, checkpoint=variant[0] == "recomputed")
+        grown = GrownLoss(task, variant[1], ladder.small, ladder.large, checkpoint=variant[0] == "recomputed")
+        forward = lambda tree, batch: grown.logits(tree, stacked, batch)  # noqa: E731
         if variant[0] == "pairwise":
             forward = lambda tree, batch: task.forward(ladder.large, pairwise(operator, tree, stacked), batch)  # noqa: E731
     task.skeleton(ladder.large).to(device)

@@ -9,6 +9,7 @@ from baselines.exclusive import Exclusive
 from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
+from baselines.fednova import FedNova
 from baselines.fedrolex import FedRolex
 from baselines.fjord import FjORD
 from baselines.flora import FLoRA
@@ -17,6 +18,7 @@ from baselines.heterofl import HeteroFL, heterofl_clean
 from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
+from baselines.scaffold import Scaffold
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.released_code import FedGrowReleasedCode
@@ -37,6 +39,8 @@ DIGITS = {
     "fedavg_small": 3e-2,
     "fedavg_mid": 3e-3,
     "fedprox": 3e-3,
+    "scaffold": 3e-2,  # these two by SGD (`LOG.md`, 2026-11-29)
+    "fednova": 1e-1,
     "heterofl": 3e-3,
     "heterofl_clean": 3e-2,
     "fedrolex": 3e-2,
@@ -107,6 +111,8 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         fedavg_small(**local),
         fedavg_mid(**local),
         fedprox(**local),
+        Scaffold(**local),
+        FedNova(**local),
         HeteroFL(**local),
         heterofl_clean(**local),
         FedRolex(**local),

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.overhead_cases import work
+from fedsim.algorithm import LocalTraining
 from fedsim.core.seeding import generator
 from fedsim.data.source import Split
 from fedsim.engine.cohort import members
 from fedsim.experiment import Experiment
 from fedsim.learning.task import Task, load_task, subset
-from fedsim.learning.training import settings
 from fedsim.models import get_family
 
 
@@ -53,9 +53,9 @@ def export(experiment: Experiment, folder: Path) -> None:
 
 def training_of(experiment: Experiment) -> dict[str, Any]:
     """Learning rate, epochs, batch size and weight decay."""
-    chosen = settings(experiment.algorithm)
-    assert chosen.pop("clip") is None, "bare training does not clip gradients"
-    return chosen
+    algorithm = experiment.algorithm
+    assert isinstance(algorithm, LocalTraining) and algorithm.clip is None, "bare training does not clip gradients"
+    return {name: getattr(algorithm, name) for name in ("lr", "epochs", "batch_size", "weight_decay")}
 
 
 def train(
@@ -70,7 +70,7 @@ def train(
     batch_size: int,
     weight_decay: float,
 ) -> None:
-    """Train a model's parameters from `start`, as `fedsim.learning.training.minimise` trains a tree."""
+    """Train a model's parameters from `start`, as `fedsim.learning.training.train` trains a tree."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(start[name])

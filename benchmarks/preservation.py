@@ -28,8 +28,10 @@ from fedsim.algorithm import ClientContext, ClientInfo  # noqa: E402
 from fedsim.core.seeding import generator  # noqa: E402
 from fedsim.core.tree import Tree  # noqa: E402
 from fedsim.data.source import digits, pydoc  # noqa: E402
+from fedsim.learning.meter import Meter  # noqa: E402
+from fedsim.learning.objectives import TaskLoss  # noqa: E402
 from fedsim.learning.task import Task, TaskConfig, load_task, subset  # noqa: E402
-from fedsim.learning.training import Meter, local_train  # noqa: E402
+from fedsim.learning.training import Training, train  # noqa: E402
 from fedsim.models import Form, get_family  # noqa: E402
 
 
@@ -63,12 +65,11 @@ def copied_epsilon(family: str, task: Task, small: Form, preset: str) -> float |
 def trained(task: Task, form: Form, epochs: int, seed: int = 0) -> Tree:
     """A small model trained on the whole training set."""
     assert task.dataset is not None
-    train = task.dataset.train
-    info = ClientInfo(0, "", form, len(train.labels))
-    context = ClientContext(seed, 0, task, form, form, info, train, torch.device("cpu"), Meter("", {}))
-    return local_train(
-        context,
-        lambda tree, batch: task.forward(form, tree, batch),
+    split = task.dataset.train
+    info = ClientInfo(0, "", form, len(split.labels))
+    context = ClientContext(seed, 0, task, form, form, info, split, torch.device("cpu"), Meter({}))
+    asked = Training(
+        TaskLoss(task, form),
         task.fresh(form, seed),
         purpose="pretrain",
         lr=3e-3,
@@ -76,6 +77,7 @@ def trained(task: Task, form: Form, epochs: int, seed: int = 0) -> Tree:
         batch_size=32,
         clip=1.0,
     )
+    return train(context, asked).parameters
 
 
 def measured(family: str, epochs: int) -> list[dict[str, Any]]:

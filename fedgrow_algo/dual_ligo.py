@@ -8,6 +8,8 @@ grown tensors in place of the module's parameters, so gradients reach the operat
 forward pass, and the operator is applied once a step, not once an example.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +19,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from fedgrow_algo.ligo import Operator
 from fedgrow_algo.presets import by_name
 from fedsim.core.tree import Tree
+from fedsim.learning.objectives import Frozen
 from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import Forward
 from fedsim.models import Form, get_family
 
 
@@ -30,6 +32,11 @@ def operator_between(preset: str, task: Task, small: Form, large: Form) -> Opera
 
     **Raises:** `ValueError` if the preset cannot map `small` into `large`; both forms are named.
     """
+    return _operator(preset, Task(task.config), small, large)
+
+
+@functools.lru_cache(maxsize=64)
+def _operator(preset: str, task: Task, small: Form, large: Form) -> Operator:
     post_norm = get_family(task.config.family).post_norm
     try:
         return Operator(by_name(preset), task.specs(small), task.specs(large), small.axes, large.axes, post_norm)
@@ -37,20 +44,35 @@ def operator_between(preset: str, task: Task, small: Form, large: Form) -> Opera
         raise ValueError(f"growing {small} into {large}: {error}") from error
 
 
-def grown_forward(
-    task: Task, operator: Operator, stacked: Mapping[str, Tensor], large: Form, checkpoint: bool = False
-) -> Forward:
-    """`(operator's tensors, batch) -> logits` of the model of form `large` grown from a small one, which stays frozen.
+@dataclasses.dataclass(frozen=True)
+class GrownLoss:
+    """The task's loss of the model of form `large` grown from one of form `small`; trained are the operator's tensors.
 
-    **Arguments:**
-
-    - `stacked`: the small model's weights as `operator.stack` returns them.
     - `checkpoint`: keep nothing of what lies between small and grown weights; grow again in the backward pass.
+    - `frozen["small"]`: the small model's weights as `Operator.stack` returns them.
     """
 
-    table = looked_up(task, operator, stacked)
+    task: Task
+    preset: str
+    small: Form
+    large: Form
+    checkpoint: bool = False
 
-    def grow(tensors: Mapping[str, Tensor], batch: Batch) -> Tree:
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        return self.task.loss(self.logits(parameters, frozen["small"], batch).float(), batch)
+
+    def logits(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Logits of the grown model; gradients reach the operator's `tensors`, and `stacked`."""
+        if self.checkpoint:
+            tree = recomputed(self._grow, tensors, stacked, batch, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tree = self._grow(tensors, stacked, batch)
+        return self.task.forward(self.large, tree, batch)
+
+    def _grow(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor], batch: Batch) -> Tree:
+        """The grown weights; of a large table of tokens only the rows that the batch uses."""
+        operator = operator_between(self.preset, self.task, self.small, self.large)
+        table = looked_up(self.task, operator, stacked)
         if table is None:
             return operator.grow(tensors, stacked)
         ids, rows = batch["input_ids"].flatten(), stacked[table]
@@ -58,15 +80,6 @@ def grown_forward(
         tree = operator.grow(tensors, {**stacked, table: used})
         grown_rows = tree[table].new_zeros(len(rows), tree[table].shape[-1])
         return tree | {table: grown_rows.index_add(0, ids, tree[table])}
-
-    def forward(tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        if checkpoint:
-            tree = recomputed(grow, tensors, batch, use_reentrant=False, preserve_rng_state=False)
-        else:
-            tree = grow(tensors, batch)
-        return task.forward(large, tree, batch)
-
-    return forward
 
 
 def looked_up(task: Task, operator: Operator, stacked: Mapping[str, Tensor]) -> str | None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
+from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
 from fedgrow_algo.presets import by_name
 from fedgrow_algo.pretrain import Draw, check_draw, trained_on_own_shard
 from fedgrow_algo.rounds import (
@@ -42,12 +42,21 @@ from fedgrow_algo.rounds import (
     server_state,
     stage_of,
 )
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.core.fields import check_range, check_types, refuse
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    Training,
+)
+from fedsim.core.fields import check_range, refuse
 from fedsim.core.tree import Tree, prefixed, to, under
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.task import Task
-from fedsim.learning.training import COSTS, local_train
 from fedsim.models import Form
 
 
@@ -65,37 +74,34 @@ def intermediate_model(
     local_epochs: int,
     checkpoint_growth: bool,
     **settings: Any,
-) -> Tree:
+) -> Steps[Tree]:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
 
-    - `draw`: whose the random starts of S_i and Local_i are. - `settings`: of `local_train`, for both.
+    - `draw`: whose the random starts of S_i and Local_i are. - `settings`: of `Training`, for both.
 
     **Returns:** M_i's weights, stacked as Global takes them.
     """
-    small = trained_on_own_shard(ctx, lr=small_lr, epochs=small_epochs, draw=draw, **settings)
+    small = yield from trained_on_own_shard(ctx, draw=draw, **settings | {"lr": small_lr, "epochs": small_epochs})
     local = operator_between(preset, ctx.task, ctx.info.form, ctx.intermediate)
     stacked = local.stack(small)
-    tensors = local_train(
-        ctx,
-        grown_forward(ctx.task, local, stacked, ctx.intermediate, checkpoint_growth),
+    trained = yield Training(
+        GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth),
         to(local.init(first_draw(draw, ctx)), ctx.device),
+        {"small": stacked},
         purpose="local",
-        lr=local_lr,
-        epochs=local_epochs,
-        **settings,
+        **settings | {"lr": local_lr, "epochs": local_epochs},
     )
     shared = operator_between(preset, ctx.task, ctx.intermediate, ctx.target)
-    return as_stored(shared.stack(grown(local, tensors, stacked)))
+    return as_stored(shared.stack(grown(local, trained.parameters, stacked)))
 
 
 @dataclasses.dataclass(frozen=True)
-class FedGrow(Algorithm):
+class FedGrow(LocalTraining):
     """Staged Fed-Grow.
 
     - `preset`: how the operators are built; see `fedgrow_algo.presets`.
-    - `lr`, `epochs`: of Global, in every round.
+    - `lr`, `epochs`: of Global, in every round; the other fields of `LocalTraining` are for all stages.
     - `local_lr`, `local_epochs`: of Local_i, once. - `small_lr`, `small_epochs`: of S_i, once.
-    - `batch_size`, `weight_decay` (decoupled), `clip` (global gradient norm): of all stages; AdamW.
     - `draw`: "own": every participant draws the start of S_i and of Local_i for itself, as the paper's code does; or
       "common": equal forms start equal, smaller ones as corners of one model (`fedgrow_algo.pretrain`).
     - `federate`: False trains the same operators and never averages: every participant keeps its own Global.
@@ -106,30 +112,24 @@ class FedGrow(Algorithm):
     """
 
     preset: str = "paper"
-    lr: float = 5e-4
-    epochs: int = 1
     local_lr: float = 5e-4
     local_epochs: int = 10
     small_lr: float = 5e-4
     small_epochs: int = 10
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     draw: Draw = "own"
     federate: bool = True
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
     finetune_epochs: int = 1
     server: ServerOptimizer = AVERAGE
-    checkpoint_growth: bool = dataclasses.field(default=False, metadata=COSTS)
+    checkpoint_growth: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self, "algorithm")
+        super().__post_init__()
         by_name(self.preset)
-        check_range(self, "algorithm", "lr", "local_lr", "small_lr", "finetune_lr", "weight_decay", least=0)
-        check_range(self, "algorithm", "epochs", "finetune_epochs", "batch_size", least=1)
+        check_range(self, "algorithm", "local_lr", "small_lr", "finetune_lr", least=0)
+        check_range(self, "algorithm", "finetune_epochs", least=1)
         check_range(self, "algorithm", "local_epochs", "small_epochs", "finetune_after", least=0)
-        check_range(self, "algorithm", "clip", above=0)
         if not self.federate and self.server.kind != "average":
             refuse("algorithm.server.kind", self.server.kind, "'average' where algorithm.federate=False")
 
@@ -164,8 +164,8 @@ class FedGrow(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
-        middle = intermediate_model(
+    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
+        middle = yield from intermediate_model(
             ctx,
             self.preset,
             self.draw,
@@ -174,30 +174,27 @@ class FedGrow(Algorithm):
             local_lr=self.local_lr,
             local_epochs=self.local_epochs,
             checkpoint_growth=self.checkpoint_growth,
-            **self._settings,
+            **self.settings(),
         )
         state = prefixed(middle, MIDDLE)
         if self.federate:
             return state
         return state | prefixed(to(first_global(self.preset, ctx), ctx.device), OWN)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         if self.stage(ctx.round) == FINETUNE:
-            target = self._target(payload, state, ctx)
-            return fine_tuned(ctx, target, lr=self.finetune_lr, epochs=self.finetune_epochs, **self._settings)
-        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        tensors = local_train(
-            ctx,
-            grown_forward(ctx.task, shared, under(state, MIDDLE), ctx.target, self.checkpoint_growth),
+            settings = self.settings(lr=self.finetune_lr, epochs=self.finetune_epochs)
+            return (yield from fine_tuned(ctx, self._target(payload, state, ctx), **settings))
+        trained = yield Training(
+            GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth),
             self._global(payload, state),
+            {"small": under(state, MIDDLE)},
             purpose="global",
-            lr=self.lr,
-            epochs=self.epochs,
-            **self._settings,
+            **self.settings(),
         )
         if self.federate:
-            return ClientUpdate(ctx.info.id, tensors, ctx.info.num_examples), state
-        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | prefixed(tensors, OWN)
+            return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
+        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | prefixed(trained.parameters, OWN)
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
@@ -209,11 +206,6 @@ class FedGrow(Algorithm):
         """T_i: as it was fine-tuned, or else Global(M_i)."""
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
         return own_target(state) or grown(shared, self._global(payload, state), under(state, MIDDLE))
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """What all stages of training have in common."""
-        return {"batch_size": self.batch_size, "weight_decay": self.weight_decay, "clip": self.clip}
 
 
 def fedgrow_no_federation(**fields) -> FedGrow:

@@ -18,11 +18,10 @@ Differs from the paper: its text could not be read in full; see `fedgrow_algo.fe
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
+from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
 from fedgrow_algo.presets import by_name
 from fedgrow_algo.pretrain import Draw, check_draw, trained_on_own_shard
 from fedgrow_algo.rounds import (
@@ -38,12 +37,23 @@ from fedgrow_algo.rounds import (
     server_state,
     stage_of,
 )
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Partial, Payload, ServerContext
-from fedsim.core.fields import check_range, check_types
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    Training,
+)
+from fedsim.core.fields import check_range
 from fedsim.core.tree import Tree, prefixed, to, under
+from fedsim.learning.objectives import Frozen
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.starts import load_small
 from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import COSTS, Forward, local_train
 from fedsim.models import Form
 
 
@@ -52,13 +62,13 @@ GLOBAL = "global."  # beside LOCAL in the tree that is trained
 
 
 @dataclasses.dataclass(frozen=True)
-class FedGrowJoint(Algorithm):
+class FedGrowJoint(LocalTraining):
     """Joint Fed-Grow.
 
     - `preset`: how the operators are built; see `fedgrow_algo.presets`.
-    - `lr`, `local_lr`: of Global and of Local_i, in every round. - `epochs`: of both.
+    - `lr`, `local_lr`: of Global and of Local_i, in every round. - `epochs`: of both. The other fields of
+      `LocalTraining` are for all stages.
     - `small_lr`, `small_epochs`: of S_i, once.
-    - `batch_size`, `weight_decay` (decoupled), `clip` (gradient norm over both operators): of all stages; AdamW.
     - `draw`: whether the starts of S_i and Local_i are each participant's own, or "common": `fedgrow_algo.fedgrow`.
     - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
@@ -68,28 +78,22 @@ class FedGrowJoint(Algorithm):
     """
 
     preset: str = "paper"
-    lr: float = 5e-4
     local_lr: float = 5e-4
-    epochs: int = 1
     small_lr: float = 5e-4
     small_epochs: int = 10
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
     draw: Draw = "own"
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
     finetune_epochs: int = 1
     server: ServerOptimizer = AVERAGE
-    checkpoint_growth: bool = dataclasses.field(default=False, metadata=COSTS)
+    checkpoint_growth: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self, "algorithm")
+        super().__post_init__()
         by_name(self.preset)
-        check_range(self, "algorithm", "lr", "local_lr", "small_lr", "finetune_lr", "weight_decay", least=0)
-        check_range(self, "algorithm", "epochs", "finetune_epochs", "batch_size", least=1)
+        check_range(self, "algorithm", "local_lr", "small_lr", "finetune_lr", least=0)
+        check_range(self, "algorithm", "finetune_epochs", least=1)
         check_range(self, "algorithm", "small_epochs", "finetune_after", least=0)
-        check_range(self, "algorithm", "clip", above=0)
 
     @property
     def name(self) -> str:
@@ -122,45 +126,33 @@ class FedGrowJoint(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
+    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
         tensors = prefixed(to(local.init(first_draw(self.draw, ctx)), ctx.device), LOCAL)
         if self._as_brought(ctx):
             return tensors
-        return tensors | prefixed(as_stored(local.stack(self._trained(ctx))), SMALL)
+        settings = self.settings(lr=self.small_lr, epochs=self.small_epochs)
+        small = yield from trained_on_own_shard(ctx, draw=self.draw, **settings)
+        return tensors | prefixed(as_stored(local.stack(small)), SMALL)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         if self.stage(ctx.round) == FINETUNE:
-            target = self._target(payload, state, ctx)
-            return fine_tuned(ctx, target, lr=self.finetune_lr, epochs=self.finetune_epochs, **self._settings)
-        trained = local_train(
-            ctx,
-            self._forward(state, ctx),
+            settings = self.settings(lr=self.finetune_lr, epochs=self.finetune_epochs)
+            return (yield from fine_tuned(ctx, self._target(payload, state, ctx), **settings))
+        growth = GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth)
+        trained = yield Training(
+            JointLoss(growth, ctx.info.form),
             prefixed(under(state, LOCAL), LOCAL) | prefixed(payload, GLOBAL),
+            {"small": self._small(state, ctx)},
             purpose="joint",
-            lr=self.lr,
             lr_under={LOCAL: self.local_lr},
-            epochs=self.epochs,
-            **self._settings,
+            **self.settings(),
         )
-        update = ClientUpdate(ctx.info.id, under(trained, GLOBAL), ctx.info.num_examples)
-        return update, state | prefixed(under(trained, LOCAL), LOCAL)
+        update = ClientUpdate(ctx.info.id, under(trained.parameters, GLOBAL), ctx.info.num_examples)
+        return update, state | prefixed(under(trained.parameters, LOCAL), LOCAL)
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
-
-    def _forward(self, state: Tree, ctx: ClientContext) -> Forward:
-        """`(both operators' tensors, batch) -> logits` of T_i = Global(Local_i(S_i))."""
-        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        small = self._small(state, ctx)
-
-        def forward(tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            middle = shared.stack(local.grow(under(tensors, LOCAL), small))
-            through_global = grown_forward(ctx.task, shared, middle, ctx.target, self.checkpoint_growth)
-            return through_global(under(tensors, GLOBAL), batch)
-
-        return forward
 
     def _target(self, payload: Payload, state: Tree, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(Local_i(S_i))."""
@@ -173,17 +165,30 @@ class FedGrowJoint(Algorithm):
 
     def _small(self, state: Tree, ctx: ClientContext) -> Tree:
         """S_i, stacked as Local_i takes it."""
+        checkpoint = ctx.info.checkpoint
+        if checkpoint is None or not self._as_brought(ctx):
+            return under(state, SMALL)
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        return local.stack(self._trained(ctx)) if self._as_brought(ctx) else under(state, SMALL)
+        return local.stack(to(load_small(ctx.task, ctx.info.form, checkpoint, ctx.seed), ctx.device))
 
     def _as_brought(self, ctx: ClientContext) -> bool:
         """Whether S_i is a checkpoint's as it is: all who start from it share what a host has read once."""
         return ctx.info.checkpoint is not None and not self.small_epochs
 
-    def _trained(self, ctx: ClientContext) -> Tree:
-        return trained_on_own_shard(ctx, lr=self.small_lr, epochs=self.small_epochs, draw=self.draw, **self._settings)
 
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """What all stages of training have in common."""
-        return {"batch_size": self.batch_size, "weight_decay": self.weight_decay, "clip": self.clip}
+@dataclasses.dataclass(frozen=True)
+class JointLoss:
+    """The task's loss of T = Global(Local(S)); trained are both operators' tensors, under `LOCAL` and `GLOBAL`.
+
+    - `growth`: from M to T. - `form`: of S. - `frozen["small"]`: S, stacked as Local takes it.
+    """
+
+    growth: GrownLoss
+    form: Form
+
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        task, preset, middle = self.growth.task, self.growth.preset, self.growth.small
+        local = operator_between(preset, task, self.form, middle)
+        shared = operator_between(preset, task, middle, self.growth.large)
+        stacked = shared.stack(local.grow(under(parameters, LOCAL), frozen["small"]))
+        return self.growth(under(parameters, GLOBAL), {"small": stacked}, batch)

@@ -1,20 +1,19 @@
 """Where a participant's small model comes from."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fedsim.algorithm import ClientContext
-from fedsim.core import tree as trees
+from fedsim.algorithm import ClientContext, Steps, TaskLoss, Training
 from fedsim.core.fields import refuse
 from fedsim.core.seeding import derive
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import Tree, to
 from fedsim.learning.exits import shallower
+from fedsim.learning.meter import PRETRAIN
 from fedsim.learning.starts import load_small
 from fedsim.learning.task import Task
-from fedsim.learning.training import PRETRAIN, local_train
 from fedsim.models import Form
 
 
@@ -22,15 +21,8 @@ Draw = Literal["own", "common"]  # whether random numbers are each participant's
 
 
 def trained_on_own_shard(
-    ctx: ClientContext,
-    *,
-    lr: float,
-    epochs: int,
-    batch_size: int,
-    weight_decay: float,
-    clip: float | None,
-    draw: Draw = "own",
-) -> Tree:
+    ctx: ClientContext, *, lr: float, epochs: int, draw: Draw = "own", **settings: Any
+) -> Steps[Tree]:
     """A model of the participant's own form, trained on its own shard: from its tier's checkpoint, or from scratch.
 
     From scratch is what the paper's code does. With no epochs a checkpoint is taken as it is, and its tensors are those
@@ -39,11 +31,20 @@ def trained_on_own_shard(
     It is what the participant is assumed to bring along: its parameters count as trained nowhere, its cost in round 0.
 
     - `draw`: where training from scratch starts: at a model of the participant's own, or at its part of `common_start`.
+    - `settings`: of `Training`.
     """
-    small = _trained(ctx, draw, lr=lr, epochs=epochs, batch_size=batch_size, weight_decay=weight_decay, clip=clip)
-    if epochs:  # noted, so that methods can be held to the same small models
-        ctx.meter.small_sha256 = trees.sha256(small)
-    return small
+    form, task, checkpoint = ctx.info.form, ctx.task, ctx.info.checkpoint
+    if checkpoint is None and draw == "common":
+        start = common_start(task, form, ctx.intermediate, derive(ctx.seed, "small"))
+    elif checkpoint is None:
+        start = task.fresh(form, ctx.derive("small"))
+    else:
+        start = load_small(task, form, checkpoint, ctx.seed)
+        if not epochs:
+            return to(start, ctx.device)
+    objective, start = TaskLoss(task, form), to(start, ctx.device)
+    trained = yield Training(objective, start, purpose=PRETRAIN, lr=lr, epochs=epochs, **settings)
+    return trained.parameters
 
 
 def common_start(task: Task, form: Form, largest: Form, seed: int) -> Tree:
@@ -64,24 +65,3 @@ def check_draw(draw: Draw, forms: Sequence[Form], largest: Form) -> None:
         if over or form.depth > largest.depth:
             what = f"axis {over[0]!r} is larger" if over else "depth is larger"
             refuse("algorithm.draw", draw, f"'own' where a small form ({form}) is no corner of {largest}: {what}")
-
-
-def _trained(ctx: ClientContext, draw: Draw, *, lr: float, epochs: int, **settings) -> Tree:
-    form, task, checkpoint = ctx.info.form, ctx.task, ctx.info.checkpoint
-    if checkpoint is None and draw == "common":
-        start = common_start(task, form, ctx.intermediate, derive(ctx.seed, "small"))
-    elif checkpoint is None:
-        start = task.fresh(form, ctx.derive("small"))
-    else:
-        start = load_small(task, form, checkpoint, ctx.seed)
-        if not epochs:
-            return to(start, ctx.device)
-    return local_train(
-        ctx,
-        lambda tree, batch: task.forward(form, tree, batch),
-        to(start, ctx.device),
-        purpose=PRETRAIN,
-        lr=lr,
-        epochs=epochs,
-        **settings,
-    )

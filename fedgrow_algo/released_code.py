@@ -26,30 +26,30 @@ round 1 trains what the server sends, and its own M_i is never used: in the code
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
+from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
 from fedgrow_algo.fedgrow import intermediate_model
 from fedgrow_algo.presets import by_name
 from fedgrow_algo.rounds import as_stored, check_growth
 from fedsim.algorithm import (
-    Algorithm,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    LocalTraining,
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    Training,
     weighted_mean,
     weighted_sum,
 )
-from fedsim.core.fields import check_range, check_types
+from fedsim.core.fields import check_range
 from fedsim.core.tree import Tree, clone, prefixed, to, under
 from fedsim.learning.task import Task
-from fedsim.learning.training import COSTS, local_train
 from fedsim.models import Form
 
 
@@ -57,35 +57,26 @@ MIDDLE, TARGET, GLOBAL = "middle.", "target.", "global."  # parts of the wrapper
 
 
 @dataclasses.dataclass(frozen=True)
-class FedGrowReleasedCode(Algorithm):
+class FedGrowReleasedCode(LocalTraining):
     """Fed-Grow as the authors' code runs it: intermediate model, target and operator are averaged.
 
     - `preset`: how the operators are built; see `fedgrow_algo.presets`.
-    - `lr`, `epochs`: of Global, in every round but the first.
+    - `lr`, `epochs`: of Global, in every round but the first; the other fields of `LocalTraining` are for all stages.
     - `local_lr`, `local_epochs`: of Local_i, once. - `small_lr`, `small_epochs`: of S_i, once.
-    - `batch_size`, `weight_decay` (decoupled), `clip` (global gradient norm): of all stages; AdamW.
     - `checkpoint_growth`: keep nothing of the growth for the backward pass but grow again: less memory, more time.
     """
 
     preset: str = "paper"
-    lr: float = 5e-4
-    epochs: int = 1
     local_lr: float = 5e-4
     local_epochs: int = 10
     small_lr: float = 5e-4
     small_epochs: int = 10
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    checkpoint_growth: bool = dataclasses.field(default=False, metadata=COSTS)
+    checkpoint_growth: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self, "algorithm")
+        super().__post_init__()
         by_name(self.preset)
-        check_range(self, "algorithm", "lr", "local_lr", "small_lr", "weight_decay", least=0)
-        check_range(self, "algorithm", "epochs", "batch_size", least=1)
-        check_range(self, "algorithm", "local_epochs", "small_epochs", least=0)
-        check_range(self, "algorithm", "clip", above=0)
+        check_range(self, "algorithm", "local_lr", "small_lr", "local_epochs", "small_epochs", least=0)
 
     @property
     def name(self) -> str:
@@ -118,8 +109,8 @@ class FedGrowReleasedCode(Algorithm):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
-        middle = intermediate_model(
+    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
+        middle = yield from intermediate_model(
             ctx,
             self.preset,
             "own",
@@ -128,28 +119,26 @@ class FedGrowReleasedCode(Algorithm):
             local_lr=self.local_lr,
             local_epochs=self.local_epochs,
             checkpoint_growth=self.checkpoint_growth,
-            **self._settings,
+            **self.settings(),
         )
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
         scratch = ctx.task.fresh(ctx.target, ctx.derive("target"))
         return to(_wrapper(middle, scratch, shared.init(ctx.generator("global"))), ctx.device)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
         """Nothing is kept: from its first update on, all a participant holds is what the server sends."""
         received = dict(payload or state)  # nothing comes in the first round: what this participant made alone
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
         middle = under(received, MIDDLE)
-        tensors = local_train(
-            ctx,
-            grown_forward(ctx.task, shared, middle, ctx.target, self.checkpoint_growth),
+        trained = yield Training(
+            GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth),
             under(received, GLOBAL),
+            {"small": middle},
             purpose="global",
-            lr=self.lr,
-            epochs=self.epochs if payload else 0,
-            **self._settings,
+            **self.settings(epochs=self.epochs if payload else 0),
         )
-        target = grown(shared, tensors, middle) if payload else under(received, TARGET)
-        wrapper = clone(_wrapper(middle, as_stored(target), tensors))
+        target = grown(shared, trained.parameters, middle) if payload else under(received, TARGET)
+        wrapper = clone(_wrapper(middle, as_stored(target), trained.parameters))
         return ClientUpdate(ctx.info.id, wrapper, ctx.info.num_examples), {}
 
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
@@ -160,11 +149,6 @@ class FedGrowReleasedCode(Algorithm):
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
         held = dict(wrapper)
         return ctx.task.module(ctx.target, grown(shared, under(held, GLOBAL), under(held, MIDDLE)))
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """What all stages of training have in common."""
-        return {"batch_size": self.batch_size, "weight_decay": self.weight_decay, "clip": self.clip}
 
 
 def _wrapper(middle: Tree, target: Tree, operator: Tree) -> Tree:

@@ -8,6 +8,7 @@ The server notes who has made its T_i: Global is sent to nobody twice for it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -20,13 +21,15 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
     weighted_sum,
 )
 from fedsim.core.seeding import generator
 from fedsim.core.tree import Tree, prefixed, under
 from fedsim.learning.server_opt import ServerOptimizer, model_of
 from fedsim.learning.task import Task
-from fedsim.learning.training import local_train
 from fedsim.models import Form
 
 
@@ -107,16 +110,10 @@ def own_target(state: Tree) -> Tree | None:
     return under(state, TARGET) or None
 
 
-def fine_tuned(ctx: ClientContext, target: Tree, **settings) -> tuple[ClientUpdate, Tree]:
+def fine_tuned(ctx: ClientContext, target: Tree, **settings: Any) -> Steps[tuple[ClientUpdate, Tree]]:
     """One round of fine-tuning T_i: nothing to send, and a private state that is T_i alone.
 
-    - `settings`: of `local_train`.
+    - `settings`: of `Training`.
     """
-    trained = local_train(
-        ctx,
-        lambda tree, batch: ctx.task.forward(ctx.target, tree, batch),
-        as_stored(target),
-        purpose=FINETUNE,
-        **settings,
-    )
-    return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), prefixed(trained, TARGET)
+    trained = yield Training(TaskLoss(ctx.task, ctx.target), as_stored(target), purpose=FINETUNE, **settings)
+    return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), prefixed(trained.parameters, TARGET)

@@ -2,7 +2,14 @@
 
 What runs at the aggregator is named `server_*`, what runs at a participant `client_*`: the signatures say what crosses
 the network. An algorithm is a frozen dataclass whose fields are hyperparameters; all state goes in and comes out as
-trees. The smallest algorithm there is, federated averaging of a single number:
+trees. A client asks for its local training instead of doing it, `trained = yield Training(...)`, so that the simulator
+may train one client after another or many as one. FedAvg's client, whole:
+
+    def client_update(self, payload, state, ctx):
+        trained = yield Training(TaskLoss(ctx.task, ctx.target), payload, purpose="target", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
+
+The smallest algorithm there is, federated averaging of a single number, trains nothing and returns at once:
 
     >>> import dataclasses, torch
     >>> from fedsim.algorithm import Algorithm, ClientUpdate, weighted_mean
@@ -25,21 +32,25 @@ trees. The smallest algorithm there is, federated averaging of a single number:
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedsim.core.fields import check_range, check_types
 from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import Tree
 from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum
+from fedsim.learning.objectives import TaskLoss
+from fedsim.learning.steps import Steps
+from fedsim.learning.training import OptimizerName, ScheduleName, Trained, Training, check_settings
 
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fedsim.data.source import Split
+    from fedsim.learning.meter import Meter
     from fedsim.learning.task import Task
-    from fedsim.learning.training import Meter
     from fedsim.models import Form
     from fedsim.models.pretrained import Checkpoint
 
@@ -48,9 +59,14 @@ __all__ = [
     "ClientContext",
     "ClientInfo",
     "ClientUpdate",
+    "LocalTraining",
     "Partial",
     "Payload",
     "ServerContext",
+    "Steps",
+    "TaskLoss",
+    "Trained",
+    "Training",
     "weighted_mean",
     "weighted_sum",
 ]
@@ -98,8 +114,8 @@ class ClientContext:
 
     - `round`: 0 in `client_init`, whenever that happens to be called.
     - `train`: the training part of the client's own shard; empty when the run is only being counted.
-    - `meter`: where `local_train` notes what it did; algorithms hand it on and never look.
-    - `precision`: "fp32", or "bf16": forward passes of `local_train` run under autocast; weights stay fp32.
+    - `meter`: where training notes what it did; algorithms never look.
+    - `precision`: "fp32", or "bf16": forward passes in training run under autocast; weights stay fp32.
     - `forms`: the small forms there are among the clients, each once; empty stands for the client's own.
     """
 
@@ -173,14 +189,51 @@ class Algorithm(abc.ABC):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
+    def client_init(self, ctx: ClientContext) -> Steps[Tree] | Tree:
         """The client's private state, made when it first takes part. It never leaves the participant."""
         return {}
 
     @abc.abstractmethod
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+    def client_update(
+        self, payload: Payload, state: Tree, ctx: ClientContext
+    ) -> Steps[tuple[ClientUpdate, Tree]] | tuple[ClientUpdate, Tree]:
         """Local work of one round: the update to upload and the next private state. Must not write into arguments."""
 
     @abc.abstractmethod
     def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> "nn.Module":
         """What this client would deploy: the model that is scored."""
+
+
+LATER: Any = {"later": True}  # marks a field that a run's identity leaves out while it has its default
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalTraining(Algorithm):
+    """What methods whose clients train have in common: these fields, as `Training` takes them.
+
+    - `lr`: learning rate. - `epochs`: local epochs a round. - `batch_size`: examples a step.
+    - `weight_decay`: decoupled with AdamW, in the gradient with SGD. - `clip`: largest global norm of the gradient.
+    - `optimizer`: "adamw" or "sgd", made anew in every round. - `momentum`, `nesterov`: of SGD.
+    - `schedule`: of the learning rate over a round's steps: "constant", or to 0 along a "cosine" or "linear".
+    - `lr_warmup`: the share of a round's steps over which the learning rate first rises.
+    """
+
+    lr: float = 5e-4
+    epochs: int = 1
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    optimizer: OptimizerName = dataclasses.field(default="adamw", metadata=LATER, kw_only=True)
+    momentum: float = dataclasses.field(default=0.0, metadata=LATER, kw_only=True)
+    nesterov: bool = dataclasses.field(default=False, metadata=LATER, kw_only=True)
+    schedule: ScheduleName = dataclasses.field(default="constant", metadata=LATER, kw_only=True)
+    lr_warmup: float = dataclasses.field(default=0.0, metadata=LATER, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_types(self, "algorithm")
+        check_settings(self, "algorithm")
+        check_range(self, "algorithm", "epochs", least=1)
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """These fields by name, as `Training` takes them, some of them changed."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(LocalTraining)} | changes

@@ -114,7 +114,7 @@ class Experiment:
     - `on_error`: what a participant that raises does: "stop" the run, be "drop"ped from the round, or "retry" once and
       then stop. Where a device had too little memory, the participant tries again when nobody else computes.
     - `batched`: participants of a chunk whose trainings are alike are trained in one batched computation
-      (`fedsim.learning.together`): the same results to rounding, not bit by bit.
+      (`fedsim.learning.batched`): the same results to rounding, not bit by bit.
     - `conditions`: who is away, too slow or too small to take part.
     """
 
@@ -215,7 +215,7 @@ def of_tier(name: str) -> Iterator[None]:
 def canonical(value: Any) -> Any:
     """A JSON value that says the same as a tree of dataclasses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field for field in dataclasses.fields(value) if not field.metadata.get("placement")]
+        fields = [field for field in dataclasses.fields(value) if _decides(value, field)]
         module = type(value).__module__
         kind = {"class": f"{WRITTEN_AS.get(module, module)}.{type(value).__qualname__}"}
         return kind | {field.name: canonical(getattr(value, field.name)) for field in fields}
@@ -224,6 +224,12 @@ def canonical(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)  # --set lr=1 and lr=1.0 are one experiment
     return value
+
+
+def _decides(value: Any, field: dataclasses.Field) -> bool:
+    """Whether a field is part of what a run is: not where it runs, nor a default that came after runs were named."""
+    later = field.metadata.get("later") and getattr(value, field.name) == field.default
+    return not field.metadata.get("placement") and not later
 
 
 def revived(value: Any, hint: Any = None) -> Any:

@@ -12,8 +12,8 @@ from fedsim.engine.gpu import with_gpu_fractions
 from fedsim.engine.participant import Participant, last_line
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
+from fedsim.learning.meter import StepCost
 from fedsim.learning.task import load_task
-from fedsim.learning.training import StepCost
 from fedsim.results.machine import SameEnvironment
 from fedsim.results.provenance import code_sha256
 from fedsim.results.rows import client_columns, profile_rows, round_row, run_row

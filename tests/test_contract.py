@@ -5,23 +5,20 @@ import functools
 import hashlib
 import pickle
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import fedgrow_algo.fedgrow
-import fedgrow_algo.joint
-import fedgrow_algo.pretrain
-import fedgrow_algo.released_code
+import fedsim.learning.steps
 from baselines.depthfl import DepthFL
 from baselines.ensemble_small import EnsembleSmall
 from baselines.exclusive import Exclusive
 from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
+from baselines.fednova import FedNova
 from baselines.fedrolex import FedRolex
 from baselines.fjord import FjORD
 from baselines.flora import FLoRA
@@ -30,6 +27,7 @@ from baselines.heterofl import HeteroFL, heterofl_clean
 from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
+from baselines.scaffold import Scaffold
 from fedgrow_algo.dual_ligo import operator_between
 from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
 from fedgrow_algo.joint import FedGrowJoint
@@ -39,10 +37,12 @@ from fedsim.core.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
 from fedsim.data.config import Split, digits, pydoc
 from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment, Tier
+from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.rates import rate_of, sub_form
 from fedsim.learning.task import Task, TaskConfig, load_task, subset
-from fedsim.learning.training import Meter, StepCost
+from fedsim.learning.training import Trained, Training, train
 from fedsim.models import Form
+from tests.support.clients import client_init, client_update
 
 
 SEED, CLIENTS = 3, 2
@@ -88,6 +88,7 @@ class Row:
     - `one_payload`: whether clients of one form receive the same. - `same_start`: whether private states begin alike.
     - `keeps_shapes`: whether the server's state has the same shapes after a round.
     - `fixed_point`: whether nothing changes where nothing is learned.
+    - `reveals`: whether an update tells what its client keeps: SCAFFOLD's says how the control variate changed.
     - `rounds`: after how many the loss has fallen, whatever the rounding; more than it takes windows to come round
         again.
     """
@@ -103,6 +104,7 @@ class Row:
     same_start: bool = False
     keeps_shapes: bool = True
     fixed_point: bool = True
+    reveals: bool = False
     rounds: int = 5
 
 
@@ -134,6 +136,10 @@ METHODS = {
     "fedavg_small": Row(fedavg_small(**LOCAL), "model", deploys="small", serves="small"),
     "fedavg_mid": Row(fedavg_mid(**LOCAL), "model", deploys="intermediate", serves="intermediate"),
     "fedprox": Row(fedprox(**LOCAL), "model", serves="target"),
+    "scaffold": Row(
+        Scaffold(**dict(LOCAL, lr=0.5)), "more", serves="target", same_start=True, by_examples=False, reveals=True
+    ),
+    "fednova": Row(FedNova(**dict(LOCAL, lr=0.5)), "more", serves="target"),
     "heterofl": partial(HeteroFL(**HALVES), "more", by_examples=False),
     "heterofl_clean": partial(heterofl_clean(**HALVES)),
     "fedrolex": partial(FedRolex(**HALVES), by_examples=False),
@@ -172,6 +178,8 @@ PROMISED_NAMES = {
     "fedavg_small",
     "fedavg_mid",
     "fedprox",
+    "scaffold",
+    "fednova",
     "heterofl",
     "heterofl_clean",
     "fedrolex",
@@ -259,7 +267,7 @@ class Case:
             info=info,
             train=self.shard(client),
             device=torch.device("cpu"),
-            meter=Meter.of(self.algorithm, self.counted),
+            meter=Meter(self.counted),
         )
         return dataclasses.replace(context, **changes)
 
@@ -269,12 +277,12 @@ class Case:
         if not self.row.first_mean:
             return state
         assert state == {}
-        firsts = [self.algorithm.client_update({}, self.private[i], self.client(1, i))[0] for i in range(CLIENTS)]
+        firsts = [client_update(self.algorithm, {}, self.private[i], self.client(1, i))[0] for i in range(CLIENTS)]
         return self.algorithm.server_aggregate(state, iter(firsts), self.server(round=1))
 
     @functools.cached_property
     def private(self) -> dict[int, Tree]:
-        return {i: self.algorithm.client_init(self.client(round=0, client=i)) for i in range(CLIENTS)}
+        return {i: client_init(self.algorithm, self.client(round=0, client=i)) for i in range(CLIENTS)}
 
     def payload(self, client: int = 0) -> Tree:
         return dict(self.algorithm.server_broadcast(self.server_state, self.clients, self.server())[client])
@@ -282,7 +290,7 @@ class Case:
     @functools.cached_property
     def first(self) -> tuple[ClientUpdate, Tree]:
         """Client 0's update and next private state in round 1."""
-        return self.algorithm.client_update(clone(self.payload()), clone(self.private[0]), self.client())
+        return client_update(self.algorithm, clone(self.payload()), clone(self.private[0]), self.client())
 
     def with_lr_zero(self) -> "Case":
         """The same row with nothing learned in a round; its private states are these."""
@@ -409,7 +417,7 @@ def test_server_model_is_what_the_row_says_or_none(case: Case) -> None:
 
 
 def test_private_state_is_reproducible_and_its_clients_own(case: Case) -> None:
-    again = case.algorithm.client_init(case.client(round=0))
+    again = client_init(case.algorithm, case.client(round=0))
     assert sha256(again) == sha256(case.private[0])
     if again:
         assert (sha256(case.private[1]) == sha256(case.private[0])) == case.row.same_start
@@ -418,14 +426,14 @@ def test_private_state_is_reproducible_and_its_clients_own(case: Case) -> None:
 def test_neither_payload_nor_private_state_is_written_to(case: Case) -> None:
     payload, state = clone(case.payload()), clone(case.private[0])
     before = sha256(payload), sha256(state)
-    case.algorithm.client_update(payload, state, case.client())
+    client_update(case.algorithm, payload, state, case.client())
     assert (sha256(payload), sha256(state)) == before
     case.algorithm.client_model(payload, state, case.client())
     assert (sha256(payload), sha256(state)) == before
 
 
 def test_same_context_gives_the_same_bits(case: Case) -> None:
-    again = case.algorithm.client_update(case.payload(), case.private[0], case.client())
+    again = client_update(case.algorithm, case.payload(), case.private[0], case.client())
     assert bits(again) == bits(case.first)
     assert again[0].client == 0
     assert (again[0].weight == len(case.shard(0))) == case.row.by_examples
@@ -434,20 +442,20 @@ def test_same_context_gives_the_same_bits(case: Case) -> None:
 def test_torchs_global_stream_is_neither_read_nor_moved(case: Case) -> None:
     torch.manual_seed(12345)
     before = torch.random.get_rng_state()
-    again = case.algorithm.client_update(case.payload(), case.private[0], case.client())
+    again = client_update(case.algorithm, case.payload(), case.private[0], case.client())
     assert bits(again) == bits(case.first)
-    assert sha256(case.algorithm.client_init(case.client(round=0))) == sha256(case.private[0])
+    assert sha256(client_init(case.algorithm, case.client(round=0))) == sha256(case.private[0])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_another_round_gives_another_outcome(case: Case) -> None:
-    other = case.algorithm.client_update(case.payload(), case.private[0], case.client(round=2))
+    other = client_update(case.algorithm, case.payload(), case.private[0], case.client(round=2))
     assert bits(other) != bits(case.first)
 
 
 def test_another_client_gives_another_outcome_on_the_same_data(case: Case) -> None:
     context = case.client(info=dataclasses.replace(case.clients[0], id=1))
-    other = case.algorithm.client_update(case.payload(), case.private[0], context)
+    other = client_update(case.algorithm, case.payload(), case.private[0], context)
     assert bits(other) != bits(case.first)
     assert other[0].client == 1
 
@@ -455,7 +463,7 @@ def test_another_client_gives_another_outcome_on_the_same_data(case: Case) -> No
 def test_update_is_on_the_cpu_detached_and_shares_no_memory(case: Case) -> None:
     payload, state = case.payload(), case.private[0]
     zero = case.with_lr_zero()
-    for update, _ in (case.first, zero.algorithm.client_update(payload, state, zero.client())):
+    for update, _ in (case.first, client_update(zero.algorithm, payload, state, zero.client())):
         for tensor in update.tree.values():
             assert tensor.device.type == "cpu"
             assert not tensor.requires_grad and tensor.grad_fn is None
@@ -481,7 +489,8 @@ def test_zero_learning_rate_is_a_fixed_point(case: Case) -> None:
     zero = case.with_lr_zero()
     updates = []
     for client in range(CLIENTS):
-        update, state = zero.algorithm.client_update(case.payload(client), case.private[client], zero.client(1, client))
+        payload, private = case.payload(client), case.private[client]
+        update, state = client_update(zero.algorithm, payload, private, zero.client(1, client))
         assert sha256(state) == sha256(case.private[client] if not case.row.first_mean else {})
         updates.append(update)
     before = sha256(fixed_part(case, case.server_state))
@@ -507,7 +516,7 @@ def test_training_loss_falls(case: Case) -> None:
         updates, total = [], 0.0
         for client in range(CLIENTS):
             context = case.client(round, client)
-            update, private[client] = case.algorithm.client_update(payloads[client], private[client], context)
+            update, private[client] = client_update(case.algorithm, payloads[client], private[client], context)
             assert context.meter.loss is not None
             total += context.meter.loss * case.clients[client].num_examples
             updates.append(update)
@@ -520,7 +529,7 @@ def test_training_loss_falls(case: Case) -> None:
 def test_a_client_without_data_trains_nothing(case: Case) -> None:
     nothing = Split({}, torch.zeros(0, dtype=torch.long))
     context = case.client(train=nothing)
-    update, state = case.algorithm.client_update(case.payload(), case.private[0], context)
+    update, state = client_update(case.algorithm, case.payload(), case.private[0], context)
     if case.row.uploads not in ("adapters", "more"):
         assert sha256(fixed_part(case, update.tree)) == sha256(fixed_part(case, case.payload()))
     assert sha256(state) == sha256(case.private[0] if not case.row.first_mean else {})
@@ -537,7 +546,7 @@ def test_bytes_are_as_predicted_without_data(case: Case) -> None:
     assert predicted.download_bytes == (nbytes(case.payload()) if not case.row.first_mean else 0)
     assert predicted.private_bytes == nbytes(case.private[0])
     context = case.client()
-    case.algorithm.client_update(case.payload(), case.private[0], context)
+    client_update(case.algorithm, case.payload(), case.private[0], context)
     assert context.meter.work
     for work in context.meter.work:
         assert predicted.trainable[work.purpose] == work.trainable
@@ -576,27 +585,24 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
     """
     trained: dict[str, Tree] = {}
 
-    def recording(local_train: Callable[..., Tree]) -> Callable[..., Tree]:
-        def recorded(*arguments: Any, purpose: str, **fields: Any) -> Tree:
-            trained[purpose] = local_train(*arguments, purpose=purpose, **fields)
-            return trained[purpose]
+    def recorded(ctx: ClientContext, asked: Training) -> Trained:
+        answer = train(ctx, asked)
+        trained[asked.purpose] = answer.parameters
+        return answer
 
-        return recorded
-
-    for module in (fedgrow_algo.fedgrow, fedgrow_algo.joint, fedgrow_algo.released_code, fedgrow_algo.pretrain):
-        monkeypatch.setattr(module, "local_train", recording(module.local_train))
-    state = case.algorithm.client_init(case.client(round=0))
+    monkeypatch.setattr(fedsim.learning.steps, "train", recorded)
+    state = client_init(case.algorithm, case.client(round=0))
     if not case.algorithm.name.startswith("fedgrow"):
-        update, kept = case.algorithm.client_update(case.payload(), state, case.client())
+        update, kept = client_update(case.algorithm, case.payload(), state, case.client())
         data = case.shard(0)
-        held = [state, kept, data.inputs, {"labels": data.labels}]
+        held = [*([] if case.row.reveals else [state, kept]), data.inputs, {"labels": data.labels}]
         private = {content(tensor) for tree in held for tensor in tree.values() if tensor.any()}
         assert private.isdisjoint(content(tensor) for tensor in update.tree.values() if tensor.any())
         return
     joint = case.algorithm.name == "fedgrow_joint"
     assert set(trained) == ({"pretrain"} if joint else {"pretrain", "local"})
 
-    update, kept = case.algorithm.client_update(case.payload(), state, case.client())
+    update, kept = client_update(case.algorithm, case.payload(), state, case.client())
     shared = under(trained["joint"], "global.") if joint else trained["global"]
     local = under(trained["joint"], "local.") if joint else trained["local"]
     target = dict(case.algorithm.client_model(update.tree, kept, case.client()).named_parameters())

@@ -22,8 +22,8 @@ from fedsim.core.numerics import PORTABLE
 from fedsim.data.config import digits
 from fedsim.data.partition import Partition
 from fedsim.engine.progress import ProgressListener
+from fedsim.learning.meter import StepCost
 from fedsim.learning.task import TaskConfig
-from fedsim.learning.training import StepCost
 from fedsim.results.tables import load
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run

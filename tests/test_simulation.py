@@ -19,13 +19,14 @@ import fedsim.results.store
 import fedsim.simulation
 import fedsim.sweeps.runner
 from fedgrow_algo.fedgrow import FedGrow
-from fedsim.algorithm import ClientContext, ClientUpdate, weighted_mean, weighted_sum
+from fedsim.algorithm import ClientContext, ClientUpdate, Steps, weighted_mean, weighted_sum
 from fedsim.core.tree import Tree, sha256, sha256_of_text
 from fedsim.engine.cohort import cohort_of, members
 from fedsim.engine.cost import cost_of
 from fedsim.engine.participant import Participant, Reply
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
+from fedsim.learning.steps import Asking, run_alone
 from fedsim.learning.task import load_task
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
@@ -257,8 +258,8 @@ def test_bytes_are_those_of_the_tensors_that_cross_the_participants_boundary(
     counted: dict[tuple[int, int], tuple[int, int]] = {}
     real = Participant.train
 
-    def watched(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
-        reply = real(self, round, payload)
+    def watched(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
+        reply = yield from real(self, round, payload)
         assert reply.update is not None
         down, up = (sum(len(t.numpy().tobytes()) for t in tree.values()) for tree in (payload, reply.update.tree))
         counted[round, self.member.info.id] = down, up
@@ -311,7 +312,7 @@ def cut_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last participant of round 2 never answers; the others' private state of round 2 is on disk."""
     real = Participant.train
 
-    def train(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
+    def train(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
         if (round, self.member.info.id) == (2, 2):
             raise Interrupted
         return real(self, round, payload)
@@ -323,7 +324,7 @@ def cut_in_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     """The round is aggregated, but neither scored nor saved by the server."""
     real = Participant.score
 
-    def score(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
+    def score(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
         if (round, self.member.info.id) == (2, 0):
             raise Interrupted
         return real(self, round, payload)
@@ -391,7 +392,7 @@ def test_a_resumed_run_reads_private_state_from_disk(
         inline(alone, tmp_path, progress=Cut(0))
     real = FedGrow.client_init
 
-    def client_init(self: FedGrow, ctx: ClientContext) -> Tree:
+    def client_init(self: FedGrow, ctx: ClientContext) -> Steps[Tree]:
         assert not len(ctx.train), "made again"  # without data it is only being counted
         return real(self, ctx)
 
@@ -404,8 +405,8 @@ def test_a_repeated_call_gives_the_same_answer(tmp_path: Path, alone: Experiment
     """As after the aggregator was lost: the participant has done round 1, and is asked for round 1 once more."""
     member = members(alone, load_task(alone.task, None))[0]
     participant = Participant(alone, member, None, str(tmp_path), COUNTED)
-    participant.begin(0, {})
-    hashes = [participant.train(round, {}).state_sha256 for round in (1, 1, 2, 1, 2)]
+    run_alone(participant.begin(0, {}))
+    hashes = [run_alone(participant.train(round, {})).state_sha256 for round in (1, 1, 2, 1, 2)]
     assert hashes[0] == hashes[1] == hashes[3]
     assert hashes[2] == hashes[4] != hashes[0]
 
@@ -417,8 +418,8 @@ def test_nobody_can_write_into_what_was_sent(
 
     def rude(
         self: FedGrow, payload: Mapping[str, torch.Tensor], state: Tree, ctx: ClientContext
-    ) -> tuple[ClientUpdate, Tree]:
-        outcome = real(self, payload, state, ctx)
+    ) -> Steps[tuple[ClientUpdate, Tree]]:
+        outcome = yield from real(self, payload, state, ctx)
         for tensor in payload.values():
             tensor.zero_()
         return outcome
@@ -504,7 +505,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, method: str, when: tuple[int, int]
     """One method of one participant raises in one round."""
     real = getattr(Participant, method)
 
-    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
+    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
         if (round, self.member.info.id) == when:
             raise ArithmeticError("two and two make five")
         return real(self, round, payload)
@@ -545,8 +546,8 @@ def test_a_participant_that_raises_is_dropped_from_the_round(
     breaking(monkeypatch, "train", (1, 1))
     real = Participant.train
 
-    def watched(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
-        reply = real(self, round, payload)
+    def watched(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
+        reply = yield from real(self, round, payload)
         assert reply.update is not None
         updates.setdefault(round, []).append(reply.update)
         return reply
@@ -574,7 +575,7 @@ def test_a_participant_that_raises_is_dropped_from_the_round(
 def test_a_round_in_which_everybody_is_dropped_leaves_the_state(
     tmp_path: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
+    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
         raise ArithmeticError("nobody can")
 
     monkeypatch.setattr(Participant, "train", broken)
@@ -591,7 +592,7 @@ def test_one_run_that_fails_does_not_stop_the_others(
 ) -> None:
     real = Participant.begin
 
-    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
+    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
         if self.experiment.seed == 0:
             raise ArithmeticError("not this seed")
         return real(self, round, payload)

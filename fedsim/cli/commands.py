@@ -13,7 +13,7 @@ from fedsim.core import environment
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cost import Cost, cost_of
 from fedsim.experiment import Experiment, load_experiments, with_settings
-from fedsim.learning.training import StepCost
+from fedsim.learning.meter import StepCost
 from fedsim.results.export import export
 from fedsim.results.store import clean, runs_in
 from fedsim.results.tables import load

@@ -1,7 +1,7 @@
 """What clients upload, and weighted sums and means of it."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedsim.core import tree as trees
 from fedsim.core.tree import Tree
@@ -9,11 +9,17 @@ from fedsim.core.tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class ClientUpdate:
-    """What one client uploads. `weight` is its weight in a mean (usually its number of examples)."""
+    """What one client uploads.
+
+    - `weight`: its weight in a mean (usually its number of examples).
+    - `metrics`: numbers by name for the tables (column `metrics`); the round's row has their weighted means. No part of
+      what is sent, and read by no server.
+    """
 
     client: int
     tree: Tree
     weight: float
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from fedsim.devices import Device, client_round_seconds, init_seconds
 from fedsim.engine.cohort import RoundCohort
 from fedsim.engine.participant import Reply
 from fedsim.experiment import Experiment
+from fedsim.learning.steps import run_alone, run_batched
 from fedsim.learning.task import Task, load_task
-from fedsim.learning.together import together
 from fedsim.runtime.base import PHASES, Call, Failure, Policy
 from fedsim.storage.checkpoint import Versions
 
@@ -100,7 +100,7 @@ class Aggregator:
         self.versions = Versions(folder, "server")
         self.round: int | None = None
         self.spent: dict[str, float] = dict.fromkeys((*PHASES, "idle"), 0.0)  # seconds of the round under way
-        self.policy = Policy(experiment.on_error == "retry", together if experiment.batched else None)
+        self.policy = Policy(experiment.on_error == "retry", run_alone, run_batched if experiment.batched else None)
         self.state: Tree = {}
         self.private: dict[int, str] = {}  # id -> hash of that participant's private state
 

@@ -19,8 +19,9 @@ from fedsim.data.source import Split
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cohort import check_checkpoints, tiers_of
 from fedsim.experiment import Experiment, Tier, of_tier
+from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work
+from fedsim.learning.steps import run_client
 from fedsim.learning.task import Task
-from fedsim.learning.training import PRETRAIN, Meter, StepCost, Work
 
 
 BYTES = 4  # fp32
@@ -142,7 +143,8 @@ class DryRun:
         calls = []
         for info in self.infos:
             meter, started = self._meter(info.tier in timed), time.perf_counter()
-            state = self.experiment.algorithm.client_init(self.client(info, 0, meter))
+            context = self.client(info, 0, meter)
+            state = run_client(context, self.experiment.algorithm.client_init(context))
             calls.append(Call(tuple(meter.work), {}, None, state, time.perf_counter() - started))
         return DryRunState(server, tuple(call.state for call in calls)), calls
 
@@ -153,7 +155,8 @@ class DryRun:
         for info, private in zip(self.infos, held.private, strict=True):
             meter, started = self._meter(info.tier in timed), time.perf_counter()
             payload, private = trees.to(payloads[info.id], self.device), trees.to(private, self.device)
-            update, state = algorithm.client_update(payload, private, self.client(info, round, meter))
+            context = self.client(info, round, meter)
+            update, state = run_client(context, algorithm.client_update(payload, private, context))
             calls.append(Call(tuple(meter.work), payload, update, state, time.perf_counter() - started))
         return calls
 
@@ -186,7 +189,7 @@ class DryRun:
         )
 
     def _meter(self, timing: bool) -> Meter:
-        return dataclasses.replace(Meter.of(self.experiment.algorithm, self.counted), timing=timing)
+        return Meter(self.counted, timing=timing)
 
 
 def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
@@ -255,9 +258,9 @@ def _participant(task: Task, tier: Tier, count: int, begun: Call, call: Call) ->
 
 
 def _peak(work: Work, state_bytes: int) -> int:
-    """Memory of a training step, by count: private state; trained tensors, their gradients and AdamW's two moments;
+    """Memory of a training step, by count: private state; trained tensors, their gradients and the optimizer's moments;
     what autograd saves for the backward pass of one batch."""
-    return state_bytes + 4 * work.trainable * BYTES + work.activation_bytes
+    return state_bytes + (2 + work.moments) * work.trainable * BYTES + work.activation_bytes
 
 
 def whole(number: float) -> int | float:

@@ -20,8 +20,9 @@ from fedsim.core.tree import Tree
 from fedsim.data.config import PER_TOKEN, Split
 from fedsim.engine.cohort import Member
 from fedsim.experiment import Experiment
+from fedsim.learning.meter import Meter, StepCost
+from fedsim.learning.steps import Asking, asking
 from fedsim.learning.task import Task, load_task, subset
-from fedsim.learning.training import Meter, StepCost
 from fedsim.storage.checkpoint import private_of
 
 
@@ -42,8 +43,8 @@ class DeviceMemoryError(RuntimeError):
     """A participant's device has too little memory left. Says whose, and the sizes; its cause is torch's error."""
 
 
-# With the payload that was received: an update, and more for the row.
-Work = Callable[[Tree, Meter], tuple[ClientUpdate | None, dict[str, Any]]]
+Outcome = tuple[ClientUpdate | None, dict[str, Any]]  # an update, and more for the row
+Work = Callable[[Tree, Meter], Asking[Outcome]]  # with the payload that was received
 
 
 class Participant:
@@ -51,6 +52,8 @@ class Participant:
 
     Its private state is written to `folder` before a reply leaves, and read by nobody else. A call for round r always
     starts from the newest state older than r, so a repeated call gives the same answer.
+
+    Calls ask for their trainings (`fedsim.learning.steps`): `run_alone` or `run_batched` gives their replies.
     """
 
     def __init__(
@@ -59,7 +62,6 @@ class Participant:
         use_large_pages()
         self.experiment, self.member, self.counted = experiment, member, counted
         self.data_dir = data_dir
-        self.key = Meter.of(experiment.algorithm, counted).key
         self.versions = private_of(folder, member.info.id)
         gpu = member.tier.num_gpus > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if gpu else "cpu")
@@ -77,35 +79,37 @@ class Participant:
 
     # calls ----------------------------------------------------------------------------------------------------------
 
-    def begin(self, round: int, payload: Payload) -> Reply:
+    def begin(self, round: int, payload: Payload) -> Asking[Reply]:
         """Make the private state (Fed-Grow's local stage)."""
 
-        def work(received: Tree, meter: Meter) -> tuple[None, dict[str, Any]]:
-            self._enter(round, round, meter)
+        def work(received: Tree, meter: Meter) -> Asking[Outcome]:
+            yield from self._enter(round, round, meter)
             return None, {}
 
         return self._measured(("begin", round), payload, work)
 
-    def train(self, round: int, payload: Payload) -> Reply:
+    def train(self, round: int, payload: Payload) -> Asking[Reply]:
         """One round of local work; the update is what is sent."""
 
-        def work(received: Tree, meter: Meter) -> tuple[ClientUpdate, dict[str, Any]]:
-            self._enter(round, round, meter)
-            algorithm, context = self.experiment.algorithm, self._context(round, meter)
-            update, state = algorithm.client_update(received, self.state, context)
+        def work(received: Tree, meter: Meter) -> Asking[Outcome]:
+            yield from self._enter(round, round, meter)
+            context = self._context(round, meter)
+            steps = self.experiment.algorithm.client_update(received, self.state, context)
+            update, state = yield from asking(context, steps)
             if state is not self.state:
-                self._keep(round, state)
+                self._keep(round, trees.to(state, self.device))
             sent = _own(trees.to(update.tree, "cpu"), received, self.state)
-            counted = {"bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
-            return ClientUpdate(update.client, sent, update.weight), counted | {"upload_params": trees.numel(sent)}
+            noted = {"bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
+            noted |= {"upload_params": trees.numel(sent), "metrics": _metrics(update), "weight": update.weight}
+            return ClientUpdate(update.client, sent, update.weight), noted
 
         return self._measured(("train", round), payload, work)
 
-    def score(self, round: int, payload: Payload) -> Reply:
+    def score(self, round: int, payload: Payload) -> Asking[Reply]:
         """Accuracy and loss of the model this participant would deploy, after a round."""
 
-        def work(received: Tree, meter: Meter) -> tuple[None, dict[str, Any]]:
-            self._enter(round + 1, round, meter)
+        def work(received: Tree, meter: Meter) -> Asking[Outcome]:
+            yield from self._enter(round + 1, round, meter)
             context = self._context(round, meter)
             return None, self._scores(self.experiment.algorithm.client_model(received, self.state, context))
 
@@ -113,7 +117,7 @@ class Participant:
 
     # state ----------------------------------------------------------------------------------------------------------
 
-    def _enter(self, before: int, round: int, meter: Meter) -> None:
+    def _enter(self, before: int, round: int, meter: Meter) -> Asking[None]:
         """Hold the newest state older than round `before`; make one, in this round, if there never was any."""
         if self.version is not None and self.version < before:
             return
@@ -123,11 +127,11 @@ class Participant:
             self.state = trees.to(state, self.device)
             self.sha256 = trees.sha256(state)
             return
-        before = meter.flops
-        state = self.experiment.algorithm.client_init(self._context(0, meter))
+        before, context = meter.flops, self._context(0, meter)
+        state = yield from asking(context, self.experiment.algorithm.client_init(context))
         self.init_flops = meter.flops - before
         # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
-        self._keep(round, state, on_disk=bool(state or self.init_flops))
+        self._keep(round, trees.to(state, self.device), on_disk=bool(state or self.init_flops))
 
     def _keep(self, version: int, state: Tree, on_disk: bool = True) -> None:
         """Save before use: what a reply reports is already on disk."""
@@ -191,15 +195,15 @@ class Participant:
             "f1": nullable(test.f1),
         }
 
-    def _measured(self, call: tuple[str, int], payload: Payload, work: Work) -> Reply:
+    def _measured(self, call: tuple[str, int], payload: Payload, work: Work) -> Asking[Reply]:
         """Run some work and note what it took."""
-        meter = Meter(self.key, self.counted)
+        meter = Meter(self.counted)
         reset_peak_memory(self.device)
         self.init_flops = 0
         started = time.perf_counter()
         try:
             received = INBOX.copy_of(payload, self.device, call)
-            update, noted = work(received, meter)
+            update, noted = yield from work(received, meter)
         except torch.OutOfMemoryError as error:
             info, tier = self.member.info, self.member.tier
             raise DeviceMemoryError(
@@ -253,6 +257,14 @@ def _own(tree: Tree, *others: Tree) -> Tree:
         name: tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
         for name, tensor in trees.ordered(tree).items()
     }
+
+
+def _metrics(update: ClientUpdate) -> dict[str, float] | None:
+    """What the method wants in the tables; None where it is nothing. **Raises:** `ValueError` for what is no number."""
+    for name, value in update.metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+            raise ValueError(f"ClientUpdate.metrics[{name!r}]={value!r}: must be a finite number")
+    return dict(update.metrics) or None
 
 
 def nullable(number: float) -> float | None:

@@ -1,5 +1,6 @@
 """LEARNING: what is learned, and how one participant learns it.
 
-`task` (family + data + loss + score), `training` (the local loop, FLOPs), `together` (several trainings in one batched
-computation), `starts`, `rates`, `coverage`, `exits`, `adapters`, `ensemble` (sub-models), `server_opt`.
+`task` (family + data + loss + score), `objectives`, `training` (the request and the local loop), `meter` (FLOPs),
+`steps` and `batched` (who answers requests), `starts`, `rates`, `coverage`, `exits`, `adapters`, `ensemble`
+(sub-models), `server_opt`.
 """

@@ -3,6 +3,7 @@
 In training they stand beside their matrices, W0 x + scale B (A x): neither B A nor a gradient of its size is formed.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +14,14 @@ from torch.nn import functional as F
 
 from fedsim.core.fields import refuse
 from fedsim.core.tree import Tree, under
+from fedsim.learning.objectives import Frozen
 from fedsim.learning.rates import rate_of
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form, get_family
 
 
 A, B = "a.", "b."  # parts of a tree of adapters, under the names of the matrices
+HEAD = "head."  # beside them: what comes after the blocks
 
 
 def adapted(task: Task, form: Form) -> dict[str, int]:
@@ -105,6 +108,24 @@ def logits_beside(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterLoss:
+    """The task's loss of a model with adapters; trained are factors and, under `HEAD`, what comes after the blocks.
+
+    - `frozen["model"]`: W0. - `frozen["adapters"]`: factors that are not trained, if there are any.
+    """
+
+    task: Task
+    form: Form
+    scale: float
+
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        model = {**frozen["model"], **under(parameters, HEAD)}
+        adapters = {**frozen.get("adapters", {}), **parameters}
+        logits = logits_beside(self.task, self.form, model, adapters, self.scale, batch)
+        return self.task.loss(logits.float(), batch)
 
 
 def norm(adapters: Mapping[str, Tensor], writes: Mapping[str, int]) -> float:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsim.core.submodel import Cut, ScatterMean, join_fused, split_fused, split_specs
+from fedsim.core.submodel import Cut, ParamSpec, ScatterMean, join_fused, split_fused, split_specs
 from fedsim.core.tree import Tree, prefixed, under
 from fedsim.core.updates import ClientUpdate, Partial
+from fedsim.data.config import Split
 from fedsim.learning import server_opt
 from fedsim.learning.server_opt import ServerOptimizer
 from fedsim.learning.task import Task
@@ -89,3 +90,22 @@ def everywhere(cuts: Sequence[tuple[int, Cut]], source: Mapping[str, Tensor]) ->
 def _first(cut: Cut, name: str) -> tuple[int, ...]:
     """Where the block of one parameter begins: what tells it from others of its size."""
     return tuple(0 if kept is None else int(kept[0]) for kept in cut.places[name])
+
+
+def present(task: Task, split: Split, tree: Mapping[str, Tensor], specs: Mapping[str, ParamSpec]) -> Tree:
+    """Which classes and tokens a split has, of bools; tokens that mean no text are everyone's."""
+    inputs, data = task.inputs, split.inputs
+    found = {"token": data.get("input_ids", torch.zeros(0)), "class": data.get("labels", split.labels)}
+    special = [id_ for id_ in (inputs.padding_id, inputs.end_id, inputs.mask_id) if id_ is not None]
+    rows: Tree = {}
+    for name, spec in specs.items():
+        for position, text in enumerate(spec.dims):
+            kind = text.removeprefix("=")
+            if text.startswith("=") and kind in found and kind not in rows:
+                seen = torch.zeros(tree[name].shape[position], dtype=torch.bool)
+                ids = found[kind].flatten().long()
+                seen[ids[ids >= 0]] = True
+                if kind == "token":
+                    seen[special] = True
+                rows[kind] = seen
+    return rows

@@ -5,10 +5,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fedsim.core.tree import Tree, under
+from fedsim.learning.objectives import Frozen
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
+
+
+EXIT = "exit."  # tails beside a body in one tree: "exit.<depth>.<name>"
 
 
 def ends_at(depth: int, exits: int) -> tuple[int, ...]:
@@ -60,6 +66,38 @@ def exit_logits(
             logits.append(task.forward(cut, used | dict(end), batch))
         before, result = depth, results[-1]
     return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitsLoss:
+    """The sum of the task's losses at some exits and, if they teach each other, c times what they learn (DepthFL).
+
+    - `form`: of the whole model. - `depths`: of the exits, ascending. - `taught`: whether they teach each other.
+
+    - `frozen["ramped"]`: c, a scalar.
+    """
+
+    task: Task
+    form: Form
+    depths: tuple[int, ...]
+    taught: bool
+
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        body = {name: tensor for name, tensor in parameters.items() if not name.startswith(EXIT)}
+        tails = [under(parameters, f"{EXIT}{depth}.") for depth in self.depths]
+        exits = exit_logits(self.task, self.form, body, tails, self.depths, batch)
+        logits = [each.float() for each in exits]
+        loss = torch.stack([self.task.loss(each, batch) for each in logits]).sum()
+        if not self.taught:
+            return loss
+        return loss + frozen["ramped"] * sum(self._distance(logits, own, batch) for own in range(len(logits)))
+
+    def _distance(self, logits: list[Tensor], own: int, batch: Batch) -> Tensor:
+        """Mean KL divergence of one exit from each of the others, which are held fixed."""
+        student, others = logits[own], [each.detach() for number, each in enumerate(logits) if number != own]
+        distance = self.task.distillation
+        found = [distance(student, each, batch) - distance(each, each, batch) for each in others]
+        return torch.stack(found).mean()
 
 
 @contextlib.contextmanager

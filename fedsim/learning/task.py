@@ -1,9 +1,12 @@
 """The task: model family + data + loss + score."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,12 +122,24 @@ class Score:
 
 
 class Task:
-    """A `TaskConfig` brought to life in one process. `dataset=None` (no data loaded) is enough to build and count."""
+    """A `TaskConfig` brought to life in one process. `dataset=None` (no data loaded) is enough to build and count.
+
+    Tasks are equal if their configs are, and travel without data.
+    """
 
     def __init__(self, config: TaskConfig, dataset: Dataset | None = None) -> None:
         self.config = config
         self.inputs = config.inputs
         self.dataset = dataset
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.config == other.config  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self.config)
+
+    def __reduce__(self) -> tuple[type["Task"], tuple[TaskConfig]]:
+        return type(self), (self.config,)
 
     # models ---------------------------------------------------------------------------------------------------------
 
@@ -134,7 +149,7 @@ class Task:
 
     def skeleton(self, form: Form) -> nn.Module:
         """A module to run trees in with `functional_call`. Shared by the whole process: never change it."""
-        return _skeleton(self.config.family, form, self.inputs)
+        return _skeleton(self.config.family, form, self.inputs, MASKED.get())
 
     def fresh(self, form: Form, seed: int) -> Tree:
         """Randomly initialised parameters, as the Hugging Face class draws them."""
@@ -269,8 +284,26 @@ def subset(split: Split, index: np.ndarray) -> Split:
     return Split(inputs, split.labels[chosen], groups)
 
 
+# Whether models take their mask as it is instead of looking at it, as `torch.func.vmap` needs.
+MASKED: ContextVar[bool] = ContextVar("MASKED", default=False)
+
+
+@contextlib.contextmanager
+def masked_attention() -> Iterator[None]:
+    """Inside, no model of a task looks at its attention mask to do without it: the same to rounding."""
+    before = MASKED.set(True)
+    try:
+        yield
+    finally:
+        MASKED.reset(before)
+
+
 @functools.lru_cache(maxsize=32)
-def _skeleton(family_name: str, form: Form, inputs: Inputs) -> nn.Module:
+def _skeleton(family_name: str, form: Form, inputs: Inputs, masked: bool) -> nn.Module:
     with torch_seeded(0):  # the values are never used, but drawing them must not move the caller's stream
-        module = get_family(family_name).build(form, inputs)
+        module: Any = get_family(family_name).build(form, inputs)
+    if masked and hasattr(module, "set_attn_implementation"):  # a Hugging Face model, and so its library is there
+        from fedsim.models.attention import always_masked
+
+        module.set_attn_implementation(always_masked())
     return module.requires_grad_(False).eval()

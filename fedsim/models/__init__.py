@@ -8,7 +8,7 @@ from fedsim.models.family import Family, Form, Inputs
 
 __all__ = ["Family", "Form", "Inputs", "families", "get_family"]
 
-NOT_FAMILIES = {"family", "declare", "pretrained"}  # what families are written with, and checkpoints of them
+NOT_FAMILIES = {"attention", "family", "declare", "pretrained"}  # what families are written with, and checkpoints
 
 
 def families() -> list[str]:

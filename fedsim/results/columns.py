@@ -89,6 +89,7 @@ ROUNDS = _schema(
     late="int?",  # of the cohort: those whose update came when the round was over
     dropped_out="int?",  # those who received what was sent and were not heard of again
     excluded="int?",  # those whose device is too small for the method
+    metrics="str?",  # JSON: means, by weight, of what clients reported (`ClientUpdate.metrics`); null if nothing
 )
 
 CLIENTS = _schema(
@@ -123,6 +124,7 @@ CLIENTS = _schema(
     small_sha256="str?",  # of the small model it trained for itself, in the round it did
     simulated_seconds="float?",  # from the payload to the update, and making its private state where it did
     outcome="str?",  # in_time | late | dropped_out | excluded | failed; null where it was only scored
+    metrics="str?",  # JSON: what the method reported of its training (`ClientUpdate.metrics`); null if nothing
 )
 
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")

@@ -15,8 +15,8 @@ from fedsim.data.config import DataConfig
 from fedsim.data.source import Split
 from fedsim.engine.cohort import tiers_of
 from fedsim.experiment import Experiment, revived
+from fedsim.learning.meter import Meter
 from fedsim.learning.task import Task
-from fedsim.learning.training import Meter
 from fedsim.models import get_family
 from fedsim.results import card
 from fedsim.results import tables as results
@@ -99,7 +99,7 @@ def deployed(
     seed, middle, target = experiment.seed, experiment.intermediate, experiment.target
     at_server = ServerContext(seed, last, task, middle, target, population)
     nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
-    meter, precision = Meter("", {}), experiment.precision
+    meter, precision = Meter({}), experiment.precision
     at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision, experiment.forms)
     payload = algorithm.server_broadcast(server[1], [info], at_server)[participant]
     model: Any = algorithm.client_model(payload, state, at_client)

@@ -62,6 +62,7 @@ def client_columns(
         "small_sha256": each("small_sha256"),
         "simulated_seconds": each("simulated_seconds"),
         "outcome": [outcome(note) for note in notes],
+        "metrics": [None if metrics is None else json.dumps(metrics) for metrics in each("metrics")],
     }
 
 
@@ -130,7 +131,19 @@ def round_row(
         "late": sum("late" in note for note in noted.values()),
         "dropped_out": len(round_cohort.dropped_out),
         "excluded": len(round_cohort.excluded),
+        "metrics": mean_metrics(list(noted.values())),
     }
+
+
+def mean_metrics(notes: Sequence[Mapping[str, Any]]) -> str | None:
+    """JSON of each metric's mean over those who reported it, by the weights of their updates; None if nobody did."""
+    totals: dict[str, list[float]] = {}
+    for note in notes:
+        for name, value in (note.get("metrics") or {}).items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0], total[1] = total[0] + note["weight"] * value, total[1] + note["weight"]
+    means = {name: total / weight for name, (total, weight) in sorted(totals.items()) if weight}
+    return json.dumps(means) if means else None
 
 
 def profile_rows(

@@ -61,15 +61,21 @@ class Failure:
     out_of_memory: bool = False
 
 
+def as_it_is(returned: Any) -> Any:
+    return returned
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """How a call treats participants.
 
     - `again`: whether one that raises is asked once more; after running out of memory, when nobody else computes.
-    - `together`: computes the members of a chunk side by side in one process; None: one after another.
+    - `finish`: makes the reply of what a participant's method returned.
+    - `together`: makes the replies of all members of a chunk at once from their calls; None: one after another.
     """
 
     again: bool = False
+    finish: Callable[[Any], Any] = as_it_is
     together: Together | None = None
 
 
@@ -220,7 +226,7 @@ def answered(
     repeated, seconds, replies = list[int](), dict[int, float](), list[tuple[int, Any]]()
     calls = [functools.partial(getattr(participants[id_], method), round, payloads[id_]) for id_ in payloads]
     received = {key: tensor_bytes(payload) for key, payload in {id(p): p for p in payloads.values()}.items()}
-    results = one_by_one(calls) if policy.together is None else side_by_side(calls, policy.together)
+    results = side_by_side(calls, policy.together) if policy.together else one_by_one(calls, policy.finish)
     for id_, call, (reply, took) in zip(payloads, calls, results, strict=True):
         down += received[id(payloads[id_])]
         if isinstance(reply, Failure) and policy.again:
@@ -229,7 +235,7 @@ def answered(
             if reply.out_of_memory and torch.cuda.is_available():
                 torch.cuda.empty_cache()
             repeated.append(id_)
-            reply, more = next(one_by_one([call]))
+            reply, more = next(one_by_one([call], policy.finish))
             took += more
         replies.append((id_, reply))
         seconds[id_] = took
@@ -241,12 +247,12 @@ def answered(
     return Answer(content, Traffic(down, up), moved, seconds, time.perf_counter() - started, tuple(repeated))
 
 
-def one_by_one(calls: Sequence[Callable[[], Any]]) -> Iterator[tuple[Any, float]]:
+def one_by_one(calls: Sequence[Callable[[], Any]], finish: Callable[[Any], Any]) -> Iterator[tuple[Any, float]]:
     """Each call's reply, or the `Failure` that stands for it, and the seconds it took; made as they are asked for."""
     for call in calls:
         started = time.perf_counter()
         try:
-            reply = call()
+            reply = finish(call())
         except Exception as error:  # whatever it was: the aggregator's policy decides, and the text says it all
             reply = failed(error)
         yield reply, time.perf_counter() - started

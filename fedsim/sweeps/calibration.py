@@ -23,8 +23,8 @@ from fedsim.data.config import PER_TOKEN, Split
 from fedsim.data.partition import Partition
 from fedsim.engine.cost import Call, DryRun, DryRunState
 from fedsim.experiment import Experiment
+from fedsim.learning.meter import Work
 from fedsim.learning.task import Task
-from fedsim.learning.training import Meter, Work
 from fedsim.runtime.base import pin_threads
 
 
@@ -285,14 +285,15 @@ def acts(experiment: Experiment, spans: Sequence[Span], timed: Sequence[Collecti
 
 def _method_key(experiment: Experiment) -> tuple:
     inputs = dataclasses.replace(experiment.task.inputs, num_classes=1)
-    method = (Meter.of(experiment.algorithm, simulation.COUNTED).key, experiment.precision, experiment.task.family)
+    algorithm = experiment.algorithm
+    method = (type(algorithm).__qualname__, algorithm.preset_name, experiment.precision, experiment.task.family)
     return (*method, inputs, experiment.intermediate, experiment.target)
 
 
 def _work_key(experiment: Experiment, work: Work) -> tuple:
     # Amounts to two digits: data that differ in their number of classes alone are timed once.
     amounts = (f"{work.trainable:.1e}", f"{work.flops_per_step:.1e}")
-    return (*_method_key(experiment), work.purpose, work.batch_size, *amounts)
+    return (*_method_key(experiment), work.purpose, work.objective, work.batch_size, *amounts)
 
 
 def _call_key(experiment: Experiment, call: Call) -> tuple:

@@ -25,9 +25,10 @@ from fedsim.core.tree import Tree, nbytes, numel, prefixed, sha256, under
 from fedsim.learning.ensemble import Ensemble
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.server_opt import ServerOptimizer
-from fedsim.learning.training import settings as settings_of
+from fedsim.learning.steps import run_client
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
+from tests.support.clients import client_init, client_update
 from tests.support.small_federation import (
     ALIKE,
     LOCAL,
@@ -298,7 +299,9 @@ def test_weak_participants_receive_and_send_nothing() -> None:
 def test_weak_participants_deploy_the_small_model_they_trained_alone() -> None:
     federation = Federation(exclusive(), UNLIKE)
     context = federation.at_client(0, 0)
-    alone = trained_on_own_shard(context, **settings_of(federation.algorithm) | {"lr": 1e-2, "epochs": 1})
+    algorithm = federation.algorithm
+    assert isinstance(algorithm, Exclusive)
+    alone = run_client(context, trained_on_own_shard(context, **algorithm.settings(lr=1e-2, epochs=1)))
     assert context.meter.trainable == 0 < context.meter.flops, "as a participant's own training counts"
     assert_same_bits(weights_of(federation.deployed(0, 0)), alone)
     federation.run(1)
@@ -467,7 +470,7 @@ def test_local_only_is_local_training() -> None:
     assert (work.purpose, work.trainable) == ("small", parameter_count(federation.task, SMALL))
     plain = FedAvg(**whole)
     context = dataclasses.replace(federation.at_client(1, 2), target=SMALL)
-    trained = plain.client_update(start, {}, context)[0].tree
+    trained = client_update(plain, start, {}, context)[0].tree
     # A key's bias has no gradient but rounding. Whole shards as batches: orders differ.
     decided = [name for name in start if not name.endswith("k_proj.bias")]
     after = federation.state(2)
@@ -489,5 +492,5 @@ def test_local_only_begins_with_the_tiers_checkpoint(tmp_path: Path) -> None:
 def test_what_a_participant_makes_is_on_its_device(algorithm: Algorithm) -> None:
     """A meta device has no values, but it shows where tensors are put."""
     federation = Federation(algorithm, (SMALL, SMALL, TARGET))
-    state = algorithm.client_init(federation.at_client(0, 0, device="meta", empty=True))
+    state = client_init(algorithm, federation.at_client(0, 0, device="meta", empty=True))
     assert {tensor.device.type for tensor in state.values()} == {"meta"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import baselines.depthfl
+import fedsim.learning.exits
 from baselines.depthfl import COVERED, DepthFL
 from baselines.fedavg import FedAvg, fedavg_small
 from baselines.grow_then_fedavg import GrowThenFedAvg
@@ -24,6 +24,7 @@ from fedsim.learning.exits import ends_at, exit_logits, shallower, tail, up_to
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
+from tests.support.clients import asked_of
 from tests.support.family_rows import NEXT_TOKEN, ROWS, Row, batch_of, random_tree
 from tests.support.small_federation import (
     ALIKE,
@@ -217,11 +218,18 @@ def model_in(state: Mapping[str, Tensor]) -> Tree:
 def said(monkeypatch: pytest.MonkeyPatch, *probabilities: list[float]) -> list[Tensor]:
     """Let the exits of a model say these, whatever it is asked."""
     logits = [torch.tensor([each]).log().requires_grad_() for each in probabilities]
-    monkeypatch.setattr(baselines.depthfl, "exit_logits", lambda *arguments: logits)
+    monkeypatch.setattr(fedsim.learning.exits, "exit_logits", lambda *arguments: logits)
     return logits
 
 
 LABEL = {"labels": torch.tensor([0])}
+
+
+def loss_of(federation: Federation, round: int) -> Tensor:
+    """The loss of the client with all exits, on an example of class 0, whatever its parameters."""
+    asked = asked_of(federation.algorithm, federation.payload(round, 2), {}, federation.at_client(round, 2))
+    (objective,) = asked.objectives
+    return objective({}, asked.frozen, LABEL)
 
 
 def test_the_loss_of_two_exits_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +239,7 @@ def test_the_loss_of_two_exits_on_paper(monkeypatch: pytest.MonkeyPatch) -> None
     for strength in (0.0, 1.0, 0.5):
         federation = Federation(depthfl(exits=2, distillation=strength), UNLIKE)
         said(monkeypatch, [3 / 4, 1 / 4], [1 / 2, 1 / 2])
-        loss = federation.algorithm._objective(federation.at_client(1, 2))({}, LABEL)  # type: ignore[attr-defined]
+        loss = loss_of(federation, 1)
         assert float(loss.detach()) == pytest.approx(cross_entropy + strength * divergence, rel=1e-6)
 
 
@@ -245,7 +253,7 @@ def test_three_exits_are_held_against_the_mean_of_two(monkeypatch: pytest.Monkey
 
     pairs = [(p, q), (p, r), (q, p), (q, r), (r, p), (r, q)]
     expected = -math.log(0.5 * 0.25 * 0.125) + sum(divergence(*pair) for pair in pairs) / 2
-    loss = federation.algorithm._objective(federation.at_client(1, 2))({}, LABEL)  # type: ignore[attr-defined]
+    loss = loss_of(federation, 1)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
 
 
@@ -254,7 +262,7 @@ def test_exits_that_teach_are_held_fixed(monkeypatch: pytest.MonkeyPatch) -> Non
     federation = Federation(depthfl(exits=2, distillation=0.5), UNLIKE)
     p, q = torch.tensor([[3 / 4, 1 / 4]]), torch.tensor([[1 / 2, 1 / 2]])
     logits = said(monkeypatch, p[0].tolist(), q[0].tolist())
-    federation.algorithm._objective(federation.at_client(1, 2))({}, LABEL).backward()  # type: ignore[attr-defined]
+    loss_of(federation, 1).backward()
     first = torch.tensor([[1.0, 0.0]])
     torch.testing.assert_close(logits[0].grad, p - first + 0.5 * (p - q))
     torch.testing.assert_close(logits[1].grad, q - first + 0.5 * (q - p))
@@ -266,8 +274,7 @@ def test_distillation_comes_in_over_the_first_rounds(monkeypatch: pytest.MonkeyP
     losses = {}
     for round in (0, 2, 4, 9):
         said(monkeypatch, [3 / 4, 1 / 4], [1 / 2, 1 / 2])
-        objective = federation.algorithm._objective(federation.at_client(round, 2))  # type: ignore[attr-defined]
-        losses[round] = float(objective({}, LABEL).detach()) + math.log(3 / 4) + math.log(1 / 2)
+        losses[round] = float(loss_of(federation, round).detach()) + math.log(3 / 4) + math.log(1 / 2)
     assert losses[9] == losses[4]
     assert losses[2] / losses[4] == pytest.approx(math.exp(-5 / 4), rel=1e-4)
     assert losses[0] / losses[4] == pytest.approx(math.exp(-5), rel=1e-3)

@@ -32,11 +32,13 @@ from fedsim.learning.adapters import (
     resized,
 )
 from fedsim.learning.exits import tail
+from fedsim.learning.meter import StepCost
+from fedsim.learning.objectives import Frozen, Objective
 from fedsim.learning.starts import start_of
 from fedsim.learning.task import Batch, Task
-from fedsim.learning.training import Objective, StepCost
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
+from tests.support.clients import client_init, client_update
 from tests.support.family_rows import ROWS, batch_of, random_tree, real
 from tests.support.small_federation import (
     ALIKE,
@@ -577,19 +579,20 @@ def test_the_servers_notes_stay_at_the_server_and_a_lost_round_leaves_them() -> 
 def test_what_a_participant_makes_is_on_its_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A meta device has no values, but it shows where tensors are put, and refuses to mix them with others."""
 
-    def run(context: ClientContext, objective: Objective, parameters: Tree) -> StepCost:
-        objective(parameters, {name: tensor.to(context.device) for name, tensor in context.task.example(1).items()})
+    def run(context: ClientContext, objective: Objective, parameters: Tree, frozen: Frozen) -> StepCost:
+        example = {name: tensor.to(context.device) for name, tensor in context.task.example(1).items()}
+        objective(parameters, frozen, example)
         return StepCost((0, 0), (1, 1))
 
     monkeypatch.setattr(StepCost, "measured", staticmethod(run))
     algorithm: Algorithm = lora(make)
     federation = Federation(algorithm, UNLIKE)
     context = federation.at_client(1, 0, device="meta", empty=True)
-    state = algorithm.client_init(context)
+    state = client_init(algorithm, context)
     assert {tensor.device.type for tensor in state.values()} == {"meta"}
     monkeypatch.setattr("baselines.lora.norm", lambda *arguments: 1.0)  # a number of a tensor without values
     federation.run(1)
     payload = {name: tensor.to("meta") for name, tensor in federation.payload(2, 0).items()}
-    update, kept = algorithm.client_update(payload, state, context)
+    update, kept = client_update(algorithm, payload, state, context)
     for tree in (update.tree, kept):
         assert {tensor.device.type for tensor in tree.values()} == {"meta"}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import baselines.fjord
 import fedsim.simulation
 from baselines.fedavg import FedAvg
 from baselines.fedbrb_like import FedBRBLike
@@ -27,11 +26,12 @@ from fedsim.data.config import Split, digits
 from fedsim.data.text import BYTE_END, BYTE_MASK, BYTE_PADDING, IGNORED
 from fedsim.engine.cohort import cohort_of, federation_sha256, members
 from fedsim.learning.coverage import covered_of, model_of, start
+from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.rates import cut_at, sub_form
 from fedsim.learning.server_opt import AVERAGE
 from fedsim.learning.task import Batch, Task, TaskConfig, load_task, subset
-from fedsim.learning.training import Meter, StepCost
 from fedsim.models import Form
+from tests.support.clients import asked_of, client_update
 from tests.support.cutting import Kept, assert_aligned, kept_by, shapes_of
 from tests.support.family_rows import ROWS, batch_of, examples, random_tree
 
@@ -94,7 +94,7 @@ class Federation:
         return ServerContext(self.seed, round, self.task, self.target, self.target, self.clients)
 
     def at_client(self, round: int, client: int, **changes: Any) -> ClientContext:
-        self.work[client] = Meter("", {})
+        self.work[client] = Meter({})
         context = ClientContext(
             seed=self.seed,
             round=round,
@@ -116,7 +116,7 @@ class Federation:
 
     def update(self, round: int, client: int) -> ClientUpdate:
         payload = self.payloads(round, [client])[client]
-        return self.algorithm.client_update(payload, {}, self.at_client(round, client))[0]
+        return client_update(self.algorithm, payload, {}, self.at_client(round, client))[0]
 
     def aggregate(self, round: int, updates: Sequence[ClientUpdate]) -> None:
         self.server = self.algorithm.server_aggregate(self.server, iter(updates), self.at_server(round))
@@ -945,28 +945,22 @@ def test_ordered_dropout_draws_among_the_rates_up_to_its_own(
     assert {*drawn(0, 2)} == {4}
 
 
-def objectives_of(federation: Federation, client: int, monkeypatch: pytest.MonkeyPatch) -> list:
-    captured: list = []
-
-    def noted(ctx: Any, objectives: Any, parameters: Tree, **fields: Any) -> Tree:
-        captured.extend(objectives)
-        return dict(parameters)
-
-    monkeypatch.setattr(baselines.fjord, "minimise", noted)
-    federation.update(1, client)
-    return captured
+def objectives_of(federation: Federation, client: int) -> list:
+    """What a client asks to be trained."""
+    context = federation.at_client(1, client)
+    return list(asked_of(federation.algorithm, federation.payloads(1, [client])[client], {}, context).objectives)
 
 
-def test_distillation_leaves_the_teacher_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distillation_leaves_the_teacher_alone() -> None:
     """Beyond the student's coordinates the gradient is that of the teacher's own loss."""
     federation = of_row("gpt2-text", FjORD(**LOCAL), (1 / 2,))
     task, form, batch = federation.task, federation.form(0), batch_of(federation.task)
-    own, student = objectives_of(federation, 0, monkeypatch)
+    own, student = objectives_of(federation, 0)
     tree = {n: t.float() for n, t in random_tree(task, form).items()}
 
     def gradient(objective: Any) -> Tree:
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in tree.items()}
-        objective(leaves, batch).backward()
+        objective(leaves, {}, batch).backward()
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     alone, with_student = gradient(own), gradient(student)
@@ -983,18 +977,18 @@ def test_distillation_leaves_the_teacher_alone(monkeypatch: pytest.MonkeyPatch) 
     logits = task.forward(small, inside.extract(tree), batch).double()
     soft = -(teacher.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     expected = F.cross_entropy(teacher, batch["labels"]) + soft
-    assert float(student(tree, batch)) == pytest.approx(float(expected), abs=1e-5)
+    assert float(student(tree, {}, batch)) == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_without_distillation_a_step_is_the_loss_of_the_sub_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_distillation_a_step_is_the_loss_of_the_sub_model_alone() -> None:
     federation = of_row("gpt2-text", FjORD(**LOCAL, distillation=False), (1 / 2,))
     task, form, batch = federation.task, federation.form(0), batch_of(federation.task)
-    _, student = objectives_of(federation, 0, monkeypatch)
+    _, student = objectives_of(federation, 0)
     tree = {n: t.float() for n, t in random_tree(task, form).items()}
     small = cut_at(task, federation.target, 1 / 4)
     inside = Cut(task.specs(form), form.axes, small.lists)
     logits = task.forward(sub_form(task, federation.target, 1 / 4), inside.extract(tree), batch)
-    assert float(student(tree, batch)) == float(task.loss(logits, batch))
+    assert float(student(tree, {}, batch)) == float(task.loss(logits, batch))
 
 
 # the federation is the same -------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from benchmarks import suites
 from fedsim.cli import main
 from fedsim.engine.participant import Participant, Reply
 from fedsim.experiment import Experiment
-from fedsim.learning.training import StepCost
+from fedsim.learning.meter import StepCost
+from fedsim.learning.steps import Asking
 from fedsim.results.tables import load
 
 
@@ -151,7 +152,7 @@ def test_a_run_that_failed_says_who_why_and_how_to_go_on(
 ) -> None:
     real = Participant.train
 
-    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
+    def broken(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
         if (round, self.member.info.id) == (2, 1):
             raise ArithmeticError("two and two make five")
         return real(self, round, payload)
@@ -179,7 +180,7 @@ def test_ctrl_c_leaves_what_was_finished_readable(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Reply:
+    def interrupted(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
         raise KeyboardInterrupt
 
     words = ["run", TINY, "--runtime", "inline", "--out", str(tmp_path), "--set", *tiny_settings]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedgrow_algo import dual_ligo, ligo
-from fedgrow_algo.dual_ligo import first_of_each, grown_forward, looked_up
+from fedgrow_algo.dual_ligo import GrownLoss, first_of_each, looked_up
 from fedgrow_algo.dual_ligo import operator_between as operator_of_task
 from fedgrow_algo.ligo import MIX
 from fedgrow_algo.presets import PRESETS
@@ -330,7 +330,7 @@ def test_nothing_is_held_for_every_pair_of_a_source_and_a_target_block(preset, m
     assert max(sizes_in_growing(operator, tree)) <= max(of_target, of_operator) < 9 * 10 * old.width * old.inner
 
 
-def saved_bytes(forward, tensors, batch, task):
+def saved_bytes(grown, tensors, stacked, batch):
     """Loss, gradients, and the bytes that wait for the backward pass."""
     tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     held = {}
@@ -340,7 +340,7 @@ def saved_bytes(forward, tensors, batch, task):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = task.loss(forward(tensors, batch), batch)
+        loss = grown(tensors, {"small": stacked}, batch)
     gradients = dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
     return loss.detach(), gradients, sum(held.values())
 
@@ -353,7 +353,7 @@ def test_growing_again_in_the_backward_pass_gives_the_same_bits_and_holds_less(p
     batch = {"pixel_values": random(4, 1, 8, 8).float(), "labels": torch.arange(4)}
     stacked = operator.stack(task.fresh(old, 0))
     plain, again = (
-        saved_bytes(grown_forward(task, operator, stacked, new, checkpoint=checkpoint), tensors, batch, task)
+        saved_bytes(GrownLoss(task, preset, old, new, checkpoint), tensors, stacked, batch)
         for checkpoint in (False, True)
     )
     assert torch.equal(plain[0], again[0])
@@ -387,7 +387,7 @@ def test_rows_of_tokens_that_a_batch_lacks_are_not_grown(name, monkeypatch):
 
     def run():
         leaves = {part: tensor.clone().requires_grad_() for part, tensor in tensors.items()}
-        logits = grown_forward(task, operator, stacked, row.larger)(leaves, batch)
+        logits = GrownLoss(task, "preserving", row.small, row.larger).logits(leaves, stacked, batch)
         gradients = torch.autograd.grad(logits.square().sum(), list(leaves.values()))
         return logits, dict(zip(leaves, gradients, strict=True))
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from fedgrow_algo.dual_ligo import grown_forward
+from fedgrow_algo.dual_ligo import GrownLoss
 from fedgrow_algo.dual_ligo import operator_between as operator_of_task
 from fedgrow_algo.presets import PRESETS, by_name, copied_units, equal_shares
 from fedsim.learning.task import Task, TaskConfig
@@ -294,11 +294,11 @@ def test_gradient_in_each_tensor_of_the_operator_is_its_finite_difference(preset
     tree = {
         name: t.double() + 0.2 * random(*t.shape, seed=i) for i, (name, t) in enumerate(task.fresh(small, 0).items())
     }
-    forward = grown_forward(task, operator, operator.stack(tree), large)
+    grown, stacked = GrownLoss(task, preset, small, large), operator.stack(tree)
     batch = growing.batch("vit") | {"labels": torch.arange(4)}
 
     def loss(tensors):
-        return task.loss(forward(tensors, batch), batch)
+        return task.loss(grown.logits(tensors, stacked, batch), batch)
 
     tensors = {name: t.requires_grad_() for name, t in moved(operator, by=0.05).items()}
     gradients = torch.autograd.grad(loss(tensors), list(tensors.values()))

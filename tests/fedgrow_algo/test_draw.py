@@ -14,6 +14,7 @@ from fedsim.core.tree import Tree, under
 from fedsim.experiment import with_settings
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
+from tests.support.clients import client_init
 from tests.support.small_federation import ALIKE, LOCAL, MIDDLE, SMALL, Federation, without_counting
 
 
@@ -33,7 +34,7 @@ def staged(draw: str, **more) -> FedGrow:
 def middles(algorithm: FedGrow, forms) -> list[Tree]:
     """M_i of every participant, before the first round."""
     federation = Federation(algorithm, forms)
-    return [under(algorithm.client_init(federation.at_client(0, client)), "middle.") for client in range(3)]
+    return [under(client_init(algorithm, federation.at_client(0, client)), "middle.") for client in range(3)]
 
 
 def test_equal_forms_start_equal_and_other_participants_own_draws_do_not() -> None:

@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import fedsim.simulation
 from baselines.fedavg import FedAvg
 from benchmarks.suites import quick, released_ladder, tiny
-from fedgrow_algo.dual_ligo import grown, grown_forward, operator_between
+from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
 from fedgrow_algo.fedgrow import FedGrow
-from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.joint import FedGrowJoint, JointLoss
 from fedgrow_algo.ligo import Operator
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedgrow_algo.rounds import aggregated, payloads, stage_of
@@ -24,13 +24,15 @@ from fedsim.core.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
 from fedsim.data.config import Split, digits
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment, with_settings
+from fedsim.learning.meter import Meter, StepCost, step_cost
+from fedsim.learning.objectives import TaskLoss
 from fedsim.learning.server_opt import AVERAGE
 from fedsim.learning.task import Task, TaskConfig, load_task, subset
-from fedsim.learning.training import Meter, StepCost, step_cost, task_loss
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
+from tests.support.clients import client_init, client_update
 
 
 SMALL, MIDDLE, TARGET = Form(8, 1, heads=2), Form(12, 2, heads=2), Form(16, 3, heads=2)
@@ -85,7 +87,7 @@ class Federation:
         return ServerContext(0, round, self.task, MIDDLE, TARGET, self.clients)
 
     def at_client(self, round: int, client: int, **changes: Any) -> ClientContext:
-        self.work[client] = Meter("", {})
+        self.work[client] = Meter({})
         context = ClientContext(
             seed=0,
             round=round,
@@ -101,7 +103,7 @@ class Federation:
 
     def state(self, client: int) -> Tree:
         if client not in self.private:
-            self.private[client] = self.algorithm.client_init(self.at_client(0, client))
+            self.private[client] = client_init(self.algorithm, self.at_client(0, client))
         return self.private[client]
 
     def payload(self, round: int, client: int) -> Tree:
@@ -109,9 +111,8 @@ class Federation:
 
     def update(self, round: int, client: int, **changes: Any) -> ClientUpdate:
         state, payload = self.state(client), self.payload(round, client)
-        update, self.private[client] = self.algorithm.client_update(
-            payload, state, self.at_client(round, client, **changes)
-        )
+        context = self.at_client(round, client, **changes)
+        update, self.private[client] = client_update(self.algorithm, payload, state, context)
         return update
 
     def run(self, round: int, cohort: Sequence[int] = (0, 1, 2)) -> list[ClientUpdate]:
@@ -208,7 +209,7 @@ def test_nothing_but_operators_has_a_gradient(algorithm: Algorithm, precision: s
     hook = register_optimizer_step_pre_hook(note)
     try:
         context = federation.at_client(2, 0, precision=precision)
-        update, kept = algorithm.client_update(payload, state, context)
+        update, kept = client_update(algorithm, payload, state, context)
     finally:
         hook.remove()
     assert numbers == {len(shapes)} and trained == {tuple(shape) for shape in shapes.values()}
@@ -245,13 +246,11 @@ def test_growing_again_costs_operations_and_saves_memory() -> None:
     federation = Federation(staged())
     context, operator = federation.at_client(1, 0), shared_operator(federation.task)
     stacked = operator.stack(federation.task.fresh(MIDDLE, 0))
-    forwards = [grown_forward(federation.task, operator, stacked, TARGET, flag) for flag in (False, True)]
+    losses = [GrownLoss(federation.task, "paper", MIDDLE, TARGET, flag) for flag in (False, True)]
     federation.task.skeleton(TARGET)  # built once: not while it is counted
-    kept, again = (step_cost(context, task_loss(context, forward), federation.server, 2) for forward in forwards)
+    kept, again = (step_cost(context, loss, federation.server, {"small": stacked}, 2) for loss in losses)
     assert again[0] > kept[0]
     assert again[1] < kept[1]
-    keys = {Meter.of(FedGrow(checkpoint_growth=flag, lr=lr), {}).key for flag in (False, True) for lr in (0.1, 0.2)}
-    assert len(keys) == 2, "the costs of either way are counted apart, those of learning rates together"
 
 
 # joint ----------------------------------------------------------------------------------------------------------------
@@ -289,8 +288,8 @@ def test_joint_grows_the_target_from_the_small_model_through_both_operators() ->
     assert_close(federation.model(1, 0), expected, atol=1e-7)
     batch = task.batch(federation.shards[0], torch.arange(4))
     tensors = prefixed(under(state, "local."), "local.") | prefixed(federation.server, "global.")
-    logits = joint()._forward(state, federation.at_client(1, 0))(tensors, batch)
-    torch.testing.assert_close(logits, task.forward(TARGET, expected, batch), rtol=0, atol=1e-6)
+    loss = JointLoss(GrownLoss(task, "paper", MIDDLE, TARGET), SMALL)(tensors, {"small": under(state, "small.")}, batch)
+    torch.testing.assert_close(loss, TaskLoss(task, TARGET)(expected, {}, batch), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("epochs, held", [(0, set()), (1, {"small"})])
@@ -361,9 +360,9 @@ def test_released_codes_upload_on_the_released_ladder() -> None:
     nothing = Split({}, torch.zeros(0, dtype=torch.long))
     info = ClientInfo(0, "2 layers", experiment.forms[0], 0)
     context = ClientContext(
-        0, 1, task, experiment.intermediate, experiment.target, info, nothing, torch.device("cpu"), Meter("", {})
+        0, 1, task, experiment.intermediate, experiment.target, info, nothing, torch.device("cpu"), Meter({})
     )
-    update, _ = algorithm.client_update({}, algorithm.client_init(context), context)
+    update, _ = client_update(algorithm, {}, client_init(algorithm, context), context)
     sizes = {part: numel(under(update.tree, f"{part}.")) for part in ("middle", "target", "global")}
     assert sizes == {"middle": 2_812_580, "target": 5_742_052, "global": 2_089_152}
     assert nbytes(update.tree) == 4 * (5_742_052 + 2_089_152 + 2_812_580)
@@ -408,14 +407,14 @@ def test_released_codes_copy_of_the_target_has_no_effect() -> None:
     federation.run(1)
     payload, context = federation.payload(2, 0), federation.at_client(2, 0)
     spoiled = {name: tensor + 1 if name.startswith("target.") else tensor for name, tensor in payload.items()}
-    update, _ = federation.algorithm.client_update(payload, {}, context)
-    again, _ = federation.algorithm.client_update(spoiled, {}, context)
+    update, _ = client_update(federation.algorithm, payload, {}, context)
+    again, _ = client_update(federation.algorithm, spoiled, {}, context)
     assert_equal(update.tree, again.tree)
     shared = shared_operator(federation.task)
     expected = grown(shared, under(update.tree, "global."), under(update.tree, "middle."))
     assert_equal(under(update.tree, "target."), expected)
     other = {name: tensor + 1 if name.startswith("middle.") else tensor for name, tensor in payload.items()}
-    assert sha256(federation.algorithm.client_update(other, {}, context)[0].tree) != sha256(update.tree)
+    assert sha256(client_update(federation.algorithm, other, {}, context)[0].tree) != sha256(update.tree)
 
 
 def test_released_codes_latecomer_trains_what_the_server_sends() -> None:
@@ -502,7 +501,7 @@ def test_fine_tuning_is_plain_training_of_the_target(finetuned: tuple[Federation
     start = clone(federation.model(1, 1))
     federation.run(2, [1])
     plain = FedAvg(lr=1e-2, epochs=1, batch_size=64)
-    trained, _ = plain.client_update(start, {}, federation.at_client(2, 1))
+    trained, _ = client_update(plain, start, {}, federation.at_client(2, 1))
     decided = [name for name in start if not name.endswith("k_proj.bias")]  # others have no gradient but rounding
     ours = federation.model(2, 1)
     assert_close({n: ours[n] for n in decided}, {n: trained.tree[n] for n in decided}, atol=1e-4)
@@ -622,5 +621,5 @@ def test_what_a_participant_makes_is_on_its_device(procedure: Any) -> None:
         algorithms.append(dataclasses.replace(algorithms[0], federate=False))
     for algorithm in algorithms:
         context = Federation(algorithm).at_client(0, 0, device=torch.device("meta"))
-        state = algorithm.client_init(context)
+        state = client_init(algorithm, context)
         assert {tensor.device.type for tensor in state.values()} == {"meta"}

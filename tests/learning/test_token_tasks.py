@@ -24,12 +24,13 @@ from fedsim.data.source import load
 from fedsim.experiment import Experiment, Tier, canonical, parsed, revived
 from fedsim.learning.entities import EntityCounts, EntityTags
 from fedsim.learning.masking import masked
+from fedsim.learning.meter import Meter
 from fedsim.learning.task import IGNORED, Task, TaskConfig, subset
-from fedsim.learning.training import Meter, local_train
 from fedsim.models import Form, Inputs
 from fedsim.results.tables import read_table
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
+from tests.support.clients import local_train, objective_of
 
 
 NAMES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -517,9 +518,9 @@ def test_training_masks_afresh_in_each_epoch_and_the_same_in_each_run(masked_tas
     def labels_seen(round: int, purpose: str) -> list[Tensor]:
         seen = []
 
-        def forward(parameters: Any, batch: dict[str, Tensor]) -> Tensor:
+        def loss(parameters: Any, batch: dict[str, Tensor]) -> Tensor:
             seen.append(batch["labels"])
-            return parameters["table"][batch["input_ids"]]
+            return masked_task.loss(parameters["table"][batch["input_ids"]], batch)
 
         ctx = ClientContext(
             seed=0,
@@ -530,9 +531,10 @@ def test_training_masks_afresh_in_each_epoch_and_the_same_in_each_run(masked_tas
             info=ClientInfo(0, "phone", form, 4),
             train=train,
             device=torch.device("cpu"),
-            meter=Meter("", {}),
+            meter=Meter({}),
         )
-        local_train(ctx, forward, {"table": torch.zeros(259, 259)}, purpose=purpose, lr=1e-3, epochs=2, batch_size=4)
+        table = {"table": torch.zeros(259, 259)}
+        local_train(ctx, objective_of(loss), table, purpose=purpose, lr=1e-3, epochs=2, batch_size=4)
         return seen[-2:]  # the counting of a step came first
 
     def chosen(batch: Tensor) -> set[tuple[bool, ...]]:

@@ -12,14 +12,16 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from fedgrow_algo.dual_ligo import operator_between
+from fedgrow_algo.dual_ligo import GrownLoss, operator_between
 from fedgrow_algo.ligo import Operator
 from fedsim.algorithm import ClientContext, ClientInfo
 from fedsim.core.submodel import Dim, ParamSpec, join_fused, split_fused, split_specs
 from fedsim.core.tree import Tree, numel
 from fedsim.data.text import BYTE_MASK
-from fedsim.learning.training import Meter, local_train
+from fedsim.learning.meter import Meter
+from fedsim.learning.objectives import TaskLoss
 from fedsim.models import get_family
+from tests.support.clients import local_train
 from tests.support.family_rows import LENGTH, ROWS, Row, batch_of, examples, model_inputs, random_tree, real
 
 
@@ -287,20 +289,17 @@ def test_training_is_counted_and_lowers_the_loss(name: str, preset: str | None):
     row, task = ROWS[name], ROWS[name].task
     split, large = examples(task, 4), row.wider
     info = ClientInfo(0, "", row.small, len(split))
-    meter = Meter("test", {})
+    meter = Meter({})
     ctx = ClientContext(0, 0, task, row.small, large, info, split, torch.device("cpu"), meter)
     small = task.fresh(row.small, 0)
     if preset is None:
-        start, forward = small, lambda tree, batch: task.forward(row.small, tree, batch)
+        objective, start, frozen = TaskLoss(task, row.small), small, {}
     else:
         operator = operator_between(preset, task, row.small, large)
-        stacked, start = operator.stack(small), operator.init(torch.Generator().manual_seed(0))
-
-        def forward(tree, batch):
-            return task.forward(large, operator.grow(tree, stacked), batch)
-
+        start, frozen = operator.init(torch.Generator().manual_seed(0)), {"small": operator.stack(small)}
+        objective = GrownLoss(task, preset, row.small, large)
     for _ in range(2):
-        start = local_train(ctx, forward, start, purpose="own", lr=0.01, epochs=3, batch_size=4)
+        start = local_train(ctx, objective, start, frozen, purpose="own", lr=0.01, epochs=3, batch_size=4)
     first, second = meter.work
     assert second.loss < first.loss
     assert first.flops > 0 and first.activation_bytes > 0 and first.trainable == numel(start)

@@ -24,14 +24,16 @@ from fedsim import simulation
 from fedsim.algorithm import ClientContext, ClientInfo
 from fedsim.cli import main
 from fedsim.core.seeding import derive
+from fedsim.core.tree import Tree
 from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import pydoc
 from fedsim.engine.cohort import check_checkpoints, federation_sha256, members, tiers_of
 from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment, from_pretrained, revived, with_settings
+from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.starts import check_start, load_small
+from fedsim.learning.steps import run_client
 from fedsim.learning.task import load_task, subset
-from fedsim.learning.training import Meter, StepCost
 from fedsim.models import Form, get_family
 from fedsim.models.pretrained import Checkpoint, form_of
 from tests.support.family_rows import LENGTH, ROWS, TEXTS, Row, batch_of, model_inputs, real
@@ -642,8 +644,12 @@ def context(experiment: Experiment, checkpoint: Checkpoint | None) -> ClientCont
         info=ClientInfo(0, "phone", experiment.tiers[0].form, len(member.train), checkpoint),
         train=subset(task.dataset.train, member.train),
         device=torch.device("cpu"),
-        meter=Meter("", {}),
+        meter=Meter({}),
     )
+
+
+def own_model(ctx: ClientContext, **settings: Any) -> Tree:
+    return run_client(ctx, trained_on_own_shard(ctx, **settings))
 
 
 @pytest.mark.usefixtures("uncounted")
@@ -654,14 +660,14 @@ def test_training_on_the_own_shard_starts_from_the_checkpoint(tiny_experiment: E
     held = load_small(ctx.task, ctx.info.form, checkpoint, ctx.seed)
     before = {name: tensor.clone() for name, tensor in held.items()}
 
-    as_it_is = trained_on_own_shard(ctx, lr=1e-2, epochs=0, **settings)
+    as_it_is = own_model(ctx, lr=1e-2, epochs=0, **settings)
     assert all(as_it_is[name] is held[name] for name in held), "held once a process, not once a participant"
     assert ctx.meter.work == []
 
-    unmoved = trained_on_own_shard(ctx, lr=0.0, epochs=1, **settings)
+    unmoved = own_model(ctx, lr=0.0, epochs=1, **settings)
     assert same(unmoved, dict(sorted(before.items())))
-    trained = trained_on_own_shard(ctx, lr=1e-4, epochs=1, **settings)
-    from_scratch = trained_on_own_shard(context(tiny_experiment, None), lr=1e-4, epochs=1, **settings)
+    trained = own_model(ctx, lr=1e-4, epochs=1, **settings)
+    from_scratch = own_model(context(tiny_experiment, None), lr=1e-4, epochs=1, **settings)
     distances = [max(float((tree[n] - before[n]).abs().max()) for n in before) for tree in (trained, from_scratch)]
     assert 0 < distances[0] < 1e-2 < 0.1 < distances[1]
     assert same(held, before)

@@ -49,7 +49,7 @@ def add_run(
             | dict(accuracy_mean=accuracy, accuracy_std=spread, accuracy_min=worst, accuracy_local_mean=accuracy)
             | dict(accuracy_local_std=spread, accuracy_local_min=worst, accuracy_val_mean=accuracy)
             | dict(precision_mean=None, recall_mean=None, f1_mean=None, coverage=None, coverage_min=None)
-            | dict(simulated_seconds=None, late=0, dropped_out=0, excluded=0)
+            | dict(simulated_seconds=None, late=0, dropped_out=0, excluded=0, metrics=None)
             | dict(accuracy_global=None, loss_mean=1.0, train_loss=None, wall_seconds=1.0, retries=0, participants=4)
             | dict(bytes_up=1000 * kilobytes * (number > 0), bytes_down=1000 * kilobytes * (number > 0), flops=1)
             | dict(bytes_up_total=1000 * kilobytes * number, bytes_down_total=1000 * kilobytes * number)

@@ -207,7 +207,8 @@ def asked(uncounted: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batch sizes whose steps were timed; a step takes 0.01 s and 0.001 s for each example."""
     sizes = []
 
-    def step(_ctx, _objective, _parameters, size: int) -> float:
+    def step(_ctx, training, _objective) -> float:
+        size = training.batch_size
         assert torch.get_num_threads() == 1
         sizes.append(size)
         return 0.01 + 0.001 * size
@@ -232,9 +233,11 @@ def test_steps_are_timed_in_small_and_in_full_batches_on_one_thread(asked: list[
 def test_a_step_that_would_take_long_is_timed_in_small_batches_only(
     asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        fedsim.learning.training, "seconds_of_step", lambda *given: asked.append(given[3]) or 0.9 * LONG * given[3]
-    )
+    def slow(_ctx, training, _objective) -> float:
+        asked.append(training.batch_size)
+        return 0.9 * LONG * training.batch_size
+
+    monkeypatch.setattr(fedsim.learning.training, "seconds_of_step", slow)
     outline = Calibration().outline(on_few_digits(FedAvg(**LOCAL)), timing=True)
     assert asked == [SMALL]
     assert outline.phases[0].parts[0].stages[0].seconds == Line(0.0, 0.9 * LONG)

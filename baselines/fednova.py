@@ -1,0 +1,108 @@
+"""FedNova: clients that take different numbers of steps, averaged without favouring those that take many.
+
+Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", NeurIPS 2020,
+equation 6 and Appendix C. tau_i: the steps of client i; p_i: its share of the cohort's examples.
+
+    client i    y <- x; tau_i steps of SGD with momentum rho; send d_i = (y - x) / |a_i| and |a_i|
+                |a_i| = tau_i for rho = 0, else (tau_i - rho (1 - rho^tau_i) / (1 - rho)) / (1 - rho)
+    server      x <- x + (sum_i p_i |a_i|) sum_i p_i d_i
+
+With equal |a_i| that is FedAvg.
+
+Differs from the paper: the server's learning rate and momentum are those of `server`, none by default.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fedsim.algorithm import (
+    LATER,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.core.fields import refuse
+from fedsim.core.tree import Tree, prefixed, under
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.training import OptimizerName
+
+
+CHANGE, NORM = "change.", "norm"  # parts of an update: d_i, and |a_i|
+
+
+@dataclasses.dataclass(frozen=True)
+class FedNova(LocalTraining):
+    """FedNova of the target, with SGD whose learning rate is constant.
+
+    - `server`: what the server makes of its step.
+    """
+
+    lr: float = 0.1
+    optimizer: OptimizerName = dataclasses.field(default="sgd", metadata=LATER, kw_only=True)
+    server: ServerOptimizer = AVERAGE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in {"optimizer": "sgd", "nesterov": False, "schedule": "constant", "lr_warmup": 0}.items():
+            if getattr(self, name) != value:
+                refuse(f"algorithm.{name}", getattr(self, name), f"{value!r}: what |a_i| is known for")
+        if self.momentum == 1:
+            refuse("algorithm.momentum", self.momentum, "below 1")
+
+    @property
+    def name(self) -> str:
+        return "fednova"
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        model = model_of(state)
+        return {client.id: model for client in cohort}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        return weighted_sum(updates)
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        x = model_of(state)
+        nobody = prefixed({name: torch.zeros_like(tensor) for name, tensor in x.items()}, CHANGE) | {
+            NORM: torch.zeros(())
+        }
+        mean = weighted_mean(updates, like=nobody)
+        if mean is nobody:
+            return state
+        return self.server.step(state, {name: x[name] + mean[NORM] * d for name, d in under(mean, CHANGE).items()})
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(ctx.target, model_of(state))
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+        trained = yield Training(TaskLoss(ctx.task, ctx.target), payload, purpose="target", **self.settings())
+        norm = self.norm(trained.steps)
+        change = {name: (y - payload[name]) / (norm or 1.0) for name, y in trained.parameters.items()}
+        sent = prefixed(change, CHANGE) | {NORM: torch.tensor(norm)}
+        return ClientUpdate(ctx.info.id, sent, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(ctx.target, payload)
+
+    def norm(self, steps: int) -> float:
+        """`|a_i|` after so many steps: how often each gradient counts, added up."""
+        rho = self.momentum
+        return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)

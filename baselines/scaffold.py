@@ -1,0 +1,128 @@
+"""SCAFFOLD: local steps corrected for the drift of clients whose data differ.
+
+Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, Algorithm 1 with
+option II. x: the server's model; c: its control variate, c_i: client i's; both are zero at first.
+
+    client i    y <- x; K steps of y <- y - lr (g_i(y) - c_i + c)
+                c_i+ <- c_i - c + (x - y) / (K lr); send y and c_i+ - c_i; keep c_i+
+    server      x <- mean of y;  c <- c + (cohort / clients) mean of c_i+ - c_i
+
+All clients of a cohort count alike. Uploads and downloads are twice FedAvg's.
+
+Differs from the paper: the server's learning rate is that of `server`, 1 with the plain mean. A client whose update is
+left out (late, over-selected) has moved its c_i all the same, so c is then not the mean of all c_i.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithm import (
+    LATER,
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    LocalTraining,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    TaskLoss,
+    Training,
+    weighted_mean,
+    weighted_sum,
+)
+from fedsim.core.fields import refuse
+from fedsim.core.tree import Tree, prefixed, under
+from fedsim.learning.objectives import Frozen
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.task import Batch
+from fedsim.learning.training import OptimizerName
+
+
+MODEL, CONTROL = "model.", "control."  # parts of the server's state, of payloads and of updates
+PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": None, "schedule": "constant", "lr_warmup": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaffold(LocalTraining):
+    """SCAFFOLD of the target, with plain SGD alone: c_i is computed from it.
+
+    - `server`: what the server makes of the mean.
+    """
+
+    lr: float = 0.1
+    clip: float | None = None
+    optimizer: OptimizerName = dataclasses.field(default="sgd", metadata=LATER, kw_only=True)
+    server: ServerOptimizer = AVERAGE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in PLAIN.items():
+            if getattr(self, name) != value:
+                refuse(f"algorithm.{name}", getattr(self, name), f"{value!r}: SCAFFOLD's local steps are plain SGD")
+
+    @property
+    def name(self) -> str:
+        return "scaffold"
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> Tree:
+        model = ctx.task.fresh(ctx.target, ctx.derive("target"))
+        control = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+        return prefixed(self.server.start(model), MODEL) | prefixed(control, CONTROL)
+
+    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        sent = prefixed(model_of(under(state, MODEL)), MODEL) | prefixed(under(state, CONTROL), CONTROL)
+        return {client.id: sent for client in cohort}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        return weighted_sum(updates)
+
+    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+        came: list[float] = []  # a sum counts as many as are in it
+        mean = weighted_mean((came.append(update.weight) or update for update in updates), like=state)
+        if not came:
+            return state
+        model = self.server.step(under(state, MODEL), under(mean, MODEL))
+        share, change = sum(came) / len(ctx.clients), under(mean, CONTROL)
+        control = {name: c + share * change[name] for name, c in under(state, CONTROL).items()}
+        return prefixed(model, MODEL) | prefixed(control, CONTROL)
+
+    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(ctx.target, model_of(under(state, MODEL)))
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_init(self, ctx: ClientContext) -> Tree:
+        model = ctx.task.fresh(ctx.target, ctx.derive("target"))
+        return {name: torch.zeros_like(tensor, device=ctx.device) for name, tensor in model.items()}
+
+    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+        x, c = under(payload, MODEL), under(payload, CONTROL)
+        correction = {name: c[name] - own for name, own in state.items()}
+        objective = CorrectedLoss(TaskLoss(ctx.task, ctx.target))
+        trained = yield Training(objective, x, {"correction": correction}, purpose="target", **self.settings())
+        y, moved = trained.parameters, max(trained.steps, 1) * self.lr
+        change = {name: (x[name] - y[name]) / moved - c[name] for name in state} if trained.steps and self.lr else {}
+        kept = {name: own + change[name] if change else own for name, own in state.items()}
+        sent = {name: kept[name] - own for name, own in state.items()}
+        return ClientUpdate(ctx.info.id, prefixed(y, MODEL) | prefixed(sent, CONTROL), 1), kept
+
+    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(ctx.target, under(payload, MODEL))
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectedLoss:
+    """The loss, with a gradient that is corrected; `frozen["correction"]`: c - c_i."""
+
+    loss: TaskLoss
+
+    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+        inner = [(frozen["correction"][name] * tensor).sum() for name, tensor in parameters.items()]
+        correction = torch.stack(inner).sum()
+        return self.loss(parameters, frozen, batch) + (correction - correction.detach())  # the value stays the loss
