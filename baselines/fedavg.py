@@ -8,7 +8,7 @@ The model is the target; the controls that a growth method has to beat at equal 
 FedProx (Li et al., MLSys 2020) to the local objective. The server may do more with the mean than take it
 (`fedsim.learning.server_opt`).
 
-Differs from the paper: local training uses AdamW with gradient clipping, like every method here, instead of SGD; the
+Differs from the paper: local training uses AdamW with gradient clipping by default (`optimizer`, `clip`), not SGD; the
 sum of n_k runs over the sampled participants (the paper's algorithm box prints it over all of them). FedProx: nobody
 is slow here, so no partial work is averaged.
 """

@@ -9,7 +9,8 @@ equation 6 and Appendix C. tau_i: the steps of client i; p_i: its share of the c
 
 With equal |a_i| that is FedAvg.
 
-Differs from the paper: the server's learning rate and momentum are those of `server`, none by default.
+Differs from the paper: the server's learning rate and momentum are those of `server`, none by default; gradients
+are clipped (`clip`).
 """
 
 import dataclasses

@@ -64,8 +64,7 @@ class HeteroFL(LocalTraining):
 
     @property
     def name(self) -> str:
-        clean = heterofl_clean(**self.settings(), rates=self.rates, server=self.server)
-        return "heterofl_clean" if self == clean else "heterofl"
+        return "heterofl" if self.scaler or self.masks or not self.by_examples else "heterofl_clean"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
         check_forms(task, target, forms, self.rates)

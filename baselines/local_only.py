@@ -32,9 +32,6 @@ from fedsim.core.tree import Tree
 class LocalOnly(LocalTraining):
     """Every participant alone, from a fresh model or its tier's checkpoint."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
     @property
     def name(self) -> str:
         return "local_only"

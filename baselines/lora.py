@@ -130,7 +130,7 @@ def fedit(**fields) -> FederatedLoRA:
 
 
 def ffa_lora(**fields) -> FederatedLoRA:
-    """A frozen, B averaged: here it is."""
+    """A fixed, B averaged: the product of means is the mean of products."""
     return FederatedLoRA(**fields, method="ffa_lora")
 
 

@@ -14,7 +14,7 @@ left out (late, over-selected) has moved its c_i all the same, so c is then not 
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,19 @@ class Scaffold(LocalTraining):
         return weighted_sum(updates)
 
     def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        came: list[float] = []  # a sum counts as many as are in it
-        mean = weighted_mean((came.append(update.weight) or update for update in updates), like=state)
+        came = 0.0
+
+        def counted() -> Iterator[ClientUpdate | Partial]:
+            nonlocal came
+            for update in updates:
+                came += update.weight
+                yield update
+
+        mean = weighted_mean(counted(), like=state)
         if not came:
             return state
         model = self.server.step(under(state, MODEL), under(mean, MODEL))
-        share, change = sum(came) / len(ctx.clients), under(mean, CONTROL)
+        share, change = came / len(ctx.clients), under(mean, CONTROL)
         control = {name: c + share * change[name] for name, c in under(state, CONTROL).items()}
         return prefixed(model, MODEL) | prefixed(control, CONTROL)
 
@@ -106,9 +113,8 @@ class Scaffold(LocalTraining):
         correction = {name: c[name] - own for name, own in state.items()}
         objective = CorrectedLoss(TaskLoss(ctx.task, ctx.target))
         trained = yield Training(objective, x, {"correction": correction}, purpose="target", **self.settings())
-        y, moved = trained.parameters, max(trained.steps, 1) * self.lr
-        change = {name: (x[name] - y[name]) / moved - c[name] for name in state} if trained.steps and self.lr else {}
-        kept = {name: own + change[name] if change else own for name, own in state.items()}
+        y, moved = trained.parameters, trained.steps * self.lr
+        kept = {n: own + ((x[n] - y[n]) / moved - c[n]) for n, own in state.items()} if moved else state
         sent = {name: kept[name] - own for name, own in state.items()}
         return ClientUpdate(ctx.info.id, prefixed(y, MODEL) | prefixed(sent, CONTROL), 1), kept
 

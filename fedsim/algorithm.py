@@ -15,8 +15,7 @@ The smallest algorithm there is, federated averaging of a single number, trains 
     >>> from fedsim.algorithm import Algorithm, ClientUpdate, weighted_mean
     >>> @dataclasses.dataclass(frozen=True)
     ... class AverageOfMeans(Algorithm):
-    ...     @property
-    ...     def name(self): return "average_of_means"
+    ...     name = "average_of_means"
     ...     def server_init(self, ctx): return {"mean": torch.zeros(())}
     ...     def server_broadcast(self, state, cohort, ctx): return {client.id: state for client in cohort}
     ...     def server_aggregate(self, state, updates, ctx): return weighted_mean(updates, state)
@@ -40,8 +39,9 @@ from fedsim.core.fields import check_range, check_types
 from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import Tree
 from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum
-from fedsim.learning.objectives import TaskLoss
+from fedsim.learning.objectives import Frozen, Objective, TaskLoss
 from fedsim.learning.steps import Steps
+from fedsim.learning.task import Batch
 from fedsim.learning.training import OptimizerName, ScheduleName, Trained, Training, check_settings
 
 
@@ -56,10 +56,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Algorithm",
+    "Batch",
     "ClientContext",
     "ClientInfo",
     "ClientUpdate",
+    "Frozen",
     "LocalTraining",
+    "Objective",
     "Partial",
     "Payload",
     "ServerContext",
@@ -67,6 +70,7 @@ __all__ = [
     "TaskLoss",
     "Trained",
     "Training",
+    "Tree",
     "weighted_mean",
     "weighted_sum",
 ]
@@ -116,7 +120,7 @@ class ClientContext:
     - `train`: the training part of the client's own shard; empty when the run is only being counted.
     - `meter`: where training notes what it did; algorithms never look.
     - `precision`: "fp32", or "bf16": forward passes in training run under autocast; weights stay fp32.
-    - `forms`: the small forms there are among the clients, each once; empty stands for the client's own.
+    - `forms`: the clients' small forms, one a tier; empty stands for the client's own.
     """
 
     seed: int
@@ -158,7 +162,8 @@ class Algorithm(abc.ABC):
         return None
 
     def stage(self, round: int) -> str:
-        """What the `stage` column calls a round after round 0: "federated", or "finetune" where nothing is shared."""
+        """What the `stage` column calls a round after round 0: "federated", or "finetune" or "local" where nothing is
+        shared. Costs are those of the last "federated" one."""
         return "federated"
 
     # at the aggregator ----------------------------------------------------------------------------------------------
@@ -176,7 +181,10 @@ class Algorithm(abc.ABC):
         """The next state. `updates` is an iterator in cohort order: consume it, do not collect it."""
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        """A sum over a fixed chunk of consecutive clients, computed where the updates are; None: pass them through."""
+        """A sum over a fixed chunk of consecutive clients; None: pass the updates through.
+
+        It runs on the host that holds these clients. The server then gets a `Partial`, which names no client.
+        """
         return None
 
     def server_model(self, state: Tree, ctx: ServerContext) -> "nn.Module | None":

@@ -2,7 +2,7 @@
 
     >>> from baselines.fedavg import FedAvg
     >>> federation = Federation(FedAvg(lr=1e-2, epochs=1, batch_size=8))
-    >>> federation.run(1)[0].weight
+    >>> federation.run(round=1)[0].weight
     6
 
 Everything happens in this process, at once, on tensors that a test can hold against numbers of its own.
@@ -38,7 +38,7 @@ class Federation:
     - `sizes`: examples of each client, taken one after another from the training set of `task`; digits by default.
 
     `server`: the server's state; a test may put another there. `private`: the clients' states, as far as there are any.
-    `work`: the accounts of each client's last call.
+    `work`: the accounts of each client's last call; `deployed` is one.
     """
 
     def __init__(

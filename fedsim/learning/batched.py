@@ -1,13 +1,13 @@
-"""Equal trainings of several clients as one computation.
+"""Compatible trainings of several clients as one computation.
 
     client k    theta_k, frozen_k, the batch of its next step; one objective for all
     one pass    losses (L_1 ... L_k) and gradients (g_1 ... g_k), by `torch.func.vmap` over clients
     one step    each g_k clipped by its own norm, then the optimizer on each theta_k with its own count of steps
 
-Trainings are equal if their objectives are the same (`fedsim.learning.objectives.identity`), their tensors have equal
-shapes and their settings are the same.
-Shards differ in size, so each client has its own sequence of steps: a pass takes those whose next batches are of one
-size. A training by itself gives the same bits as outside; trainings in a batch agree with that to rounding.
+Trainings are compatible if they have one objective each, and the same (`fedsim.learning.objectives.identity`), tensors
+of equal shapes and types, and the same settings; data, purpose and epochs may differ. Shards differ in size, so each
+client has its own sequence of steps: a pass takes those whose next batches are of one size. A training by itself gives
+the same bits as outside; trainings in a batch agree with that to rounding.
 
 Letters: K clients in all, k in a pass, P parameters of one.
 """
@@ -39,7 +39,7 @@ class Tally:
     """What became of trainings.
 
     - `batched`, `alone`: trainings computed with others, and by themselves. - `passes`: forward and backward passes of
-      batched trainings; a pass may be one client's. - `reasons`: why equal trainings were computed alone after all.
+      batched trainings; a pass may be one client's. - `reasons`: why compatible trainings were computed alone.
     """
 
     batched: int = 0
@@ -52,7 +52,7 @@ def train_batched(requests: Sequence[Request], tally: Tally) -> list[Trained | E
     """What each training returns or raises, in order."""
     groups: dict[Hashable, list[int]] = {}
     for position, request in enumerate(requests):
-        groups.setdefault(_equal(request) or position, []).append(position)
+        groups.setdefault(_key(request) or position, []).append(position)
     answers: dict[int, Trained | Exception] = {}
     for members in groups.values():
         group = [requests[member] for member in members]
@@ -64,8 +64,8 @@ def train_batched(requests: Sequence[Request], tally: Tally) -> list[Trained | E
     return [answers[position] for position in range(len(requests))]
 
 
-def _equal(request: Request) -> Hashable:
-    """Equal for trainings that can be computed as one; None for one that is computed by itself."""
+def _key(request: Request) -> Hashable:
+    """Equal for compatible trainings; None for one that is computed by itself."""
     ctx, asked = request
     tensors = asked.start
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}

@@ -3,6 +3,11 @@
 An objective is a frozen dataclass. Its fields say what is computed (a form, a weight, a preset); tensors are never
 fields but arguments. Two clients' trainings can therefore be computed as one exactly if their objectives are the same
 (`identity`) and their tensors have equal shapes, and what a step costs is known by the same two things.
+
+Write one at the top of a module. Its fields are numbers, texts, None, dtypes, devices, a `Task`, other frozen
+dataclasses, and tuples of these. It must not branch on the value of a tensor nor call `.item()`: it is also called on
+tensors without values, to count, and on those of many clients at once. What wraps another objective passes `frozen` on,
+so it takes a name of its own in it.
 """
 
 import dataclasses
@@ -17,7 +22,7 @@ from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
 
-Frozen = Mapping[str, Any]  # a tree, or trees by name: what an objective reads and nobody trains
+Frozen = Mapping[str, Any]  # tensors by name, or trees of them: what an objective reads and nobody trains
 
 
 class Objective(Protocol):
@@ -82,6 +87,6 @@ def identity(value: Any, name: str = "objective") -> Hashable:
     if "<locals>" in kind.__qualname__:
         raise TypeError(f"{name}: {kind.__qualname__} must be defined at the top of its module")
     names = [field.name for field in dataclasses.fields(kind)]
-    if more := vars(value).keys() - names:
+    if more := getattr(value, "__dict__", {}).keys() - names:
         raise TypeError(f"{name}.{min(more)} must be a field of {kind.__qualname__}")
     return kind, *(identity(getattr(value, each), f"{name}.{each}") for each in names)

@@ -2,7 +2,7 @@
 
 A method of a client is a generator: it yields each `Training` it wants, is sent a `Trained`, and returns its result. Or
 it asks for nothing and returns at once. Here its requests are answered one after another (`run_alone`), or those of
-several clients as they meet, equal ones as one computation (`run_batched`).
+several clients as they meet, compatible ones as one computation (`run_batched`).
 
 A generator must not yield inside a `with` block that changes torch's state (`torch.no_grad()`, a seeded stream): other
 clients' code runs meanwhile.
@@ -19,7 +19,8 @@ from fedsim.learning.training import Trained, Training, train
 
 
 T = TypeVar("T")
-Steps = Generator[Training, Trained, T]  # what a client's method is
+# A generator that yields `Training` requests, is sent `Trained` answers, and returns the method's result.
+Steps = Generator[Training, Trained, T]
 Asking = Generator[Request, Trained, T]  # the same, once it is known whose requests they are
 
 
@@ -62,15 +63,15 @@ def run_client(ctx: LocalContext, result: Steps[T] | T) -> T:
 
 
 def run_batched(starts: Sequence[Callable[[], Asking[T] | T]], tally: Tally | None = None) -> list[T | Exception]:
-    """The results of some calls, in their order, with equal trainings computed as one (`fedsim.learning.batched`).
+    """The results of some calls, in their order, with compatible trainings computed as one (`fedsim.learning.batched`).
 
     A call that raises ends alone, and its exception stands in its place.
 
     **Raises:** what is no `Exception` (`KeyboardInterrupt`), from wherever it comes.
     """
-    calls = [_Call(start, streams=True) for start in starts]
+    calls, tally = [_Call(start, streams=True) for start in starts], tally or Tally()
     while waiting := [call for call in calls if not call.ended]:
-        answers = train_batched([call.asked for call in waiting], Tally() if tally is None else tally)
+        answers = train_batched([call.asked for call in waiting], tally)
         for call, answer in zip(waiting, answers, strict=True):
             call.go_on(answer)
     return [call.ended[0] for call in calls]
@@ -97,7 +98,7 @@ class _Call(Generic[T]):
         try:
             self.asked = self._next(answer)
             if torch.is_grad_enabled() != gradients:
-                raise RuntimeError("a client's method yields where it has changed whether gradients are recorded")
+                raise RuntimeError("a client's method yields inside torch.no_grad() or the like: leave the block first")
         except _Ended as end:
             self.ended = [end.value]
         except Exception as error:  # of any kind: it is the call's

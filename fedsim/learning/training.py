@@ -33,12 +33,15 @@ class Training:
 
     **Arguments:**
 
-    - `objective`: see `fedsim.learning.objectives`. Of a tuple of several, each step draws one, all alike.
-    - `start`: the tree that is trained, before it is; not written to.
-    - `frozen`: what the objective reads besides, as trees by name.
-    - `purpose`: names this stage of work in the random stream and in the accounts.
+    - `objective`: see `fedsim.learning.objectives`. Of a tuple of several, each step draws one, all equally likely;
+      such a training is never batched.
+    - `start`: the initial values of the trained parameters. It is not modified.
+    - `frozen`: tensors that the objective reads and nobody trains, in a dict that may be nested. They are detached.
+      Numbers are refused: make them fields of the objective.
+    - `purpose`: names this stage in the random stream and in the accounts. Two trainings of one client and round with
+      one purpose get the same order of data. "pretrain" is not counted as trained in the federation.
     - `epochs`: passes over the shard. - `batch_size`: examples a step.
-    - `lr`: learning rate. - `lr_under`: of the tensors under some prefixes of names, where it is not `lr`.
+    - `lr`: learning rate. - `lr_under`: learning rates by prefix of name; the first prefix that matches wins.
     - `weight_decay`: decoupled with "adamw", in the gradient with "sgd".
     - `clip`: largest global norm of the gradient; None: no clipping.
     - `optimizer`, `momentum`, `nesterov`: AdamW, or SGD with these two.

@@ -560,7 +560,7 @@ def forgets_yield(context: ClientContext) -> Any:
     return trained.parameters
 
 
-@mistake("yields where it has changed whether gradients are recorded")
+@mistake(r"yields inside torch\.no_grad\(\) or the like")
 def yields_without_gradients(context: ClientContext) -> Any:
     with torch.no_grad():
         yield Training(Sum(), {"x": torch.ones(1)}, **STEPS)
