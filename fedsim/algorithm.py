@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from fedsim.models.pretrained import Checkpoint
 
 __all__ = [
+    "LATER",
     "Algorithm",
     "Batch",
     "ClientContext",
@@ -212,7 +213,8 @@ class Algorithm(abc.ABC):
         """What this client would deploy: the model that is scored."""
 
 
-LATER: Any = {"later": True}  # marks a field that a run's identity leaves out while it has its default
+# Marks a field that came after runs had been recorded: their identity leaves it out while it has its default.
+LATER: Any = {"later": True}
 
 
 @dataclasses.dataclass(frozen=True)

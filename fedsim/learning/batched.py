@@ -99,7 +99,7 @@ def _as_one(group: Sequence[Request], tally: Tally) -> Sequence[Trained | Except
 
 
 class _Batch:
-    """Equal trainings; those with more steps first: who is left is then a prefix.
+    """Compatible trainings; those with more steps first: who is left is then a prefix.
 
     Parameters are the rows of one matrix `(K, P)`, a row a client, and the rows are the optimizer's tensors: it works
     element by element and counts steps by tensor, and a row without a gradient stays as it is.

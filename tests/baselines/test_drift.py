@@ -47,12 +47,15 @@ def test_the_correction_is_added_to_the_gradient() -> None:
     start = under(federation.payload(1, 0), "model.")
     batch = federation.task.batch(federation.shards[0], torch.arange(4))
     correction = {name: torch.full_like(tensor, 0.25) for name, tensor in start.items()}
-    gradients = []
+    gradients, losses = [], []
     for objective in (TaskLoss(federation.task, TARGET), CorrectedLoss(TaskLoss(federation.task, TARGET))):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-        objective(leaves, {"correction": correction}, batch).backward()
+        loss = objective(leaves, {"correction": correction}, batch)
+        loss.backward()
+        losses.append(float(loss.detach()))
         gradients.append({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
     assert_close(plus(gradients[0], correction), gradients[1], atol=1e-6)
+    assert losses[0] == losses[1], "what is reported is the task's loss"
 
 
 def test_two_rounds_of_two_clients_are_the_papers() -> None:

@@ -19,6 +19,7 @@ from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import Tree, clone, sha256
 from fedsim.data.config import Split, digits
 from fedsim.data.partition import Partition
+from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment, Tier, canonical, revived
 from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work, step_cost
 from fedsim.learning.objectives import Frozen, Objective, Proximal, TaskLoss, identity
@@ -561,6 +562,20 @@ def test_sgd_by_hand(ctx: ClientContext) -> None:
     first = 1 - 0.1 * (2 + 0.5 * 2)
     velocity = 0.5 * 2 + 2 * first
     assert float(ahead["a"]) == pytest.approx(first - 0.1 * (2 * first + 0.5 * velocity))
+
+
+def test_memory_is_counted_by_what_the_optimizer_keeps() -> None:
+    """Parameters and gradients, and of each scalar two moments, one, or none."""
+    tiers = (Tier("only", Form(8, 1, heads=2)),)
+    peaks = []
+    kept: list[dict[str, Any]] = [{}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "sgd"}]
+    for settings in kept:
+        algorithm = FedAvg(**settings)
+        experiment = Experiment(algorithm, CONFIG, tiers=tiers, intermediate=FORM, target=FORM, participants=1)
+        (cost,) = cost_of(experiment, {}).participants
+        peaks.append((cost.peak_bytes, cost.trainable_params))
+    (adamw, size), (heavy, _), (plain, _) = peaks
+    assert (adamw - heavy, heavy - plain) == (4 * size, 4 * size)
 
 
 @pytest.mark.parametrize(
