@@ -11,7 +11,7 @@ from fedsim.core.tree import Tree, nbytes, numel
 from fedsim.data.config import KNOWN
 from fedsim.experiment import Experiment
 from fedsim.models import Form
-from fedsim.results.rows import stage_of
+from fedsim.results.records import stage_of
 
 
 PIPELINES = {

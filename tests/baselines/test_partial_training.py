@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import fedsim.simulation
 from baselines.fedavg import FedAvg
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
@@ -62,8 +61,7 @@ METHODS: dict[str, Algorithm] = {
 
 @pytest.fixture(autouse=True)
 def _uncounted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a step takes longer than these trainings do. What stands in for it must not be remembered."""
-    monkeypatch.setattr(fedsim.simulation, "COUNTED", {})
+    """Counting a step takes longer than these trainings do."""
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 

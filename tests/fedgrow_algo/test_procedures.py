@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import fedsim.simulation
 from baselines.fedavg import FedAvg
 from benchmarks.suites import quick, released_ladder, tiny
 from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
@@ -64,8 +63,7 @@ PROCEDURES = {
 
 @pytest.fixture(autouse=True)
 def _uncounted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a step takes longer than these trainings do. What stands in for it must not be remembered."""
-    monkeypatch.setattr(fedsim.simulation, "COUNTED", {})
+    """Counting a step takes longer than these trainings do."""
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 

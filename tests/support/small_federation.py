@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fedsim.simulation
 from fedsim.core.tree import Tree
 from fedsim.learning.meter import StepCost
 from fedsim.models import Form
@@ -22,8 +21,7 @@ LOCAL: dict[str, Any] = {"lr": 1e-2, "epochs": 1, "batch_size": 8}
 
 
 def without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a step takes longer than trainings of this size. What stands in for it must not be remembered."""
-    monkeypatch.setattr(fedsim.simulation, "COUNTED", {})
+    """Counting a step takes longer than trainings of this size."""
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 
