@@ -9,7 +9,7 @@ import torch
 from fedsim.algorithm import ClientInfo, ClientUpdate, Partial, Payload, ServerContext
 from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.engine.clients import Clients
 from fedsim.engine.clock import Clock
 from fedsim.engine.cohort import RoundCohort
@@ -36,7 +36,7 @@ class Aggregator:
         self.clients = Clients(experiment, infos, call, self.clock)
         self.versions = Versions(folder, "server")
         self.round: int | None = None
-        self.state: Tree = {}
+        self.state: State = {}
 
     def run_round(self, round: int, cohort: RoundCohort, scored: Sequence[int]) -> RoundReport:
         """One round: broadcast, local work, aggregation, scores, checkpoint. Round 0 makes the states and scores them.
@@ -78,7 +78,7 @@ class Aggregator:
             infos = [self.infos[id_] for id_ in ids]
             return self.experiment.algorithm.server_broadcast(self.state, infos, ctx)
 
-    def _aggregate(self, updates: Iterator[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def _aggregate(self, updates: Iterator[ClientUpdate | Partial], ctx: ServerContext) -> State:
         with self.clock.phase("sum"):
             state = self.experiment.algorithm.server_aggregate(self.state, updates, ctx)
             for _ in updates:

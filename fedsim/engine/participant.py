@@ -16,7 +16,7 @@ import torch
 from fedsim.algorithm import ClientContext, ClientUpdate, Payload
 from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State
 from fedsim.data.config import PER_TOKEN, Split
 from fedsim.engine.cohort import Member
 from fedsim.engine.report import ClientReport
@@ -45,7 +45,7 @@ class DeviceMemoryError(RuntimeError):
 
 
 Done = tuple[ClientUpdate | None, dict[str, Any]]  # an update, and more fields of the report
-Work = Callable[[Tree, Meter], Asking[Done]]  # with the payload that was received
+Work = Callable[[State, Meter], Asking[Done]]  # with the payload that was received
 
 
 class Inbox:
@@ -57,20 +57,20 @@ class Inbox:
 
     def __init__(self) -> None:
         self.call: tuple[str, int] | None = None
-        self.copies: dict[tuple[int, torch.device], tuple[Payload, Tree, list[int]]] = {}
+        self.copies: dict[tuple[int, torch.device], tuple[Payload, State, list[int]]] = {}
 
-    def copy_of(self, payload: Payload, device: torch.device, call: tuple[str, int]) -> Tree:
+    def copy_of(self, payload: Payload, device: torch.device, call: tuple[str, int]) -> State:
         """A payload on a device. Copies are held as long as the same `call` (method and round) lasts."""
         if call != self.call:
             self.copies.clear()
             self.call = call
         sent, copy, written = self.copies.get((id(payload), device), ({}, {}, []))
-        if sent is payload and written == [tensor._version for tensor in copy.values()]:
-            return dict(copy)
+        if sent is payload and written == [tensor._version for tensor in trees.tensors(copy)]:
+            return trees.mapped(_same, copy)
         copy = trees.to(trees.clone(payload), device)
         if len(self.copies) < DISTINCT:
-            self.copies[id(payload), device] = (payload, copy, [tensor._version for tensor in copy.values()])
-        return dict(copy)
+            self.copies[id(payload), device] = (payload, copy, [tensor._version for tensor in trees.tensors(copy)])
+        return trees.mapped(_same, copy)
 
 
 class Participant:
@@ -100,7 +100,7 @@ class Participant:
         gpu = member.tier.num_gpus > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if gpu else "cpu")
         self.version: int | None = None
-        self.state: Tree = {}
+        self.state: State = {}
         self.sha256 = ""
         self.shard: Split | None = None  # held where it is small: cutting it out anew takes longer than a small model
         self.shard_bytes = 0
@@ -109,14 +109,14 @@ class Participant:
     @property
     def nbytes(self) -> int:
         """Of what this object holds between calls."""
-        return self.shard_bytes + sum([tensor.nbytes for tensor in self.state.values()])
+        return self.shard_bytes + trees.nbytes(self.state)
 
     # calls ----------------------------------------------------------------------------------------------------------
 
     def begin(self, round: int, payload: Payload) -> Asking[Reply]:
         """Make the private state (Fed-Grow's local stage)."""
 
-        def work(received: Tree, meter: Meter) -> Asking[Done]:
+        def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round, round, meter)
             return None, {}
 
@@ -125,7 +125,7 @@ class Participant:
     def train(self, round: int, payload: Payload) -> Asking[Reply]:
         """One round of local work; the update is what is sent."""
 
-        def work(received: Tree, meter: Meter) -> Asking[Done]:
+        def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round, round, meter)
             context = self._context(round, meter)
             steps = self.experiment.algorithm.client_update(received, self.state, context)
@@ -142,7 +142,7 @@ class Participant:
     def score(self, round: int, payload: Payload) -> Asking[Reply]:
         """Accuracy and loss of the model this participant would deploy, after a round."""
 
-        def work(received: Tree, meter: Meter) -> Asking[Done]:
+        def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round + 1, round, meter)
             context = self._context(round, meter)
             scores = self._scores(self.experiment.algorithm.client_model(received, self.state, context))
@@ -168,7 +168,7 @@ class Participant:
         # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
         self._keep(round, trees.to(state, self.device), on_disk=bool(state or self.init_flops))
 
-    def _keep(self, version: int, state: Tree, on_disk: bool = True) -> None:
+    def _keep(self, version: int, state: State, on_disk: bool = True) -> None:
         """Save before use: what a reply reports is already on disk."""
         kept = trees.clone(state)
         if on_disk:
@@ -257,13 +257,18 @@ class Participant:
         return Reply(update, ClientReport(**measured | noted), self.sha256)
 
 
-def _own(tree: Tree, *others: Tree) -> Tree:
-    """A tree in order of name, of no graph, that shares no memory with others: copied where it does."""
-    held = {tensor.untyped_storage().data_ptr() for other in others for tensor in other.values()}
-    return {
-        name: tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
-        for name, tensor in trees.ordered(tree).items()
-    }
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _own(state: State, *others: State) -> State:
+    """The same in order of name, of no graph, sharing no memory with others: copied where it does."""
+    held = {tensor.untyped_storage().data_ptr() for other in others for tensor in trees.tensors(other)}
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
+
+    return trees.mapped(own, trees.ordered(state))
 
 
 def _metrics(update: ClientUpdate) -> dict[str, float] | None:

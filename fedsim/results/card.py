@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsim.algorithm import ClientInfo, Payload
-from fedsim.core.tree import Tree, nbytes, numel
+from fedsim.core.tree import State, nbytes, numel
 from fedsim.data.config import KNOWN
 from fedsim.experiment import Experiment
 from fedsim.models import Form
@@ -55,7 +55,7 @@ class Deployed:
     run: Mapping[str, Any]
     clients: list[dict[str, Any]]
     received: Payload
-    private: Tree
+    private: State
 
 
 def card(model: Deployed) -> str:
