@@ -81,11 +81,13 @@ class ParamSpec:
     - `dims`: one text a dimension, in the form above.
     - `layer`: the block's number; None outside the stack.
     - `role`: the parameter's name without its block number: equal in every block.
+    - `after`: whether it stands after the blocks: last normalisation, pooler, head. Early exits have one each of these.
     """
 
     dims: tuple[str, ...]
     layer: int | None
     role: str
+    after: bool = False
 
     @cached_property
     def parsed(self) -> tuple[Dim, ...]:
@@ -120,7 +122,7 @@ class ParamSpec:
         groups = [Dim.parse(text).group for text in texts]
         assert "" not in groups and len({*groups}) == len(groups), f"{self.role}: a fused part needs a group of its own"
         return {
-            _part(name, group): ParamSpec((*before, text, *after), self.layer, _part(self.role, group))
+            _part(name, group): dataclasses.replace(self, dims=(*before, text, *after), role=_part(self.role, group))
             for group, text in zip(groups, texts, strict=True)
         }
 

@@ -28,11 +28,9 @@ def shallower(form: Form, depth: int) -> Form:
 
 
 def tail(task: Task, form: Form) -> tuple[str, ...]:
-    """Names of the parameters that come after the blocks: last normalisation and head, but for what is tied."""
+    """Names of the parameters that come after the blocks, as the family says: but for what is tied."""
     specs = task.specs(form)
-    names = [name for name, _ in task.skeleton(form).named_parameters()]
-    last = max(number for number, name in enumerate(names) if specs[name].layer is not None)
-    return tuple(name for name in names[last + 1 :])
+    return tuple(name for name, _ in task.skeleton(form).named_parameters() if specs[name].after)
 
 
 def up_to(task: Task, form: Form, depth: int) -> set[str]:

@@ -126,7 +126,7 @@ class Gpt2(Family):
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
         tied = inputs.kind == "lm" and dict(inputs.settings).get("tie_word_embeddings", True)
         ending = LAST_NORM_BEFORE_TIED_HEAD if tied else LAST_NORM | HEADS[inputs.kind]
-        return stacked(form, EMBEDDINGS | ending, PREFIX, BLOCK)
+        return stacked(form, EMBEDDINGS, PREFIX, BLOCK, ending)
 
 
 def _accepted(inputs: Inputs) -> dict[str, Accepted]:

@@ -394,6 +394,20 @@ def test_a_config_of_another_family_has_no_form(name: str):
                 get_family(other).form(config)
 
 
-def test_a_name_outside_the_stack_and_within_a_block_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"norm\.weight: outside the stack and within a block"):
-        stacked(Form(8, 2), {"norm.weight": ("*embed",)}, "blocks.", {"norm.weight": ("*embed",)})
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (("norm.weight",), (), r"norm\.weight: outside the stack and within a block"),
+        ((), ("norm.weight",), r"norm\.weight: outside the stack and within a block"),
+        (("head.weight",), ("head.weight",), r"head\.weight: before the blocks and after them"),
+    ],
+)
+def test_a_name_in_two_places_is_refused(before: tuple[str, ...], after: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stacked(
+            Form(8, 2),
+            dict.fromkeys(before, ("*embed",)),
+            "blocks.",
+            {"norm.weight": ("*embed",)},
+            dict.fromkeys(after, ("*embed",)),
+        )
