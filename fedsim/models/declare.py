@@ -1,6 +1,6 @@
 """What family files are written with: refusals, settings of the Hugging Face config, the layout of a stack."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core.fields import describe, matches, refuse
@@ -68,12 +68,20 @@ def chosen(inputs: Inputs, accepted: Mapping[str, Accepted]) -> dict[str, Any]:
     return fields
 
 
-def stacked(form: Form, before: Dims, prefix: str, block: Dims, after: Dims) -> dict[str, ParamSpec]:
+def stacked(
+    form: Form,
+    before: Dims,
+    prefix: str,
+    block: Dims,
+    after: Dims,
+    kind: Callable[[int], str] = lambda layer: "",
+) -> dict[str, ParamSpec]:
     """The named axes of a model: `prefix + number + "." + role` in every block, and what stands around the blocks.
 
     **Arguments:**
 
-    - `before`: what blocks are given: embeddings, and all that every block shares. - `after`: what reads the last block.
+    - `before`: what blocks are given: embeddings, and all that they share. - `after`: what reads the last block.
+    - `kind`: of the block of each number, where blocks with the same parameters compute something else.
 
     **Raises:** `ValueError` for a name that is in two tables: parameters of one role are grown as one.
     """
@@ -84,7 +92,7 @@ def stacked(form: Form, before: Dims, prefix: str, block: Dims, after: Dims) -> 
     specs = {name: ParamSpec(dims, None, name) for name, dims in before.items()}
     specs |= {name: ParamSpec(dims, None, name, after=True) for name, dims in after.items()}
     for layer in range(form.depth):
-        specs |= {f"{prefix}{layer}.{role}": ParamSpec(dims, layer, role) for role, dims in block.items()}
+        specs |= {f"{prefix}{layer}.{role}": ParamSpec(dims, layer, role, kind(layer)) for role, dims in block.items()}
     return specs
 
 

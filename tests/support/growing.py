@@ -31,6 +31,7 @@ MODELS = {  # the first part of a name is the family
     "gpt2-lm": TEXTS("lm", 1),
     "gpt2-untied": TEXTS("lm", 1, settings=(UNTIED,)),
     "gpt2-text": TEXTS("text", 3),
+    "gpt2-by-number": TEXTS("lm", 1, settings=(("scale_attn_by_inverse_layer_idx", True),)),
     "llama-lm": TEXTS("lm", 1),
     "llama-tied": TEXTS("lm", 1, settings=(TIED, *BIASES)),
     "llama-text": TEXTS("text", 3, settings=BIASES),
