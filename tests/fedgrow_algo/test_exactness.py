@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from fedgrow_algo.presets import PRESETS
-from fedsim.models import get_family
+from tests.support.family_rows import EPS
 from tests.support.growing import (
-    EPS,
     GROWTH,
     MAIN,
     MIX_HEADS,
@@ -31,14 +30,15 @@ from tests.support.growing import (
     random_tree,
     small,
     start,
+    where,
 )
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT, BROKEN = 1e-9, 1e-3
-PRE_NORM = [model for model in MAIN if not get_family(family(model)).post_norm]
-POST_NORM = [model for model in MAIN if get_family(family(model)).post_norm]
+PRE_NORM = [model for model in MAIN if where(model) == "before blocks"]
+POST_NORM = [model for model in MAIN if where(model) == "after blocks"]
 CELLS = [(model, growth) for model in MAIN for growth in GROWTH[family(model)]]
 CELLS += [(model, growth) for model in MODELS if model not in MAIN for growth in ("residual x2", "all x2", "all")]
 
@@ -154,7 +154,7 @@ def test_exact_growth_leaves_the_loss_and_its_gradient_in_the_input(model, train
             entry, grown_entry = batch(model)["pixel_values"], batch(model)["pixel_values"]
             back = torch.eye(8).double()
         else:
-            name = next(name for name in tree if "embed_tokens" in name or "wte" in name or "word_emb" in name)
+            name = next(name for name, spec in operator.small.items() if spec.dims == ("=token", "embed"))
             ids = batch(model)["input_ids"]
             entry, grown_entry = tree[name][ids], grown_tree[name][ids]
             back = operator.matrix(tensors, operator.groups["embed"])  # e' = B e, so dL/de = B^T dL/de'
@@ -177,8 +177,7 @@ def is_embedding(name):
 
 @pytest.mark.parametrize(
     ("model", "preset", "shrinks"),
-    [(model, "preserving", True) for model in PRE_NORM]
-    + [(model, "preserving", False) for model in POST_NORM]
+    [(model, "preserving", model in PRE_NORM) for model in MAIN]
     + [(model, preset, False) for model in MAIN for preset in ("net2net", "hypercloning")],
 )
 def test_epsilon_goes_as_the_variance_does(model, preset, shrinks):
