@@ -97,10 +97,11 @@ class Operator:
     @cached_property
     def kinds(self) -> tuple[list[str], list[str]]:
         """What sets each block apart, of the small model and of the large one."""
-        return tuple(  # type: ignore[return-value]
+        old, new = (
             [kind for _, kind in sorted({(s.layer, s.kind) for s in specs.values() if s.layer is not None})]
             for specs in (self.small, self.large)
         )
+        return old, new
 
     @cached_property
     def axes(self) -> set[str]:

@@ -1,14 +1,13 @@
-"""DeBERTa-v2 as released in version 3: `DebertaV2ForSequenceClassification`, `...ForTokenClassification`, `...ForMaskedLM`.
+"""DeBERTa-v2 as released in version 3: `DebertaV2ForSequenceClassification`, `...TokenClassification`, `...MaskedLM`.
 
-Post-LN like BERT. Attention adds what content says of position and position of content: the same queries and keys are
-taken of embeddings of relative positions, one table for all blocks, which so has the axis of the residual stream and
-stands before the blocks, with a normalisation of its own. Token embeddings know no position unless a setting says so.
+Post-LN like BERT. Positions are relative: queries and keys are also taken of one table for all blocks, which so has the
+axis of the residual stream, and stands before the blocks with a normalisation of its own.
 
 Masked tokens are found by the head of the released models (`legacy=False`), which reads the token embeddings
 themselves; a checkpoint with the other head counts as one without.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     DebertaV2Config,
@@ -34,7 +33,7 @@ from fedsim.models.family import Family, Form, Inputs
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 PREFIX = "deberta.encoder.layer."
@@ -97,14 +96,13 @@ CLASSES = {
     "mlm": DebertaV2ForMaskedLM,
 }
 
-# What all released models of version 3 have. Where a config does not name a field, it is as in the library: `UNNAMED`.
+# What all released models of version 3 have.
 RELEASED = {
     "relative_attention": True,
     "pos_att_type": ["p2c", "c2p"],
     "share_att_key": True,  # else positions have projections of their own
     "norm_rel_ebd": "layer_norm",
 }
-UNNAMED = {"share_att_key": False, "norm_rel_ebd": "none"}
 
 
 class DebertaV2(Family):
@@ -129,13 +127,12 @@ class DebertaV2(Family):
         if buckets < 2:
             refuse("task.settings.position_buckets", buckets, "a whole number, and at least 2")
 
-    def model_class(
-        self, inputs: Inputs
-    ) -> type[DebertaV2ForSequenceClassification] | type[DebertaV2ForTokenClassification] | type[DebertaV2ForMaskedLM]:
+    def model_class(self, inputs: Inputs) -> "type[PreTrainedModel]":
         return CLASSES[inputs.kind]
 
     def config(self, form: Form, inputs: Inputs) -> DebertaV2Config:
-        fields = {"position_biased_input": False, "position_buckets": 256} | chosen(inputs, _accepted(inputs))
+        fields: dict[str, Any] = RELEASED | {"position_biased_input": False, "position_buckets": 256}
+        fields |= chosen(inputs, _accepted(inputs))
         config = DebertaV2Config(
             hidden_size=form.width,
             num_hidden_layers=form.depth,
@@ -147,7 +144,6 @@ class DebertaV2(Family):
             pooler_dropout=0.0,
             pad_token_id=inputs.padding_id,
             legacy=False,
-            **RELEASED,
             **fields,
         )
         if inputs.kind != "mlm":
@@ -156,10 +152,10 @@ class DebertaV2(Family):
 
     def form(self, config: "PretrainedConfig") -> Form:
         refuse_foreign(config, "deberta-v2")
-        fields = UNNAMED | config.to_dict()
+        fields = {"share_att_key": False, "norm_rel_ebd": "none"} | config.to_dict()  # where it names neither
+        fields["pos_att_type"] = sorted(fields["pos_att_type"] or [], reverse=True)
         for name, value in RELEASED.items():
-            held = sorted(fields[name] or []) if isinstance(value, list) else fields[name]
-            if held != (sorted(value) if isinstance(value, list) else value):
+            if fields[name] != value:
                 refuse(f"config.{name}", fields[name], f"{value!r}, as in every released model of version 3")
         if fields.get("conv_kernel_size", 0):
             refuse("config.conv_kernel_size", fields["conv_kernel_size"], "0: a convolution has no named axes")

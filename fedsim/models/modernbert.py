@@ -6,7 +6,7 @@ to the neighbourhood of each token and with another speed of rotation: blocks of
 embeddings, the residual stream itself, without a norm of its own.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     ModernBertConfig,
@@ -31,7 +31,7 @@ from fedsim.models.family import Family, Form, Inputs
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 PREFIX = "model.layers."
@@ -114,16 +114,12 @@ class ModernBert(Family):
         if window < 2:
             refuse("task.settings.local_attention", window, "a whole number, and at least 2: one token on each side")
 
-    def model_class(
-        self, inputs: Inputs
-    ) -> (
-        type[ModernBertForSequenceClassification] | type[ModernBertForTokenClassification] | type[ModernBertForMaskedLM]
-    ):
+    def model_class(self, inputs: Inputs) -> "type[PreTrainedModel]":
         return CLASSES[inputs.kind]
 
     def config(self, form: Form, inputs: Inputs) -> ModernBertConfig:
-        fields = THETAS | chosen(inputs, _accepted(inputs))
-        rotary = {kind: {"rope_type": "default", "rope_theta": fields.pop(name)} for name, kind in ROTARY.items()}
+        fields: dict[str, Any] = THETAS | chosen(inputs, _accepted(inputs))
+        rotary: Any = {kind: {"rope_type": "default", "rope_theta": fields.pop(name)} for name, kind in ROTARY.items()}
         config = ModernBertConfig(
             hidden_size=form.width,
             num_hidden_layers=form.depth,

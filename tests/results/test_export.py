@@ -70,7 +70,7 @@ def random_model(row: Row) -> Any:
     """A model of the row's small form in which nothing is what it starts as."""
     generator = torch.Generator().manual_seed(0)
     fresh = row.task.fresh(row.small, 0)
-    tree = {name: 0.3 * torch.randn(tensor.shape, generator=generator) for name, tensor in fresh.items()}
+    tree = {name: 0.4 * torch.randn(tensor.shape, generator=generator) for name, tensor in fresh.items()}
     return row.task.module(row.small, tree)
 
 

@@ -12,10 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotation
 from transformers.models.modernbert import modeling_modernbert
-from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
 
 from fedgrow_algo.ligo import Operator, Preset
 from fedgrow_algo.presets import by_name
@@ -195,6 +195,17 @@ def anywhere(operator: Operator) -> Tree:
     return {name: random(*shape, seed=i) for i, (name, shape) in enumerate(operator.shapes.items())}
 
 
+# Modules that ask a function of their file for something in single precision, and one that does not round.
+SINGLE = {
+    modeling_modernbert.ModernBertAttention: (modeling_modernbert, "apply_rotary_pos_emb", llama_rotation),
+    modeling_deberta_v2.DisentangledSelfAttention: (
+        modeling_deberta_v2,
+        "scaled_size_sqrt",
+        lambda query, factor: torch.tensor(query.size(-1) * factor, dtype=torch.float64).sqrt(),
+    ),
+}
+
+
 @functools.cache
 def module(model: str, form: Form) -> nn.Module:
     """The Hugging Face module, frozen; what computes in single precision does so in that of its input instead."""
@@ -202,18 +213,19 @@ def module(model: str, form: Form) -> nn.Module:
     for part in built.modules():
         if isinstance(part, LlamaRMSNorm):
             part.forward = types.MethodType(_rms_norm, part)
-        if isinstance(part, ModernBertAttention):
-            part.forward = types.MethodType(_attention, part)
+        for patched, (where, name, better) in SINGLE.items():
+            if isinstance(part, patched):
+                part.forward = functools.partial(_with_double, part, where, name, better)
     return built
+
+
+def _with_double(part: nn.Module, where: types.ModuleType, name: str, better: Any, *given: Any, **named: Any) -> Any:
+    with mock.patch.object(where, name, better):
+        return type(part).forward(part, *given, **named)
 
 
 def _rms_norm(norm: LlamaRMSNorm, x_BTD: Tensor) -> Tensor:
     return norm.weight * x_BTD * (x_BTD.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-
-def _attention(attention: ModernBertAttention, *arguments: Any, **named: Any) -> Any:
-    with mock.patch.object(modeling_modernbert, "apply_rotary_pos_emb", llama_rotation):
-        return ModernBertAttention.forward(attention, *arguments, **named)
 
 
 def random_tree(model: str, form: Form, seed: int = 0) -> Tree:
