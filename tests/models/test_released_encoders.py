@@ -222,7 +222,7 @@ def test_a_head_that_a_checkpoint_lacks_is_drawn_from_the_seed(
 def test_the_older_head_of_deberta_counts_as_none(tmp_path: Path) -> None:
     row = ROWS["deberta-mlm"]
     config = get_family("deberta").config(row.small, row.task.inputs)
-    module = drawn(DebertaV2ForMaskedLM(DebertaV2Config(**config.to_dict() | {"legacy": True})))
+    module = drawn(DebertaV2ForMaskedLM(DebertaV2Config.from_dict(config.to_dict() | {"legacy": True})))
     assert any(name.startswith("cls.") for name, _ in module.named_parameters())
     module.save_pretrained(tmp_path)
     tree = load_small(row.task, row.small, Checkpoint(str(tmp_path)), SEED)
