@@ -2,17 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from fedsim.core.submodel import Dim
 from fedsim.core.tree import Tree
 
-
-if TYPE_CHECKING:
-    from fedgrow_algo.ligo import Operator
 
 READ = ".read"  # ending of the name of an axis' second matrix, where a preset reads with one of its own
 NEXT = ".next"  # the same, where a preset writes coordinates of a block from the block above it
@@ -38,10 +33,10 @@ class Preset:
 
     name: str
     per: Literal["source", "target"]
-    init: Callable[["Operator", torch.Generator], Tree]
-    check: Callable[["Operator"], None]
-    exact: Callable[["Operator"], bool]
-    scale: Callable[["Operator", Dim], Tensor | None]
+    init: Callable[..., Tree]
+    check: Callable[..., None]
+    exact: Callable[..., bool]
+    scale: Callable[..., Tensor | None]
     share: Callable[[int, int], Tensor]
     own_read: bool = False
     own_next: bool = False
