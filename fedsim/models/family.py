@@ -116,7 +116,10 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
-        """The named axes of every parameter of `build(form, inputs)`."""
+        """The named axes of every parameter of `build(form, inputs)`, and where it stands: in a block, before or after.
+
+        Early exits and heads of one's own are made of what stands after the blocks (`ParamSpec.after`).
+        """
 
     def build(self, form: Form, inputs: Inputs) -> "PreTrainedModel":
         """A randomly initialised Hugging Face module (draws from torch's global stream)."""

@@ -1,5 +1,6 @@
 """Models cut in depth: exits against models built that shallow, DepthFL, ProgFed, and growing once before FedAvg."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -107,6 +108,14 @@ def test_what_comes_after_the_blocks_is_what_no_block_depends_on(name: str) -> N
             (weights * result).sum(), list(leaves.values()), retain_graph=True, allow_unused=True
         )
         assert {n for n, gradient in zip(leaves, found, strict=True) if gradient is None} == without
+
+
+def test_a_family_that_names_nothing_after_its_blocks_has_no_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, form = ROWS["vit"].task, ROWS["vit"].small
+    silent = {name: dataclasses.replace(spec, after=False) for name, spec in task.specs(form).items()}
+    monkeypatch.setattr(Task, "specs", lambda self, form: silent)
+    with pytest.raises(ValueError, match=r"task\.family='vit': must be a family that says which parameters"):
+        tail(task, form)
 
 
 @pytest.mark.parametrize("name", EXITED)

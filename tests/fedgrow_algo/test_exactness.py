@@ -28,6 +28,7 @@ from tests.support.growing import (
     operator_between,
     random,
     random_tree,
+    rotary,
     small,
     start,
     where,
@@ -104,12 +105,24 @@ def test_units_of_the_block_above_are_no_copies_unless_there_is_no_block_above(d
     assert difference < EXACT if says else difference > BROKEN
 
 
-@pytest.mark.parametrize("model", ["vit", "gpt2-lm", "llama-lm", "bert-text"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("preset", ["preserving", "zero-block", "hypercloning"])
+@pytest.mark.parametrize("model", ["modernbert-text", "modernbert-mlm"])
+def test_blocks_of_two_kinds_the_first_of_which_lacks_a_norm_grow_exactly_in_depth(model, preset, depth):
+    """Even from block 0 alone, which has no such norm to grow others from."""
+    old = dataclasses.replace(small(model), depth=depth)
+    for new_depth in range(depth, 9):
+        new = dataclasses.replace(large(model, "residual x2", preset), depth=new_depth)
+        assert PRESETS[preset].exact(operator_between(preset, model, old, new))
+        assert gap(model, old, new, preset) < EXACT, new_depth
+
+
+@pytest.mark.parametrize("model", ["vit", "gpt2-lm", "llama-lm", "bert-text", "deberta-text", "modernbert-text"])
 def test_growth_to_the_same_size_changes_no_weight_unless_the_start_is_random(model):
     unchanged = set()
     tree = random_tree(model, small(model))
     for preset in PRESETS:
-        if family(model) == "llama" and preset in ("paper", "paper-untied", "paper-chunked", "ligo"):
+        if rotary(model) and preset in MIX_HEADS:
             continue
         operator = operator_between(preset, model, small(model), small(model))
         grown_tree = operator(start(operator), tree)

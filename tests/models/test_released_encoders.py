@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, DebertaV2Config, DebertaV2ForMaskedLM
 
@@ -230,6 +231,22 @@ def test_the_older_head_of_deberta_counts_as_none(tmp_path: Path) -> None:
     theirs = dict(module.named_parameters())
     for name in tree:
         assert torch.equal(tree[name], (fresh if name.startswith("lm_predictions.") else theirs)[name])
+
+
+def test_what_released_weights_hold_besides_is_passed_over(tmp_path: Path) -> None:
+    """The generator's head, and embeddings of positions that no model of version 3 reads."""
+    row = ROWS["deberta-mlm"]
+    module = drawn(get_family("deberta").build(row.small, row.task.inputs))
+    module.save_pretrained(tmp_path)
+    width = row.small.width
+    more = {
+        "mask_predictions.dense.weight": (width, width),
+        "deberta.embeddings.position_embeddings.weight": (512, width),
+    }
+    weights = load_file(tmp_path / "model.safetensors") | {name: torch.ones(shape) for name, shape in more.items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    tree = load_small(row.task, row.small, Checkpoint(str(tmp_path)), SEED)
+    assert all(torch.equal(tree[name], parameter) for name, parameter in module.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["deberta-tokens", "modernbert-tokens"])
