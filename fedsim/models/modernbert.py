@@ -99,7 +99,6 @@ class ModernBert(Family):
         "classifier_pooling",
         "hidden_activation",
         "local_attention",
-        "rope_parameters",
         "tie_word_embeddings",
         "vocab_size",
     )
@@ -149,6 +148,9 @@ class ModernBert(Family):
         for name, there in BIASES.items():
             if getattr(config, name) != there:
                 refuse(f"config.{name}", getattr(config, name), f"{there}, as in every released model")
+        for kind, rotary in config.rope_parameters.items():
+            if rotary["rope_type"] != "default":
+                refuse(f"config.rope_parameters.{kind}.rope_type", rotary["rope_type"], "'default'")
         if config.layer_types != [_kind(layer) for layer in range(config.num_hidden_layers)]:
             accepted = f"'full_attention' in block 0 and every {EVERY}rd from there, else 'sliding_attention'"
             refuse("config.layer_types", config.layer_types, accepted)
@@ -161,6 +163,10 @@ class ModernBert(Family):
             head_dim=config.hidden_size // config.num_attention_heads,
             norm_eps=config.norm_eps,
         )
+
+    def shared(self, config: "PretrainedConfig") -> dict[str, Any]:
+        thetas = {name: config.rope_parameters[kind]["rope_theta"] for name, kind in ROTARY.items()}
+        return super().shared(config) | thetas
 
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
         tied = dict(inputs.settings).get("tie_word_embeddings", True)

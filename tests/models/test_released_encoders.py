@@ -126,6 +126,11 @@ REFUSED = [
         {"global_attn_every_n_layers": 2},
         r"config.layer_types=\[.*\]: must be 'full_attention' in block 0",
     ),
+    (
+        "modernbert",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "config.rope_parameters.*rope_type='linear': must be 'default'",
+    ),
     ("modernbert", {"model_type": "bert"}, "config.model_type='bert': must be 'modernbert'"),
 ]
 
@@ -231,6 +236,22 @@ def test_the_older_head_of_deberta_counts_as_none(tmp_path: Path) -> None:
     theirs = dict(module.named_parameters())
     for name in tree:
         assert torch.equal(tree[name], (fresh if name.startswith("lm_predictions.") else theirs)[name])
+
+
+@pytest.mark.parametrize("setting", [("global_rope_theta", 50.0), ("local_rope_theta", 7.0), ("local_attention", 6)])
+def test_a_checkpoint_with_another_constant_is_refused_with_the_setting_that_it_needs(
+    setting: tuple[str, float], tmp_path: Path
+) -> None:
+    row = ROWS["modernbert-text"]
+    config = dataclasses.replace(row.config, settings=tuple((dict(row.config.settings) | dict([setting])).items()))
+    other = dataclasses.replace(row, config=config)
+    module = drawn(get_family("modernbert").build(row.small, other.task.inputs))
+    module.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{setting[0]} is {setting[1]!r}, here .* task\.settings=.*{setting[0]}"):
+        load_small(row.task, row.small, checkpoint, SEED)
+    tree = load_small(other.task, row.small, checkpoint, SEED)
+    assert all(torch.equal(tree[name], parameter) for name, parameter in module.named_parameters())
 
 
 def test_what_released_weights_hold_besides_is_passed_over(tmp_path: Path) -> None:
