@@ -61,7 +61,7 @@ class Exclusive(LocalTraining):
     def name(self) -> str:
         return "exclusive"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         if forms and not any(self._able(task, form, target) for form in forms):
             largest = max(parameter_count(task, form) for form in forms) / parameter_count(task, target)
             held = math.floor(largest * 1e4) / 1e4  # rounded up, it would be refused again

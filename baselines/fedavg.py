@@ -37,6 +37,7 @@ from fedsim.core.tree import State
 from fedsim.learning.objectives import Proximal
 from fedsim.learning.rates import smallest
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
@@ -65,6 +66,10 @@ class FedAvg(LocalTraining):
     @property
     def name(self) -> str:
         return NAMES[self.of] if self.mu is None else "fedprox"
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
+        if self.of == "intermediate" and intermediate is None:
+            refuse("intermediate", None, "a form, where algorithm.of='intermediate'")
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 

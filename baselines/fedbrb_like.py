@@ -74,7 +74,7 @@ class FedBRBLike(LocalTraining):
     def name(self) -> str:
         return "fedbrb_like"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_forms(task, target, forms, self.rates)
         for rate in {rate_of(task, target, form, self.rates) for form in forms}:
             for axis in cut_axes(task.specs(target)):

@@ -66,7 +66,7 @@ class FederatedDropout(LocalTraining):
     def name(self) -> str:
         return "federated_dropout"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_forms(task, target, forms, self._rates)
 
     @property

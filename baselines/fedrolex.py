@@ -65,7 +65,7 @@ class FedRolex(LocalTraining):
     def name(self) -> str:
         return "fedrolex"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_forms(task, target, forms, self.rates)
 
     # at the aggregator ----------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class FjORD(LocalTraining):
     def name(self) -> str:
         return "fjord"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_forms(task, target, forms, self.rates)
         largest = max((rate_of(task, target, form, self.rates) for form in forms), default=0.0)
         for rate in self.rates:  # whoever holds a sub-model trains all smaller ones too

@@ -64,7 +64,7 @@ class FLoRA(LocalTraining):
     def name(self) -> str:
         return "flora"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_rank(task, target, self.rank, forms)
 
     # at the aggregator ----------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class GrowThenFedAvg(LocalTraining):
     def preset_name(self) -> str:
         return self.preset
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         if forms:
             operator_between(self.preset, task, smallest(task, forms), target)
 

@@ -66,7 +66,7 @@ class HeteroFL(LocalTraining):
     def name(self) -> str:
         return "heterofl" if self.scaler or self.masks or not self.by_examples else "heterofl_clean"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_forms(task, target, forms, self.rates)
 
     # at the aggregator ----------------------------------------------------------------------------------------------

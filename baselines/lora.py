@@ -67,7 +67,7 @@ class FederatedLoRA(LocalTraining):
     def name(self) -> str:
         return self.method
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_rank(task, target, self.rank, forms if self.method == "hetlora" else ())
 
     def _rank(self, task: Task, form: Form, target: Form) -> int:

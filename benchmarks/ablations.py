@@ -38,7 +38,7 @@ def ablations() -> list[Experiment]:
     """
     base, text_base = replace(on_digits(), chunk=6, eval_every=2), on_pydoc()
     paper, preserving = (_pair(DIGITS, preset) for preset in ("paper", "preserving"))
-    common = [replace(each, draw="common") for preset in _PRESETS for each in _pair(_COMMON, preset)]
+    common = [replace(each, init="common") for preset in _PRESETS for each in _pair(_COMMON, preset)]
     aligned = _pair(_ALIGNED, "preserving")
     shared = preserving[0]
     return [
@@ -77,7 +77,7 @@ def ablations() -> list[Experiment]:
             )
         ),
         *each_of(text_base, [*_pair(TOKENS, "paper"), *_pair(TOKENS, "preserving")]),
-        *each_of(text_base, [replace(each, draw="common") for preset in _PRESETS for each in _pair(TOKENS, preset)]),
+        *each_of(text_base, [replace(each, init="common") for preset in _PRESETS for each in _pair(TOKENS, preset)]),
         *each_of(
             text_base, [_aligned(each, epochs) for epochs in (0, 1) for each in _pair(_ALIGNED_TOKENS, "preserving")]
         ),
@@ -89,7 +89,7 @@ def ablations() -> list[Experiment]:
 def ablations_grid() -> list[Experiment]:
     """Learning rates for the variants of `ablations` that its conclusions rest on: starts common to all, on digits."""
     base = replace(on_digits(), chunk=6, eval_every=10)
-    kinds = [replace(each, draw="common") for preset in _PRESETS for each in _pair(DIGITS, preset)]
+    kinds = [replace(each, init="common") for preset in _PRESETS for each in _pair(DIGITS, preset)]
     kinds += [_aligned(each, epochs) for epochs in (0, 1) for each in _pair(DIGITS, "preserving")]
     return each_of(base, [replace(each, lr=lr) for lr in GRID for each in kinds])
 
@@ -106,7 +106,7 @@ def _pair(rates: dict[str, float], preset: str) -> list[FedGrow]:
 
 def _aligned(algorithm: FedGrow, epochs: int) -> FedGrow:
     """Small models and Local start equal for all, and hardly move before Global is trained."""
-    return replace(algorithm, draw="common", small_epochs=epochs, local_epochs=epochs)
+    return replace(algorithm, init="common", small_epochs=epochs, local_epochs=epochs)
 
 
 def _joint(algorithm: FedGrow, lr: float) -> FedGrowJoint:

@@ -27,7 +27,7 @@ from torch import nn
 
 from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
 from fedgrow_algo.presets import by_name
-from fedgrow_algo.pretrain import Draw, check_draw, trained_on_own_shard
+from fedgrow_algo.pretrain import Init, check_init, trained_on_own_shard
 from fedgrow_algo.rounds import (
     FINETUNE,
     aggregated,
@@ -35,8 +35,8 @@ from fedgrow_algo.rounds import (
     check_growth,
     combined,
     fine_tuned,
-    first_draw,
     first_global,
+    local_stream,
     own_target,
     payloads,
     server_state,
@@ -53,6 +53,7 @@ from fedsim.algorithm import (
     Steps,
     Training,
 )
+from fedsim.core.canonical import written_as
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.tree import State, Tree, to
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
@@ -66,7 +67,7 @@ MIDDLE, OWN = "middle", "global"  # parts of a participant's private state: M_i,
 def intermediate_model(
     ctx: ClientContext,
     preset: str,
-    draw: Draw,
+    init: Init,
     *,
     small_lr: float,
     small_epochs: int,
@@ -77,16 +78,16 @@ def intermediate_model(
 ) -> Steps[Tree]:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
 
-    - `draw`: whose the random starts of S_i and Local_i are. - `settings`: of `Training`, for both.
+    - `init`: whose the random starts of S_i and Local_i are. - `settings`: of `Training`, for both.
 
     **Returns:** M_i's weights, stacked as Global takes them.
     """
-    small = yield from trained_on_own_shard(ctx, draw=draw, **settings | {"lr": small_lr, "epochs": small_epochs})
+    small = yield from trained_on_own_shard(ctx, init=init, **settings | {"lr": small_lr, "epochs": small_epochs})
     local = operator_between(preset, ctx.task, ctx.info.form, ctx.intermediate)
     stacked = local.stack(small)
     trained = yield Training(
         GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth),
-        to(local.init(first_draw(draw, ctx)), ctx.device),
+        to(local.init(local_stream(init, ctx)), ctx.device),
         {"small": stacked},
         purpose="local",
         **settings | {"lr": local_lr, "epochs": local_epochs},
@@ -102,8 +103,8 @@ class FedGrow(LocalTraining):
     - `preset`: how the operators are built; see `fedgrow_algo.presets`.
     - `lr`, `epochs`: of Global, in every round; the other fields of `LocalTraining` are for all stages.
     - `local_lr`, `local_epochs`: of Local_i, once. - `small_lr`, `small_epochs`: of S_i, once.
-    - `draw`: "own": every participant draws the start of S_i and of Local_i for itself, as the paper's code does; or
-      "common": equal forms start equal, smaller ones as corners of one model (`fedgrow_algo.pretrain`).
+    - `init`: "independent": every participant draws the start of S_i and of Local_i for itself, as the paper's code
+      does; or "common": equal forms start equal, smaller ones as corners of one model (`fedgrow_algo.pretrain`).
     - `federate`: False trains the same operators and never averages: every participant keeps its own Global.
     - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
@@ -116,7 +117,7 @@ class FedGrow(LocalTraining):
     local_epochs: int = 10
     small_lr: float = 5e-4
     small_epochs: int = 10
-    draw: Draw = "own"
+    init: Init = dataclasses.field(default="independent", metadata=written_as("draw", independent="own"))
     federate: bool = True
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
@@ -141,9 +142,8 @@ class FedGrow(LocalTraining):
     def preset_name(self) -> str:
         return self.preset
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
-        check_growth(self.preset, task, forms, intermediate, target)
-        check_draw(self.draw, forms, intermediate)
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
+        check_init(self.init, forms, check_growth(self.preset, task, forms, intermediate, target))
 
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
@@ -168,7 +168,7 @@ class FedGrow(LocalTraining):
         middle = yield from intermediate_model(
             ctx,
             self.preset,
-            self.draw,
+            self.init,
             small_lr=self.small_lr,
             small_epochs=self.small_epochs,
             local_lr=self.local_lr,

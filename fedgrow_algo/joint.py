@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
 from fedgrow_algo.presets import by_name
-from fedgrow_algo.pretrain import Draw, check_draw, trained_on_own_shard
+from fedgrow_algo.pretrain import Init, check_init, trained_on_own_shard
 from fedgrow_algo.rounds import (
     FINETUNE,
     aggregated,
@@ -31,7 +31,7 @@ from fedgrow_algo.rounds import (
     check_growth,
     combined,
     fine_tuned,
-    first_draw,
+    local_stream,
     own_target,
     payloads,
     server_state,
@@ -48,6 +48,7 @@ from fedsim.algorithm import (
     Steps,
     Training,
 )
+from fedsim.core.canonical import written_as
 from fedsim.core.fields import check_range
 from fedsim.core.tree import State, Tree, to
 from fedsim.learning.objectives import Frozen
@@ -69,7 +70,7 @@ class FedGrowJoint(LocalTraining):
     - `lr`, `local_lr`: of Global and of Local_i, in every round. - `epochs`: of both. The other fields of
       `LocalTraining` are for all stages.
     - `small_lr`, `small_epochs`: of S_i, once.
-    - `draw`: whether the starts of S_i and Local_i are each participant's own, or "common": `fedgrow_algo.fedgrow`.
+    - `init`: whether the starts of S_i and Local_i are "independent" or "common": `fedgrow_algo.fedgrow`.
     - `finetune_after`: the round after which every participant trains its own T_i instead, and sends nothing; None:
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
     - `server`: what the server makes of the mean.
@@ -81,7 +82,7 @@ class FedGrowJoint(LocalTraining):
     local_lr: float = 5e-4
     small_lr: float = 5e-4
     small_epochs: int = 10
-    draw: Draw = "own"
+    init: Init = dataclasses.field(default="independent", metadata=written_as("draw", independent="own"))
     finetune_after: int | None = None
     finetune_lr: float = 5e-4
     finetune_epochs: int = 1
@@ -103,9 +104,8 @@ class FedGrowJoint(LocalTraining):
     def preset_name(self) -> str:
         return self.preset
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
-        check_growth(self.preset, task, forms, intermediate, target)
-        check_draw(self.draw, forms, intermediate)
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
+        check_init(self.init, forms, check_growth(self.preset, task, forms, intermediate, target))
 
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
@@ -128,11 +128,11 @@ class FedGrowJoint(LocalTraining):
 
     def client_init(self, ctx: ClientContext) -> Steps[State]:
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        tensors = to(local.init(first_draw(self.draw, ctx)), ctx.device)
+        tensors = to(local.init(local_stream(self.init, ctx)), ctx.device)
         if self._as_brought(ctx):
             return {LOCAL: tensors}
         settings = self.settings(lr=self.small_lr, epochs=self.small_epochs)
-        small = yield from trained_on_own_shard(ctx, draw=self.draw, **settings)
+        small = yield from trained_on_own_shard(ctx, init=self.init, **settings)
         return {LOCAL: tensors, SMALL: as_stored(local.stack(small))}
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:

@@ -17,11 +17,11 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-Draw = Literal["own", "common"]  # whether random numbers are each participant's own, or one draw for all
+Init = Literal["independent", "common"]  # whether random numbers are each participant's own, or one draw for all
 
 
 def trained_on_own_shard(
-    ctx: ClientContext, *, lr: float, epochs: int, draw: Draw = "own", **settings: Any
+    ctx: ClientContext, *, lr: float, epochs: int, init: Init = "independent", **settings: Any
 ) -> Steps[Tree]:
     """A model of the participant's own form, trained on its own shard: from its tier's checkpoint, or from scratch.
 
@@ -30,11 +30,11 @@ def trained_on_own_shard(
 
     It is what the participant is assumed to bring along: its parameters count as trained nowhere, its cost in round 0.
 
-    - `draw`: where training from scratch starts: at a model of the participant's own, or at its part of `common_start`.
+    - `init`: where training from scratch starts: at a model of the participant's own, or at its part of `common_start`.
     - `settings`: of `Training`.
     """
     form, task, checkpoint = ctx.info.form, ctx.task, ctx.info.checkpoint
-    if checkpoint is None and draw == "common":
+    if checkpoint is None and init == "common":
         start = common_start(task, form, ctx.intermediate, derive(ctx.seed, "small"))
     elif checkpoint is None:
         start = task.fresh(form, ctx.derive("small"))
@@ -58,10 +58,12 @@ def common_start(task: Task, form: Form, largest: Form, seed: int) -> Tree:
     return Cut(specs, cut_from.axes, lists).extract({name: whole[name] for name in specs})
 
 
-def check_draw(draw: Draw, forms: Sequence[Form], largest: Form) -> None:
+def check_init(init: Init, forms: Sequence[Form], largest: Form) -> None:
     """**Raises:** `ValueError` if a small form is not a corner of the largest, and one draw for all is asked for."""
-    for form in forms if draw == "common" else ():
+    for form in forms if init == "common" else ():
         over = [axis for axis, size in form.axes.items() if size > largest.axes[axis]]
         if over or form.depth > largest.depth:
             what = f"axis {over[0]!r} is larger" if over else "depth is larger"
-            refuse("algorithm.draw", draw, f"'own' where a small form ({form}) is no corner of {largest}: {what}")
+            refuse(
+                "algorithm.init", init, f"'independent' where a small form ({form}) is no corner of {largest}: {what}"
+            )

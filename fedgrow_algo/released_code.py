@@ -84,7 +84,7 @@ class FedGrowReleasedCode(LocalTraining):
     def preset_name(self) -> str:
         return self.preset
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_growth(self.preset, task, forms, intermediate, target)
 
     # at the aggregator ----------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class FedGrowReleasedCode(LocalTraining):
         middle = yield from intermediate_model(
             ctx,
             self.preset,
-            "own",
+            "independent",
             small_lr=self.small_lr,
             small_epochs=self.small_epochs,
             local_lr=self.local_lr,

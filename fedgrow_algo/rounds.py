@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedgrow_algo.dual_ligo import operator_between
-from fedgrow_algo.pretrain import Draw
+from fedgrow_algo.pretrain import Init
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
@@ -26,6 +26,7 @@ from fedsim.algorithm import (
     Training,
     weighted_sum,
 )
+from fedsim.core.fields import refuse
 from fedsim.core.seeding import generator
 from fedsim.core.tree import State, Tree
 from fedsim.learning.server_opt import ServerOptimizer, model_of
@@ -43,12 +44,15 @@ def stage_of(round: int, finetune_after: int | None) -> str:
     return "federated" if finetune_after is None or round <= finetune_after else FINETUNE
 
 
-def check_growth(preset: str, task: Task, forms: Sequence[Form], intermediate: Form, target: Form) -> None:
-    """**Raises:** `ValueError` if the preset cannot map every small form into the intermediate one, and that into the
-    target; both forms are named."""
+def check_growth(preset: str, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> Form:
+    """The intermediate form. **Raises:** `ValueError` if there is none, or if the preset cannot map every small form
+    into it, and it into the target; both forms are named."""
+    if intermediate is None:
+        refuse("intermediate", None, "a form: small models grow to it, and from it to the target")
     operator_between(preset, task, intermediate, target)
     for form in forms:
         operator_between(preset, task, form, intermediate)
+    return intermediate
 
 
 def first_global(preset: str, ctx: ServerContext | ClientContext) -> Tree:
@@ -56,9 +60,9 @@ def first_global(preset: str, ctx: ServerContext | ClientContext) -> Tree:
     return operator_between(preset, ctx.task, ctx.intermediate, ctx.target).init(generator(ctx.seed, "global"))
 
 
-def first_draw(draw: Draw, ctx: ClientContext) -> torch.Generator:
-    """The stream that Local_i is drawn from."""
-    return generator(ctx.seed, "local") if draw == "common" else ctx.generator("local")
+def local_stream(init: Init, ctx: ClientContext) -> torch.Generator:
+    """The random stream that Local_i starts from."""
+    return generator(ctx.seed, "local") if init == "common" else ctx.generator("local")
 
 
 def as_stored(tree: Tree) -> Tree:

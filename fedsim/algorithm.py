@@ -160,8 +160,11 @@ class Algorithm(abc.ABC):
         """The growth preset, for the `preset` column; empty where nothing is grown."""
         return ""
 
-    def check(self, task: "Task", forms: Sequence["Form"], intermediate: "Form", target: "Form") -> None:
-        """Refuse, with a `ValueError`, forms this algorithm cannot work with. Called before anything starts."""
+    def check(self, task: "Task", forms: Sequence["Form"], intermediate: "Form | None", target: "Form") -> None:
+        """Refuse, with a `ValueError`, forms this algorithm cannot work with. Called before anything starts.
+
+        `intermediate` is None where the experiment has none: a method that works with it refuses that.
+        """
         return None
 
     def stage(self, round: int) -> str:

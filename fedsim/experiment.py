@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from fedsim.algorithm import Algorithm
+from fedsim.core.canonical import canonical
 from fedsim.core.fields import check_range, check_types, matches, refuse
 from fedsim.data.partition import Partition
 from fedsim.devices import Conditions, Device, device_named
@@ -24,13 +25,6 @@ from fedsim.models import Form, get_family
 from fedsim.models.pretrained import Checkpoint, form_of
 
 
-# Modules whose classes are written into configs and run ids under another name, which is older than where they lie.
-WRITTEN_AS = {
-    "fedsim.learning.task": "fedsim.task",
-    "fedsim.learning.server_opt": "fedsim.server_opt",
-    "fedsim.models.pretrained": "fedsim.pretrained",
-    "__mp_main__": "__main__",  # a script, as the processes see it that it starts
-}
 PLACEMENT = {"placement": True}  # marks fields that say where a run is computed: left out of its identity
 
 
@@ -103,7 +97,8 @@ class Experiment:
     """One run. Derive another with `dataclasses.replace`, or on the command line with `--set field=value`.
 
     - `algorithm`: what runs, with its hyperparameters. - `task`: data and model family.
-    - `tiers`: classes of participants and their small forms. - `intermediate`, `target`: the common forms.
+    - `tiers`: classes of participants and their small forms. - `target`: the form that all work towards.
+    - `intermediate`: the form between them, for methods that have one (Fed-Grow); None: there is none.
     - `partition`: how the data are dealt. - `participants`: size of the population.
     - `cohort`: participants a round; None: all of them. - `rounds`: federated rounds (round 0 comes on top).
     - `validation_share`: part of each shard that is never trained on; the only scores tuning may look at.
@@ -121,8 +116,8 @@ class Experiment:
     algorithm: Algorithm
     task: TaskConfig
     tiers: tuple[Tier, ...]
-    intermediate: Form
-    target: Form
+    intermediate: Form | None = None
+    target: Form = dataclasses.field(default=None)  # type: ignore[assignment] # must be given: it follows a default
     partition: Partition = Partition()
     participants: int = 6
     cohort: int | None = None
@@ -153,21 +148,25 @@ class Experiment:
             refuse("tiers.device", None, f"given for every tier, as conditions ask for simulated time: {nameless}")
         if self.participants < len(self.tiers):
             refuse("participants", self.participants, f"at least the number of tiers, {len(self.tiers)}")
-        for size in ("width", "depth", "inner"):
-            middle, target = getattr(self.intermediate, size), getattr(self.target, size)
-            if target < middle:
-                refuse(f"target.{size}", target, f"at least intermediate.{size}={middle}: growth never shrinks")
-        for tier in self.tiers:
-            if tier.form.width > self.intermediate.width:
-                accepted = f"at most intermediate.width={self.intermediate.width}"
-                refuse(f"tier {tier.name!r}: form.width", tier.form.width, accepted)
         task = Task(self.task)
-        for form in (self.intermediate, self.target):
-            get_family(self.task.family).check(form, task.inputs)
+        self._check_forms(task)
         for tier in self.tiers:
             with of_tier(tier.name):
                 get_family(self.task.family).check(tier.form, task.inputs)
         self._check_method(task)
+
+    def _check_forms(self, task: Task) -> None:
+        for size in ("width", "depth", "inner") if self.intermediate else ():
+            middle, target = getattr(self.intermediate, size), getattr(self.target, size)
+            if target < middle:
+                refuse(f"target.{size}", target, f"at least intermediate.{size}={middle}: growth never shrinks")
+        name, larger = ("intermediate", self.intermediate) if self.intermediate else ("target", self.target)
+        for tier in self.tiers:
+            if tier.form.width > larger.width:
+                refuse(f"tier {tier.name!r}: form.width", tier.form.width, f"at most {name}.width={larger.width}")
+        for form in (self.intermediate, self.target):
+            if form is not None:
+                get_family(self.task.family).check(form, task.inputs)
 
     def _check_method(self, task: Task) -> None:
         """Ask the algorithm about all forms; where it cannot work with one tier's, but with others', name the tier."""
@@ -187,6 +186,11 @@ class Experiment:
         except ValueError:
             return False
         return True
+
+    @property
+    def middle(self) -> Form:
+        """The intermediate form; the target where there is none, for methods that do not ask for it."""
+        return self.intermediate or self.target
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -210,44 +214,6 @@ def of_tier(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"tier {name!r}: {error}") from error
-
-
-def canonical(value: Any) -> Any:
-    """A JSON value that says the same as a tree of dataclasses."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field for field in dataclasses.fields(value) if _decides(value, field)]
-        module = type(value).__module__
-        kind = {"class": f"{WRITTEN_AS.get(module, module)}.{type(value).__qualname__}"}
-        return kind | {field.name: canonical(getattr(value, field.name)) for field in fields}
-    if isinstance(value, tuple | list):
-        return [canonical(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)  # --set lr=1 and lr=1.0 are one experiment
-    return value
-
-
-def _decides(value: Any, field: dataclasses.Field) -> bool:
-    """Whether a field is part of what a run is: not where it runs, nor a default that came after runs were named."""
-    later = field.metadata.get("later") and getattr(value, field.name) == field.default
-    return not field.metadata.get("placement") and not later
-
-
-def revived(value: Any, hint: Any = None) -> Any:
-    """The inverse of `canonical`: the dataclasses a JSON value describes. Placement fields take their defaults."""
-    if isinstance(value, dict):
-        kind = class_written(value["class"])
-        hints = typing.get_type_hints(kind)
-        return kind(**{field: revived(item, hints[field]) for field, item in value.items() if field != "class"})
-    if isinstance(value, list):
-        return tuple(revived(item) for item in value)
-    return value
-
-
-def class_written(name: str) -> Any:
-    """The class that configs call so. **Raises:** `ImportError` or `AttributeError` if there is none."""
-    written, _, name = name.rpartition(".")
-    lies_in = {old: new for new, old in WRITTEN_AS.items() if old != "__main__"}
-    return getattr(importlib.import_module(lies_in.get(written, written)), name)
 
 
 # named on the command line -------------------------------------------------------------------------------------------

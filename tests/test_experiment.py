@@ -16,10 +16,11 @@ from baselines.fedavg import FedAvg
 from benchmarks import suites
 from benchmarks.suites import tiny
 from fedsim.cli import main
+from fedsim.core.canonical import canonical, revived
 from fedsim.data.config import DataConfig, pydoc
 from fedsim.data.partition import Partition
 from fedsim.engine.progress import ProgressListener
-from fedsim.experiment import Experiment, Tier, canonical, load_experiments, parsed, revived, with_settings
+from fedsim.experiment import Experiment, Tier, load_experiments, parsed, with_settings
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
@@ -137,7 +138,7 @@ def test_settings_reach_inside() -> None:
 def test_settings_that_depend_on_each_other_are_applied_at_once() -> None:
     together = ["intermediate.width=64", "target.width=72", "target.heads=8", "tiers.0.form.width=60"]
     changed = with_settings(tiny(), together)
-    assert (changed.intermediate.width, changed.target.width, changed.target.heads) == (64, 72, 8)
+    assert (changed.middle.width, changed.target.width, changed.target.heads) == (64, 72, 8)
     assert changed == with_settings(tiny(), together[::-1])
     with pytest.raises(ValueError, match=r"target\.width=40.*intermediate\.width=64"):
         with_settings(tiny(), together[:1])

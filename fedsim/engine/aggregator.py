@@ -71,7 +71,7 @@ class Aggregator:
             _, self.state, metadata = found
             self.clients.private = {int(id_): sha for id_, sha in json.loads(metadata["private"]).items()}
         each = self.experiment
-        return ServerContext(each.seed, round, Task(each.task), each.intermediate, each.target, self.infos)
+        return ServerContext(each.seed, round, Task(each.task), each.middle, each.target, self.infos)
 
     def _broadcast(self, ids: Collection[int], ctx: ServerContext) -> Mapping[int, Payload]:
         with self.clock.phase("broadcast"):

@@ -171,14 +171,14 @@ class DryRun:
 
     def server(self, round: int) -> ServerContext:
         experiment = self.experiment
-        return ServerContext(experiment.seed, round, self.task, experiment.intermediate, experiment.target, self.infos)
+        return ServerContext(experiment.seed, round, self.task, experiment.middle, experiment.target, self.infos)
 
     def client(self, info: ClientInfo, round: int, meter: Meter | None = None) -> ClientContext:
         return ClientContext(
             seed=self.experiment.seed,
             round=round,
             task=self.task,
-            intermediate=self.experiment.intermediate,
+            intermediate=self.experiment.middle,
             target=self.experiment.target,
             info=info,
             train=Split({}, torch.zeros(0, dtype=torch.long)),

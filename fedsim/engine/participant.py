@@ -189,7 +189,7 @@ class Participant:
             seed=self.experiment.seed,
             round=round,
             task=task,
-            intermediate=self.experiment.intermediate,
+            intermediate=self.experiment.middle,
             target=self.experiment.target,
             info=self.member.info,
             train=self._shard(task.dataset.train),

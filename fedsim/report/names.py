@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fedsim.experiment import class_written
+from fedsim.core.canonical import class_written
 
 
 NOT_A_VARIANT = {"seed", "name", "suite"}  # what may differ between two configs of the same variant

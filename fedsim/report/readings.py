@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedsim.core.canonical import with_todays_names
 from fedsim.report.names import method_names, settings_of
 from fedsim.results.tables import Results
 
@@ -123,7 +124,7 @@ def histories(results: Results) -> dict[str, list[dict[str, Any]]]:
 def finished_runs(results: Results) -> list[dict[str, Any]]:
     """The finished runs, with their `setting` and `method` in words."""
     finished = [run for run in records(results.runs) if run["status"] == "finished"]
-    runs = [run | {"parsed": json.loads(run["config"])} for run in finished]
+    runs = [run | {"parsed": with_todays_names(json.loads(run["config"]))} for run in finished]
     runs = [run | {"setting": setting} for run, setting in zip(runs, settings_of(runs), strict=True)]
     return [run | {"method": method} for run, method in zip(runs, method_names(runs), strict=True)]
 

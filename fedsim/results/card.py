@@ -104,7 +104,7 @@ def grown(model: Deployed) -> str:
         preset = f", preset `{algorithm.preset_name}`"
         forms = f"""\
 - Small model: {described(info.form)}; {origin(info)}; class of device `{info.tier}`.
-- Intermediate form: {described(experiment.intermediate)}.
+- Intermediate form: {described(experiment.middle)}.
 - Target form: {described(experiment.target)}."""
     dealt = partition.scheme
     if partition.scheme in ("dirichlet", "by_size"):

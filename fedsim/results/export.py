@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
+from fedsim.core.canonical import revived
 from fedsim.core.fields import refuse
 from fedsim.core.tree import PATH, State, flat, nested
 from fedsim.data import bpe, text
@@ -16,7 +17,7 @@ from fedsim.data.config import DataConfig
 from fedsim.data.source import Split
 from fedsim.engine.cohort import tiers_of
 from fedsim.engine.cost import DryRun
-from fedsim.experiment import Experiment, revived
+from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter
 from fedsim.learning.task import Task
 from fedsim.models import get_family
@@ -101,7 +102,7 @@ def deployed(
         for id_, tier in enumerate(tiers_of(experiment))
     ]
     task, algorithm, info = Task(experiment.task), experiment.algorithm, population[participant]
-    seed, middle, target = experiment.seed, experiment.intermediate, experiment.target
+    seed, middle, target = experiment.seed, experiment.middle, experiment.target
     at_server = ServerContext(seed, last, task, middle, target, population)
     nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
     meter, precision = Meter({}), experiment.precision

@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fedsim.core.canonical import canonical
 from fedsim.engine.cohort import federation_sha256, members
-from fedsim.experiment import Experiment, canonical
+from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.sweeps.progress import label_of
 

@@ -350,7 +350,7 @@ def test_released_codes_upload_on_the_released_ladder() -> None:
     nothing = Split({}, torch.zeros(0, dtype=torch.long))
     info = ClientInfo(0, "2 layers", experiment.forms[0], 0)
     context = ClientContext(
-        0, 1, task, experiment.intermediate, experiment.target, info, nothing, torch.device("cpu"), Meter({})
+        0, 1, task, experiment.middle, experiment.target, info, nothing, torch.device("cpu"), Meter({})
     )
     update, _ = client_update(algorithm, {}, client_init(algorithm, context), context)
     sizes = {part: numel(update.tree[part]) for part in ("middle", "target", "global")}
@@ -578,7 +578,7 @@ def test_a_run_that_ends_in_fine_tuning(tmp_path: Path, tiny_settings: list[str]
     experiment = with_settings(tiny(), [*tiny_settings, *words])
     rounds = inline(experiment, tmp_path)
     assert rounds["stage"].tolist() == ["local", "federated", "federated", "finetune", "finetune", "finetune"]
-    operator = operator_between("paper", Task(experiment.task), experiment.intermediate, experiment.target)
+    operator = operator_between("paper", Task(experiment.task), experiment.middle, experiment.target)
     size = 4 * sum(torch.Size(shape).numel() for shape in operator.shapes.values())
     clients = pd.read_parquet(tmp_path / "clients")
     trained = clients[(clients["round"] > 0) & (clients["flops"] > 0)]

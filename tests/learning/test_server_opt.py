@@ -24,8 +24,8 @@ from baselines.progfed import ProgFed
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedsim.algorithm import Algorithm, ClientUpdate
+from fedsim.core.canonical import canonical, revived
 from fedsim.core.tree import State, Tree, clone, flat, nbytes, ordered, tensors
-from fedsim.experiment import canonical, revived
 from fedsim.learning.server_opt import M, ServerOptimizer, V, model_of
 from fedsim.models import Form
 from tests.support.small_federation import (

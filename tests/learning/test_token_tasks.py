@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from baselines.fedavg import FedAvg
 from fedsim.algorithm import ClientContext, ClientInfo
+from fedsim.core.canonical import canonical, revived
 from fedsim.core.seeding import derive
 from fedsim.data import text
 from fedsim.data.config import DataConfig, Dataset, Split, pydoc
 from fedsim.data.partition import Partition
 from fedsim.data.source import load
-from fedsim.experiment import Experiment, Tier, canonical, parsed, revived
+from fedsim.experiment import Experiment, Tier, parsed
 from fedsim.learning.entities import EntityCounts, EntityTags
 from fedsim.learning.masking import masked
 from fedsim.learning.meter import Meter

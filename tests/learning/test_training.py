@@ -15,12 +15,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from baselines.fedavg import FedAvg
 from fedsim.algorithm import ClientContext, ClientInfo
+from fedsim.core.canonical import canonical, revived
 from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import State, Tree, clone, sha256
 from fedsim.data.config import Split, digits
 from fedsim.data.partition import Partition
 from fedsim.engine.cost import cost_of
-from fedsim.experiment import Experiment, Tier, canonical, revived
+from fedsim.experiment import Experiment, Tier
 from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work, step_cost
 from fedsim.learning.objectives import Frozen, Objective, Proximal, TaskLoss, identity
 from fedsim.learning.task import Batch, Task, TaskConfig, load_task, subset

@@ -22,13 +22,14 @@ from baselines.fedavg import FedAvg
 from fedgrow_algo.pretrain import trained_on_own_shard
 from fedsim.algorithm import ClientContext, ClientInfo
 from fedsim.cli import main
+from fedsim.core.canonical import revived
 from fedsim.core.seeding import derive
 from fedsim.core.tree import Tree
 from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import pydoc
 from fedsim.engine.cohort import check_checkpoints, federation_sha256, members, tiers_of
 from fedsim.engine.cost import cost_of
-from fedsim.experiment import Experiment, from_pretrained, revived, with_settings
+from fedsim.experiment import Experiment, from_pretrained, with_settings
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.starts import check_start, load_small
 from fedsim.learning.steps import run_client
@@ -637,7 +638,7 @@ def context(experiment: Experiment, checkpoint: Checkpoint | None) -> ClientCont
         seed=experiment.seed,
         round=0,
         task=task,
-        intermediate=experiment.intermediate,
+        intermediate=experiment.middle,
         target=experiment.target,
         info=ClientInfo(0, "phone", experiment.tiers[0].form, len(member.train), checkpoint),
         train=subset(task.dataset.train, member.train),

@@ -189,12 +189,12 @@ def test_variants_are_named_by_what_does_not_go_without_saying(tmp_path: Path) -
         add_run(tmp_path, "fedgrow", [0.1, 0.5], 1, preset="paper", config={"algorithm": variant})
     assert {run["method"] for run in read(load(tmp_path)).runs} == {
         "fedgrow (paper)",
-        "fedgrow (paper) draw=common",
-        "fedgrow (paper) small_epochs=1 draw=common",
+        "fedgrow (paper) init=common",
+        "fedgrow (paper) small_epochs=1 init=common",
     }
     add_run(tmp_path, "fedgrow", [0.1, 0.5], 1, preset="paper", config={"algorithm": kind | {"lr": 0.2}})
     rates = {run["method"] for run in read(load(tmp_path)).runs}  # now a rate alone tells two of them apart
-    assert {"fedgrow (paper)", "fedgrow (paper) lr=0.2", "fedgrow (paper) lr=0.3 draw=common"} < rates
+    assert {"fedgrow (paper)", "fedgrow (paper) lr=0.2", "fedgrow (paper) lr=0.3 init=common"} < rates
 
 
 def test_rates_are_chosen_by_setting_and_variant_on_the_mean_over_seeds(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import pytest
 import fedsim
 from baselines.fedavg import FedAvg
 from fedsim.cli import main
-from fedsim.experiment import Experiment, revived
+from fedsim.core.canonical import revived
+from fedsim.experiment import Experiment
 from fedsim.report.tables import summary
 from fedsim.results.tables import Results
 

@@ -496,7 +496,7 @@ def test_export_writes_the_model_that_was_scored(
     task = load_task(tiny_experiment.task, None)
     assert server is not None and task.dataset is not None
     test = task.batch(task.dataset.test, torch.arange(len(task.dataset.test)))
-    operator = operator_between("paper", task, tiny_experiment.intermediate, tiny_experiment.target)
+    operator = operator_between("paper", task, tiny_experiment.middle, tiny_experiment.target)
     answers = []
     for participant in range(3):
         to = tmp_path / str(participant)

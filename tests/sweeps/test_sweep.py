@@ -119,7 +119,7 @@ def test_the_demo_compares_both_presets_with_fedavg_at_ffn_ratio_one() -> None:
         ("fedavg", ""),
     }
     for one in (*experiments, suites.tiny()):
-        assert all(form.inner == form.width for form in (*one.forms, one.intermediate, one.target))
+        assert all(form.inner == form.width for form in (*one.forms, one.middle, one.target))
     tiny = suites.tiny()
     assert (tiny.participants, tiny.rounds, len({*tiny.forms})) == (3, 3, 3)
 

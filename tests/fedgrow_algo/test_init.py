@@ -1,5 +1,6 @@
 """Starts common to all: what is alike between participants, what is not, and what averaging makes of it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.pretrain import common_start
 from fedsim.core import tree as trees
+from fedsim.core.canonical import revived, with_todays_names
 from fedsim.core.tree import Tree
 from fedsim.experiment import with_settings
 from fedsim.learning.task import Task, TaskConfig
@@ -26,8 +28,8 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     without_counting(monkeypatch)
 
 
-def staged(draw: str, **more) -> FedGrow:
-    fields = {"preset": "preserving", "small_epochs": 0, "local_epochs": 0, "draw": draw}
+def staged(init: str, **more) -> FedGrow:
+    fields = {"preset": "preserving", "small_epochs": 0, "local_epochs": 0, "init": init}
     return FedGrow(**(LOCAL | fields | more), small_lr=1e-2, local_lr=1e-2)
 
 
@@ -40,7 +42,7 @@ def middles(algorithm: FedGrow, forms) -> list[Tree]:
 def test_equal_forms_start_equal_and_other_participants_own_draws_do_not() -> None:
     first, second, third = middles(staged("common"), ALIKE)
     assert trees.sha256(first) == trees.sha256(second) == trees.sha256(third)
-    first, second, third = middles(staged("own"), ALIKE)
+    first, second, third = middles(staged("independent"), ALIKE)
     assert len({trees.sha256(tree) for tree in (first, second, third)}) == 3
 
 
@@ -68,12 +70,14 @@ def test_a_smaller_model_is_a_corner_of_a_larger_one() -> None:
 
 
 def test_a_form_that_is_no_corner_is_refused() -> None:
-    more_heads = ["tiers.0.form.heads=8", "algorithm.draw=common"]
-    with pytest.raises(ValueError, match=r"algorithm\.draw='common': must be 'own' where .* axis 'head' is larger"):
+    more_heads = ["tiers.0.form.heads=8", "algorithm.init=common"]
+    with pytest.raises(
+        ValueError, match=r"algorithm\.init='common': must be 'independent' where .* axis 'head' is larger"
+    ):
         with_settings(tiny(), more_heads)
     with_settings(tiny(), more_heads[:1])  # participants who draw for themselves may have more heads
-    with pytest.raises(ValueError, match=r"algorithm\.draw='both'"):
-        with_settings(tiny(), ["algorithm.draw=both"])
+    with pytest.raises(ValueError, match=r"algorithm\.init='both'"):
+        with_settings(tiny(), ["algorithm.init=both"])
 
 
 def test_averaging_what_aligned_participants_learned_is_one_step_of_them_all() -> None:
@@ -89,7 +93,21 @@ def test_averaging_what_aligned_participants_learned_is_one_step_of_them_all() -
     assert float(moved.abs().max()) > 9e-3  # where all three agree
 
 
-@pytest.mark.parametrize("algorithm", [staged("common"), FedGrowJoint(preset="preserving", **LOCAL, draw="common")])
+def test_configs_and_run_ids_have_the_older_words() -> None:
+    """`init` was called `draw`, and "independent" "own", when runs were first recorded."""
+    independent, common = tiny(), with_settings(tiny(), ["algorithm.init=common"])
+    for experiment, word in ((independent, "own"), (common, "common")):
+        config = json.loads(experiment.canonical_json())
+        assert config["algorithm"]["draw"] == word and "init" not in config["algorithm"]
+        assert revived(config) == experiment and revived(config).run_id == experiment.run_id
+        todays = with_todays_names(config)["algorithm"]
+        assert todays["init"] == experiment.algorithm.init and "draw" not in todays  # type: ignore[attr-defined]
+        assert revived(with_todays_names(config)) == experiment
+    foreign = {"class": "nowhere.at.All", "draw": "own", "inner": [{"draw": 1}]}
+    assert with_todays_names(foreign) == foreign
+
+
+@pytest.mark.parametrize("algorithm", [staged("common"), FedGrowJoint(preset="preserving", **LOCAL, init="common")])
 def test_both_procedures_run_with_unlike_forms(algorithm: FedGrow | FedGrowJoint) -> None:
     federation = Federation(replace(algorithm, small_epochs=1), (SMALL, Form(12, 1, heads=2), MIDDLE))
     before = trees.sha256(federation.server)
