@@ -32,7 +32,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
     make, data_dir, typed = runtime_maker(options, console), environment.data_dir(), ["fedsim", *options.words]
     overview = Boards(OneByOne(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
-    with locked(out, lambda text: console.print(text, highlight=False)):
+    with locked(out, lambda text: console.print(text, highlight=False)) as out:
         check_folder(out, experiments, options.resume)
         suite = options.target.partition(":")[2]
         failures = run_all(

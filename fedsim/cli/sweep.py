@@ -49,7 +49,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
     failures = []
-    with locked(out, lambda text: console.print(text, highlight=False)):
+    with locked(out, lambda text: console.print(text, highlight=False)) as out:
         for suite, experiments in wanted.items():
             failures += run_all(
                 experiments,

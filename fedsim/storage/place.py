@@ -31,9 +31,13 @@ MISSING = pafs.FileType.NotFound
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Remote:
-    """A file or a folder in an object store. `url` ends without a slash."""
+    """A file or a folder in an object store.
+
+    - `url`: ends without a slash. - `holder`: of a results folder that this process holds (`fedsim.storage.locking`).
+    """
 
     url: str
+    holder: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url

@@ -174,7 +174,7 @@ def run_in(
     say = functools.partial(console.print, highlight=False, markup=False)
     choice = Choice(where.pop("runtime"), **where, numerics=settle(numerics, here=here, say=say))
     check_data(experiments, data_dir)
-    with locked(folder):
+    with locked(folder) as folder:
         if alone:
             check_folder(folder, experiments, resume=True)
         failures = run_all(
