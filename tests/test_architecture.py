@@ -143,7 +143,7 @@ def test_ray_stays_out_until_it_is_chosen() -> None:
     program = (
         "import sys, fedgrow_algo.fedgrow, baselines.fedavg, fedsim.cli.commands, fedsim.simulation; "
         "import benchmarks.suites; "
-        "from fedsim.runtime import make_runtime; make_runtime('inline').close(); "
+        "from fedsim.runtime import Choice; Choice('inline')().close(); "
         "sys.exit('ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedsim.cli.options import SUITES, address_of, report_failures, runtime_maker
+from fedsim.cli.options import SUITES, address_of, report_failures
 from fedsim.cluster.doctor import PROBLEM, as_json, examine, print_findings
 from fedsim.core import environment
 from fedsim.devices import MEBIBYTE
@@ -29,7 +29,7 @@ from fedsim.sweeps.tensorboard import Boards
 def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
     out = place(options.out or Path("results") / options.target.partition(":")[2])
-    make, data_dir, typed = runtime_maker(options, console), environment.data_dir(), ["fedsim", *options.words]
+    data_dir, typed = environment.data_dir(), ["fedsim", *options.words]
     overview = Boards(OneByOne(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
     with locked(out, lambda text: console.print(text, highlight=False)) as out:
@@ -38,7 +38,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
         failures = run_all(
             experiments,
             out=out,
-            make_runtime=make,
+            make_runtime=options.make_runtime,
             suite=suite,
             data_dir=data_dir,
             console=console,

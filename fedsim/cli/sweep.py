@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedsim.cli.options import SUITES, report_failures, runtime_maker
+from fedsim.cli.options import SUITES, report_failures
 from fedsim.core import environment
 from fedsim.experiment import Experiment
 from fedsim.report.document import write_report
@@ -41,7 +41,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
         print_plan(wanted, out=out, data_dir=data_dir, machine=machine, console=console)
         return 0
 
-    make_runtime, typed = runtime_maker(options, console), shlex.join(["fedsim", *options.words])
+    typed = shlex.join(["fedsim", *options.words])
     if options.tensorboard:
         check_tensorboard()
     check_reference(options.reference, [each for experiments in wanted.values() for each in experiments], out)
@@ -54,7 +54,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
             failures += run_all(
                 experiments,
                 out=out,
-                make_runtime=make_runtime,
+                make_runtime=options.make_runtime,
                 suite=suite,
                 data_dir=data_dir,
                 console=console,
