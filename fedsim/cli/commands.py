@@ -20,7 +20,7 @@ from fedsim.results.tables import load
 from fedsim.runtime import Choice
 from fedsim.storage.place import place
 from fedsim.sweeps.profile import print_profile
-from fedsim.sweeps.progress import OneByOne, label_of
+from fedsim.sweeps.progress import label_of, overview_for
 from fedsim.sweeps.runner import check_data, check_folder, locked, run_all
 from fedsim.sweeps.suites import experiments_of, suites_of
 from fedsim.sweeps.tensorboard import Boards
@@ -30,7 +30,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
     out = place(options.out or Path("results") / options.target.partition(":")[2])
     data_dir, typed = environment.data_dir(), ["fedsim", *options.words]
-    overview = Boards(OneByOne(console), out) if options.tensorboard else None
+    overview = Boards(overview_for(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
     with locked(out, lambda text: console.print(text, highlight=False)) as out:
         check_folder(out, experiments, options.resume)

@@ -58,7 +58,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
                 suite=suite,
                 data_dir=data_dir,
                 console=console,
-                overview=Boards(overview_for(console), out) if options.tensorboard else overview_for(console),
+                overview=Boards(overview_for(console), out) if options.tensorboard else None,
                 jobs=options.jobs,
                 command=typed,
                 profile=options.profile,

@@ -22,7 +22,7 @@ from fedsim.storage.locking import locked
 from fedsim.storage.place import Place, place
 from fedsim.sweeps.attempt import PendingRun, attempt, opened
 from fedsim.sweeps.jobs import run_at_once
-from fedsim.sweeps.progress import OneByOne, Overview, overview_for
+from fedsim.sweeps.progress import Lines, Overview, overview_for
 
 
 def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
@@ -71,8 +71,7 @@ def run_all(
 
     - `make_runtime`: with several jobs a `Choice`, which other processes can be handed. A script that asks for several
       must do so under `if __name__ == "__main__"`, for the processes import it.
-    - `progress`: is told of every run. - `overview`: is told of all runs instead. Without either, one job has one
-      display after another, and several have `overview_for(console)`.
+    - `progress`: is told of every run. - `overview`: is told of all runs instead; None: `overview_for(console)`.
     - `command`: what was typed, for the runs table. - `profile`: write the table `profile` as well.
     - `resume_anywhere`: go on with a run although the rounds to come would have other bits than its finished ones.
 
@@ -86,7 +85,7 @@ def run_all(
     if jobs > 1 and not isinstance(choice, Choice):
         raise ValueError(f"jobs={jobs}: the runtimes of several jobs are made from a fedsim.runtime.Choice")
     if overview is None:
-        overview = OneByOne(console, progress) if jobs == 1 or progress is not None else overview_for(console)
+        overview = overview_for(console) if progress is None else Lines(console, progress)
     compute = functools.partial(
         run,
         out=out,
