@@ -18,7 +18,8 @@ from fedsim.learning.task import Task
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.storage.place import Place
-from fedsim.sweeps.calibration import Calibration, Outline
+from fedsim.sweeps.calibration import Calibration
+from fedsim.sweeps.outline import Outline
 from fedsim.sweeps.progress import label_of
 
 
