@@ -14,7 +14,7 @@ from fedsim.core import environment
 from fedsim.experiment import Experiment
 from fedsim.report.document import write_report
 from fedsim.report.readings import finished_runs, referred
-from fedsim.report.tables import print_summary
+from fedsim.report.terminal import print_summary
 from fedsim.results.tables import load
 from fedsim.storage.place import Place, place
 from fedsim.sweeps.fairness import check_fair

@@ -21,6 +21,7 @@ from fedsim.report.figures import (
     svg,
     time_figure,
 )
+from fedsim.report.notes import notes
 from fedsim.report.page import Picture, rendered, write_figures
 from fedsim.report.readings import WORST_SHARE, Readings, by_method, by_setting, read, records
 from fedsim.report.tables import (
@@ -30,7 +31,6 @@ from fedsim.report.tables import (
     DIFFERENCES,
     TARGETS,
     cells,
-    notes,
     percent,
     significant,
     summary,
