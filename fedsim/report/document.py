@@ -11,6 +11,7 @@ from typing import Any
 
 from fedsim.report.comparison import reference_of
 from fedsim.report.figures import (
+    AGAINST,
     MOST_LINES,
     accuracy_figure,
     difference_figure,
@@ -55,8 +56,6 @@ PER_SEED: Columns = (
     | {"run": lambda row: row["run_id"][:16], "last state": lambda row: row["state_sha256"][:12]}
 )
 
-AMOUNTS = ("MB", "rounds", "FLOPs")  # what accuracy is drawn against
-
 
 def content_of(results: Results, readings: Readings, title: str, commands: Sequence[str] = ()) -> dict[str, Any]:
     """What the page's template is filled with."""
@@ -91,7 +90,7 @@ def _setting(
         f"accuracy-{against.lower()}": accuracy_figure(
             runs, readings.rounds, against=against, budget=means.get(against)
         )
-        for against in AMOUNTS
+        for against in AGAINST
     } | {
         "savings": savings_figure(rows),
         "differences": difference_figure(rows, "equal_bytes_accuracy"),
