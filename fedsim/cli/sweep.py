@@ -1,6 +1,7 @@
 """`fedsim sweep` and `fedsim report`: several runs into one folder, and the page about them."""
 
 import argparse
+import functools
 import os
 import shlex
 import webbrowser
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from fedsim.cli.options import SUITES, report_failures
 from fedsim.core import environment
+from fedsim.core.terminal import say
 from fedsim.experiment import Experiment
 from fedsim.report.document import write_report
 from fedsim.report.readings import finished_runs, referred
@@ -49,7 +51,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
     failures = []
-    with locked(out, lambda text: console.print(text, highlight=False)) as out:
+    with locked(out, functools.partial(say, console)) as out:
         for suite, experiments in wanted.items():
             failures += run_all(
                 experiments,
@@ -70,7 +72,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
                 print_profile(results.profile, console)
             reference = options.reference
             if reference is not None and not referred(finished_runs(results), reference):
-                console.print(f"--reference={reference!r}: no run of it has finished", highlight=False, markup=False)
+                say(console, f"--reference={reference!r}: no run of it has finished")
                 reference = None
             page = write_report(out, results=results, reference=reference)
             print_summary(results, directory=out, report=page, console=console, reference=reference)
@@ -86,7 +88,7 @@ def report_command(options: argparse.Namespace, console: Console) -> int:
     path = write_report(results.directories[0], out, results, options.reference)
     print(path)
     if options.open and not (isinstance(path, Path) and webbrowser.open(path.resolve().as_uri())):
-        console.print("no browser could be opened", highlight=False)
+        say(console, "no browser could be opened")
     return 0
 
 

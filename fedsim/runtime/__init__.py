@@ -39,6 +39,16 @@ class Choice:
     numerics: str = NATIVE
     begun: "Prestart | None" = None
 
+    def __post_init__(self) -> None:
+        """**Raises:** `ValueError` for what no runtime can be asked for."""
+        if self.name not in RUNTIMES:
+            raise ValueError(f"runtime={self.name!r}: must be one of {', '.join(RUNTIMES)}")
+        for option, number, least in (("hosts", self.hosts, 1), ("gpus", self.gpus, 0)):
+            if number is not None and number < least:
+                raise ValueError(f"--{option}={number}: must be at least {least}")
+        if self.wait < 0 or (self.wait and (self.hosts is None or self.address is None)):
+            raise ValueError(f"--wait={self.wait / 60:g}: needs --hosts, and a cluster to join (--address)")
+
     @property
     def start_method(self) -> str:
         """How other processes that make such a runtime are started: as `multiprocessing` names it.

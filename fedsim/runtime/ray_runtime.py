@@ -63,11 +63,7 @@ class RayRuntime(Runtime):
         begun: Prestart | None = None,
     ) -> None:
         use(numerics)
-        if hosts is not None and hosts < 1:
-            raise ValueError(f"--hosts={hosts}: must be at least 1")
         self.address, self.hosts, self.num_gpus, self.share, self.say = address, hosts, num_gpus, share, say
-        if wait and (hosts is None or address is None):
-            raise ValueError(f"--wait={wait / 60:g}: needs --hosts, and a cluster to join (--address)")
         self.wait, self.patience = wait, max(wait, START_SECONDS)
         self.numerics = numerics
         self.actors: list[Any] = []

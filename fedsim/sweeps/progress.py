@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.terminal import say
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 
@@ -86,9 +87,9 @@ def overview_for(console: Console) -> Overview:
 def say_found(console: Console, label: str, experiment: Experiment, status: str) -> None:
     """A line where a results folder holds something that decides what is done: all of a run, or other sources' runs."""
     if status == "finished":
-        console.print(f"{label}: finished before, run {experiment.run_id}", highlight=False, soft_wrap=True)
+        say(console, f"{label}: finished before, run {experiment.run_id}")
     elif status == "outdated":
-        console.print(f"{label}: computed again, the code has changed", highlight=False, soft_wrap=True)
+        say(console, f"{label}: computed again, the code has changed")
 
 
 # plain lines ----------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class RunLines(ProgressListener):
         self._print(reason)
 
     def _print(self, text: str) -> None:
-        self.console.print(f"{self.label}: {text}", highlight=False, markup=False, soft_wrap=True)
+        say(self.console, f"{self.label}: {text}")
 
 
 # a table --------------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ class TableRow(ProgressListener):
 
     def failed(self, reason: str) -> None:
         self._becomes("failed")
-        self.console.print(f"{self.label}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        say(self.console, f"{self.label}: {reason}")
 
     def end(self) -> None:
         self._becomes("finished")
