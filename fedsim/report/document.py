@@ -144,11 +144,6 @@ def _grid(rows: Sequence[Row], columns: Columns, strong: str | None = None) -> d
     }
 
 
-def html_report(results: Results, title: str) -> str:
-    """The whole page as HTML."""
-    return rendered("html", content_of(results, read(results), title))
-
-
 def write_report(
     directory: Place, out: Place | None = None, results: Results | None = None, reference: str | None = None
 ) -> Place:

@@ -57,11 +57,8 @@ class Remote:
     def parent(self) -> "Remote":
         return Remote(self.url.rpartition("/")[0])
 
-    def with_name(self, name: str) -> "Remote":
-        return self.parent / name
-
     def with_suffix(self, suffix: str) -> "Remote":
-        return self.with_name(self.stem + suffix)
+        return self.parent / (self.stem + suffix)
 
     def absolute(self) -> "Remote":
         return self

@@ -15,12 +15,13 @@ import pytest
 from rich.console import Console
 
 from fedsim.cli import main
-from fedsim.report.document import html_report, write_report
+from fedsim.report.document import content_of, write_report
 from fedsim.report.notes import notes
-from fedsim.report.readings import finished_runs, last_within, sent_bytes
+from fedsim.report.page import rendered
+from fedsim.report.readings import finished_runs, last_within, read, sent_bytes
 from fedsim.report.tables import significant, summary
 from fedsim.report.terminal import print_summary
-from fedsim.results.tables import load, write_table
+from fedsim.results.tables import Results, load, write_table
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,9 +84,15 @@ def add_quick(directory: Path, seed: int = 0, more: float = 0.0) -> None:
     add_run(directory, "local_only", [0.2, 0.3, 0.4, 0.5], 0, seed=seed)
 
 
+def html_report(results: Results, title: str) -> str:
+    """The page as HTML."""
+    return rendered("html", content_of(results, read(results), title))
+
+
 def markdown(directory: Path) -> str:
     """The page of a results folder as Markdown."""
-    return write_report(directory).with_suffix(".md").read_text()
+    write_report(directory)
+    return (directory / "report.md").read_text()
 
 
 def row_of(table: pd.DataFrame, method: str) -> dict[str, Any]:
