@@ -1,4 +1,7 @@
-"""The one place that builds on a class Ray keeps to itself: where a version of Ray changes it, this says so."""
+"""What is used of Ray that Ray keeps to itself, or may move: where a version of it does, this says so.
+
+How it refuses a token is in `test_joining`.
+"""
 
 import inspect
 from typing import Any
@@ -7,6 +10,7 @@ import pytest
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from fedsim.runtime.spot import AWSNodeProvider, SpotFirst
+from fedsim.runtime.submission import RAY
 
 
 SPOT = {"InstanceType": "g5.xlarge", "InstanceMarketOptions": {"MarketType": "spot"}}
@@ -42,3 +46,9 @@ def test_a_refusal_that_is_not_about_spot_goes_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(AWSNodeProvider, "create_node", refuse)
     with pytest.raises(NodeLaunchException, match="no rights"):
         SpotFirst.__new__(SpotFirst).create_node({"InstanceType": "g5.xlarge"}, {}, 1)
+
+
+def test_the_command_ray_is_in_the_module_that_is_called() -> None:
+    from ray.scripts.scripts import cli
+
+    assert RAY[1:] == ("-m", cli.callback.__module__) and {"dashboard", "rsync-down"} <= cli.commands.keys()
