@@ -96,8 +96,8 @@ def _p(pairs: Sequence[float]) -> float:
     """Two-sided p-value of Student's paired t-test; not a number where seeds do not differ, or there are too few."""
     if len(pairs) < 2 or statistics.stdev(pairs) == 0:
         return math.nan
-    _, p = stats.ttest_1samp(pairs, 0)
-    return float(p)
+    t = statistics.fmean(pairs) / (statistics.stdev(pairs) / math.sqrt(len(pairs)))
+    return float(2 * stats.t.sf(abs(t), len(pairs) - 1))
 
 
 @dataclass(frozen=True)
