@@ -182,6 +182,11 @@ def test_environment_variables_are_read_in_one_place(path: Path) -> None:
         assert not (reads or imported) or path.relative_to(ROOT) == Path("fedsim/core/environment.py")
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_changes_what_its_module_holds(path: Path) -> None:
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(ast.parse(path.read_text())))
+
+
 def is_frozen_dataclass(node: ast.ClassDef) -> bool:
     return any(
         ast.unparse(decorator).replace(" ", "") in ("dataclasses.dataclass(frozen=True)", "dataclass(frozen=True)")
