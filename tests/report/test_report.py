@@ -272,6 +272,13 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert page == html_report(load(tmp_path), "results <&> more")
 
 
+def test_nothing_that_somebody_stored_is_markup(tmp_path: Path) -> None:
+    add_quick(tmp_path)
+    add_run(tmp_path, "<script>best</script>", [0.1, 0.99], 250, error="<b>", config={"x": "</pre><script>"})
+    page = html_report(load(tmp_path), "x")
+    assert "<script" not in page and "<b>&lt;script&gt;best&lt;/script&gt;</b> is best (99.0 %)" in page
+
+
 @pytest.mark.parametrize("out", [None, "elsewhere/page.html"])
 def test_command_writes_the_page_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture, out: str | None) -> None:
     add_quick(tmp_path)
