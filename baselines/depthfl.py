@@ -29,7 +29,7 @@ from fedsim.algorithm import (
     Training,
 )
 from fedsim.core.fields import check_range
-from fedsim.core.tree import Tree, clone, prefixed, under
+from fedsim.core.tree import State, Tree, clone, flat, mapped, nested
 from fedsim.learning.exits import EXIT, ExitsLoss, ends_at, shallower, tail, up_to
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
@@ -37,7 +37,7 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-COVERED = "covered."  # beside each tensor: whether anyone has trained it so far, one bool
+COVERED = "covered"  # beside the model: of each tensor whether anyone has trained it so far, one bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,41 +65,46 @@ class DepthFL(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         model, end = ctx.task.fresh(ctx.target, ctx.derive("target")), tail(ctx.task, ctx.target)
-        body = {name: tensor for name, tensor in model.items() if name not in end}
+        body, exits = {name: tensor for name, tensor in model.items() if name not in end}, {}
         for depth in ends_at(ctx.target.depth, self.exits):
             last = depth == ctx.target.depth
             fresh = model if last else ctx.task.fresh(ctx.target, ctx.derive(f"exit {depth}"))
-            body |= prefixed({name: fresh[name] for name in end}, f"{EXIT}{depth}.")
-        return self.server.start(body) | {COVERED + name: torch.tensor(False) for name in body}
+            exits[str(depth)] = {name: fresh[name] for name in end}
+        model = body | {EXIT: exits}
+        return self.server.start(model) | {COVERED: mapped(lambda _: torch.tensor(False), model)}
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         depths = {client.id: self._depths(ctx.task, client.form, ctx.target) for client in cohort}
         parts = {held: self._part(state, ctx, held) for held in {*depths.values()}}
         return {id_: parts[held] for id_, held in depths.items()}
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         sums: Tree = {}
         weights: dict[str, float] = {}
         for update in updates:
             assert isinstance(update, ClientUpdate)
-            for name, tensor in update.tree.items():
+            for name, tensor in flat(update.tree).items():
                 scaled = tensor.double() * update.weight
                 sums[name] = sums[name] + scaled if name in sums else scaled
                 weights[name] = weights.get(name, 0.0) + update.weight
-        mean = {name: (total / weights[name]).to(state[name].dtype) for name, total in sums.items()}
-        return self.server.step(clone(state), mean) | {COVERED + name: torch.tensor(True) for name in mean}
+        state = clone(state)
+        before, covered = flat(state), flat(state[COVERED])
+        mean = nested({name: (total / weights[name]).to(before[name].dtype) for name, total in sums.items()})
+        ever = nested(covered | {name: torch.tensor(True) for name in sums})
+        return self.server.step(state, mean) | {COVERED: ever}
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return self._model(state, ctx.task, ctx.target, ctx.target.depth)
 
-    def server_covered(self, state: Tree) -> Tree | None:
-        return {name: was.expand(state[name].shape) for name, was in under(state, COVERED).items()}
+    def server_covered(self, state: State) -> Tree | None:
+        model = flat(state)
+        return {name: was.expand(model[name].shape) for name, was in flat(state[COVERED]).items()}
 
-    def _part(self, state: Tree, ctx: ServerContext, depths: tuple[int, ...]) -> Tree:
-        kept, heads = up_to(ctx.task, ctx.target, depths[-1]), tuple(f"{EXIT}{depth}." for depth in depths)
-        return {name: tensor for name, tensor in state.items() if name in kept or name.startswith(heads)}
+    def _part(self, state: State, ctx: ServerContext, depths: tuple[int, ...]) -> State:
+        body = {name: state[name] for name in sorted(up_to(ctx.task, ctx.target, depths[-1]))}
+        return body | {EXIT: {str(depth): state[EXIT][str(depth)] for depth in depths}}
 
     def _depths(self, task: Task, form: Form, target: Form) -> tuple[int, ...]:
         """The exits that a participant has: those of the deepest model its device can hold, at least the first."""
@@ -109,7 +114,7 @@ class DepthFL(LocalTraining):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         depths = self._depths(ctx.task, ctx.info.form, ctx.target)
         objective = ExitsLoss(ctx.task, ctx.target, depths, self.distillation > 0 and len(depths) > 1)
         # c_t moves from round to round: as a tensor it is no part of what the objective is.
@@ -118,11 +123,11 @@ class DepthFL(LocalTraining):
         trained = yield Training(objective, payload, frozen, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         deepest = self._depths(ctx.task, ctx.info.form, ctx.target)[-1]
         return self._model(dict(payload), ctx.task, ctx.target, deepest)
 
-    def _model(self, tree: Tree, task: Task, target: Form, depth: int) -> nn.Module:
+    def _model(self, tree: State, task: Task, target: Form, depth: int) -> nn.Module:
         kept = up_to(task, target, depth)
         body = {name: tensor for name, tensor in tree.items() if name in kept}
-        return task.module(shallower(target, depth), body | under(tree, f"{EXIT}{depth}."))
+        return task.module(shallower(target, depth), body | tree[EXIT][str(depth)])

@@ -30,7 +30,7 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.fields import check_range
-from fedsim.core.tree import Tree, prefixed, under
+from fedsim.core.tree import State
 from fedsim.learning.ensemble import Ensemble
 from fedsim.learning.rates import parameter_count, smallest
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
@@ -59,45 +59,45 @@ class EnsembleSmall(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         form, state = _form(ctx), {}
         for member in range(self._members(ctx.task, form, ctx.target)):
-            state |= prefixed(ctx.task.fresh(form, ctx.derive(f"member {member}")), f"{member}.")
+            state[str(member)] = ctx.task.fresh(form, ctx.derive(f"member {member}"))
         return self.server.start(state)
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         members = model_of(state)
         return {client.id: members for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(state, updates)
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return self._ensemble(model_of(state), ctx)
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         form, models = _form(ctx), {}
         for member in range(self._members(ctx.task, form, ctx.target)):
-            start = under(dict(payload), f"{member}.")
+            start = payload[str(member)]
             trained = yield Training(TaskLoss(ctx.task, form), start, purpose=f"member {member}", **self.settings())
-            models |= prefixed(trained.parameters, f"{member}.")
+            models[str(member)] = trained.parameters
         return ClientUpdate(ctx.info.id, models, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return self._ensemble(payload, ctx)
 
     def _members(self, task: Task, form: Form, target: Form) -> int:
         return self.members or max(1, parameter_count(task, target) // parameter_count(task, form))
 
     def _ensemble(self, payload: Payload, ctx: ServerContext | ClientContext) -> nn.Module:
-        form, tree = _form(ctx), dict(payload)
+        form = _form(ctx)
         members = range(self._members(ctx.task, form, ctx.target))
-        return Ensemble([ctx.task.module(form, under(tree, f"{member}.")) for member in members]).eval()
+        return Ensemble([ctx.task.module(form, payload[str(member)]) for member in members]).eval()
 
 
 def _form(ctx: ServerContext | ClientContext) -> Form:

@@ -31,7 +31,7 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.fields import check_range, refuse
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.task import Task
@@ -73,10 +73,10 @@ class Exclusive(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model, nothing = model_of(state), {}
         return {c.id: model if self._able(ctx.task, c.form, ctx.target) else nothing for c in cohort}
 
@@ -84,27 +84,27 @@ class Exclusive(LocalTraining):
         able = [update for update in updates if update.tree]
         return weighted_sum(able) if able else None
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(state, (update for update in updates if update.tree))
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[Tree] | Tree:
+    def client_init(self, ctx: ClientContext) -> Steps[State] | State:
         if self._able(ctx.task, ctx.info.form, ctx.target):
             return {}
         alone = self.settings(lr=self.small_lr, epochs=self.small_epochs)
         return trained_on_own_shard(ctx, **alone)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if not payload:
             return ClientUpdate(ctx.info.id, {}, 0), state
         trained = yield Training(TaskLoss(ctx.task, ctx.target), payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         if payload:
             return ctx.task.module(ctx.target, payload)
         return ctx.task.module(ctx.info.form, state)

@@ -33,7 +33,7 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.fields import check_range, refuse
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State
 from fedsim.learning.objectives import Proximal
 from fedsim.learning.rates import smallest
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
@@ -68,26 +68,26 @@ class FedAvg(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         form = self._form(ctx, [client.form for client in ctx.clients])
         return self.server.start(ctx.task.fresh(form, ctx.derive("target")))
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
         return {client.id: model for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(state, updates)
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(self._form(ctx, [client.form for client in ctx.clients]), model_of(state))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         form = self._form(ctx, ctx.forms or [ctx.info.form])
         loss = TaskLoss(ctx.task, form)
         objective = loss if self.mu is None else Proximal(loss, self.mu)
@@ -95,7 +95,7 @@ class FedAvg(LocalTraining):
         trained = yield Training(objective, payload, frozen, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx, ctx.forms or [ctx.info.form]), payload)
 
     def _form(self, ctx: ServerContext | ClientContext, forms: Sequence[Form]) -> Form:

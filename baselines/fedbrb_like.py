@@ -38,7 +38,7 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.submodel import Cut
-from fedsim.core.tree import Tree, prefixed
+from fedsim.core.tree import State, Tree
 from fedsim.learning.coverage import MODEL, averaged, covered_of, everywhere, model_of, start
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form, window
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
@@ -84,15 +84,15 @@ class FedBRBLike(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
         parts = {key: _cut(ctx, *key).extract(model) for key in {self._block(ctx, client) for client in cohort}}
         return {client.id: parts[self._block(ctx, client)] for client in cohort}
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         trained: dict[tuple[int, int], Cut] = {}
 
         def cut_of(client: int) -> Cut:
@@ -109,12 +109,12 @@ class FedBRBLike(LocalTraining):
         for name, tensor in new.items():  # in float64, where a mean of equal blocks is that block
             aim = spread[name] if self.mode == "parameters" else tensor + spread[name]
             moved[name] = torch.where(now[name], tensor, torch.lerp(tensor.double(), aim, lam).to(tensor.dtype))
-        return after | prefixed(moved, MODEL)
+        return after | {MODEL: after[MODEL] | moved}
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))
 
-    def server_covered(self, state: Tree) -> Tree | None:
+    def server_covered(self, state: State) -> Tree | None:
         return covered_of(state)
 
     def _block(self, ctx: ServerContext, client: ClientInfo) -> tuple[int, int]:
@@ -124,12 +124,12 @@ class FedBRBLike(LocalTraining):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         form = self._form(ctx)
         trained = yield Training(TaskLoss(ctx.task, form), payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)
 
     def _form(self, ctx: ClientContext) -> Form:

@@ -34,7 +34,7 @@ from fedsim.algorithm import (
 from fedsim.core.fields import refuse
 from fedsim.core.seeding import generator
 from fedsim.core.submodel import Cut
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.learning.coverage import averaged, covered_of, model_of, start
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form
@@ -75,22 +75,22 @@ class FederatedDropout(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
         return {client.id: self._cut(ctx, client).extract(model) for client in cohort}
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return averaged(
             state, updates, ctx.task, ctx.target, self.server, lambda client: self._cut(ctx, ctx.clients[client])
         )[0]
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))
 
-    def server_covered(self, state: Tree) -> Tree | None:
+    def server_covered(self, state: State) -> Tree | None:
         return covered_of(state)
 
     def _cut(self, ctx: ServerContext, client: ClientInfo) -> Cut:
@@ -107,12 +107,12 @@ class FederatedDropout(LocalTraining):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         objective = DividedLoss(ctx.task, self._form(ctx), ctx.target)
         trained = yield Training(objective, payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         form = self._form(ctx)
         return ctx.task.module(form, divided(payload, shares(ctx.task, form, ctx.target)))
 

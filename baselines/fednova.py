@@ -35,12 +35,9 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.fields import refuse
-from fedsim.core.tree import Tree, prefixed, under
+from fedsim.core.tree import State
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.training import OptimizerName
-
-
-CHANGE, NORM = "change.", "norm"  # parts of an update: d_i, and |a_i|
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,39 +65,36 @@ class FedNova(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
         return {client.id: model for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         x = model_of(state)
-        nobody = prefixed({name: torch.zeros_like(tensor) for name, tensor in x.items()}, CHANGE) | {
-            NORM: torch.zeros(())
-        }
-        mean = weighted_mean(updates, like=nobody)
-        if mean is nobody:
+        mean = weighted_mean(updates, like={})
+        if not mean:
             return state
-        return self.server.step(state, {name: x[name] + mean[NORM] * d for name, d in under(mean, CHANGE).items()})
+        return self.server.step(state, {name: x[name] + mean["norm"] * d for name, d in mean["change"].items()})
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         trained = yield Training(TaskLoss(ctx.task, ctx.target), payload, purpose="target", **self.settings())
         norm = self.norm(trained.steps)
         change = {name: (y - payload[name]) / (norm or 1.0) for name, y in trained.parameters.items()}
-        sent = prefixed(change, CHANGE) | {NORM: torch.tensor(norm)}
+        sent = {"change": change, "norm": torch.tensor(norm)}
         return ClientUpdate(ctx.info.id, sent, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, payload)
 
     def norm(self, steps: int) -> float:

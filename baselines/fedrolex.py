@@ -32,7 +32,7 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import refuse
 from fedsim.core.submodel import Cut
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.learning.coverage import averaged, covered_of, model_of, start
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
@@ -70,24 +70,24 @@ class FedRolex(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
         model = model_of(state)
         parts = {rate: self._cut(ctx, rate).extract(model) for rate in {*rates.values()}}
         return {id_: parts[rate] for id_, rate in rates.items()}
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: self._cut(ctx, rate) for rate in {*rates}}
         return averaged(state, updates, ctx.task, ctx.target, self.server, lambda client: cuts[rates[client]])[0]
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))
 
-    def server_covered(self, state: Tree) -> Tree | None:
+    def server_covered(self, state: State) -> Tree | None:
         return covered_of(state)
 
     def _cut(self, ctx: ServerContext, rate: float) -> Cut:
@@ -97,12 +97,12 @@ class FedRolex(LocalTraining):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         form = self._form(ctx)
         trained = yield Training(TaskLoss(ctx.task, form), payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples if self.by_examples else 1), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)
 
     def _form(self, ctx: ClientContext) -> Form:

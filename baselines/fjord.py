@@ -26,7 +26,7 @@ from fedsim.algorithm import (
     Training,
 )
 from fedsim.core.submodel import Cut
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.learning.coverage import averaged, covered_of, model_of, start
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form, window
@@ -65,29 +65,29 @@ class FjORD(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
         model = model_of(state)
         parts = {rate: cut_at(ctx.task, ctx.target, rate).extract(model) for rate in {*rates.values()}}
         return {id_: parts[rate] for id_, rate in rates.items()}
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
         cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates}}
         return averaged(state, updates, ctx.task, ctx.target, self.server, lambda client: cuts[rates[client]])[0]
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(ctx.target, model_of(state))
 
-    def server_covered(self, state: Tree) -> Tree | None:
+    def server_covered(self, state: State) -> Tree | None:
         return covered_of(state)
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         own = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
         largest = sub_form(ctx.task, ctx.target, own)
         objectives = tuple(
@@ -98,7 +98,7 @@ class FjORD(LocalTraining):
         trained = yield Training(objectives, payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         own = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
         return ctx.task.module(sub_form(ctx.task, ctx.target, own), payload)
 

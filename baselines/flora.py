@@ -30,7 +30,7 @@ from fedsim.algorithm import (
     weighted_mean,
 )
 from fedsim.core.fields import check_range
-from fedsim.core.tree import Tree, clone, nbytes, prefixed, to, under
+from fedsim.core.tree import State, Tree, clone, nbytes, to
 from fedsim.learning.adapters import HEAD, A, AdapterLoss, B, adapted, applied, check_rank, fresh, rank_of
 from fedsim.learning.exits import tail
 from fedsim.learning.starts import start_of
@@ -39,10 +39,8 @@ from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
 
 
-STACK, MATRICES = "stack.", "w."
 # In the server's state: the rounds of the last two stacks, the later first, and of each client's last update; 0 stands
 # for none. `(2 + clients,)`.
-SINCE = "since"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,67 +69,66 @@ class FLoRA(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         base = start_of(ctx.task, ctx.target, self.base, ctx.seed)
         matrices = {name: base[name] for name in adapted(ctx.task, ctx.target)}
         head = {name: base[name] for name in tail(ctx.task, ctx.target)}
         since = torch.zeros(2 + len(ctx.clients), dtype=torch.long)
-        return prefixed(matrices, MATRICES) | prefixed(head, HEAD) | {SINCE: since}
+        return {"w": matrices, HEAD: head, "since": since}
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         """The stack to those who have all before it; to the others, W after it."""
-        head, stack = prefixed(under(state, HEAD), HEAD), prefixed(under(state, STACK), STACK)
-        matrices = prefixed(self._merged(state, ctx), MATRICES)
-        before, small = int(state[SINCE][1]), nbytes(stack) < nbytes(matrices)
-        has_all = {client.id: not before or int(state[SINCE][2 + client.id]) > before for client in cohort}
-        short, long = head | stack, head | matrices
+        stack, matrices = state.get("stack", {}), self._merged(state, ctx)
+        before, small = int(state["since"][1]), nbytes(stack) < nbytes(matrices)
+        has_all = {client.id: not before or int(state["since"][2 + client.id]) > before for client in cohort}
+        short, long = {HEAD: state[HEAD], "stack": stack}, {HEAD: state[HEAD], "w": matrices}
         return {id_: short if small and has_all[id_] else long for id_ in has_all}
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         arrived = [update for update in updates if isinstance(update, ClientUpdate)]
         if not arrived:
             return state
         total = sum(update.weight for update in arrived)
-        heads = [dataclasses.replace(u, tree=prefixed(under(u.tree, HEAD), HEAD)) for u in arrived]
-        stack: Tree = {}
+        heads = [dataclasses.replace(update, tree={HEAD: update.tree[HEAD]}) for update in arrived]
+        stack: State = {A: {}, B: {}}
         for name in adapted(ctx.task, ctx.target):  # one side alone carries p_k
-            stack[A + name] = torch.cat([update.weight / total * update.tree[A + name] for update in arrived])
-            stack[B + name] = torch.cat([update.tree[B + name] for update in arrived], 1)
-        since = state[SINCE].clone()
+            stack[A][name] = torch.cat([update.weight / total * update.tree[A][name] for update in arrived])
+            stack[B][name] = torch.cat([update.tree[B][name] for update in arrived], 1)
+        since = state["since"].clone()
         since[1], since[0] = since[0].clone(), ctx.round
         since[[2 + update.client for update in arrived]] = ctx.round
-        merged = prefixed(clone(self._merged(state, ctx)), MATRICES)
-        return merged | weighted_mean(heads, like=state) | prefixed(stack, STACK) | {SINCE: since}
+        head = weighted_mean(heads, like={HEAD: state[HEAD]})
+        return {"w": clone(self._merged(state, ctx)), "stack": stack, "since": since} | head
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         base = start_of(ctx.task, ctx.target, self.base, ctx.seed)
-        return ctx.task.module(ctx.target, base | self._merged(state, ctx) | under(state, HEAD))
+        return ctx.task.module(ctx.target, base | self._merged(state, ctx) | state[HEAD])
 
-    def _merged(self, state: Tree, ctx: ServerContext) -> Tree:
+    def _merged(self, state: State, ctx: ServerContext) -> Tree:
         """The matrices of W after the last stack."""
-        matrices, stack = under(state, MATRICES), under(state, STACK)
+        matrices, stack = state["w"], state.get("stack")
         return applied(matrices, stack, adapted(ctx.task, ctx.target), self.alpha / self.rank) if stack else matrices
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
+    def client_init(self, ctx: ClientContext) -> State:
         return to(start_of(ctx.task, ctx.target, self.base, ctx.seed), ctx.device)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         base, writes = self._base(payload, state, ctx), adapted(ctx.task, ctx.target)
         rank = rank_of(ctx.task, ctx.target, ctx.info.form, self.rank)
         adapters = to(fresh(base, writes, rank, ctx.generator("adapters")), ctx.device)
-        start = adapters | {name: tensor for name, tensor in payload.items() if name.startswith(HEAD)}
+        start = adapters | {HEAD: payload[HEAD]}
         objective = AdapterLoss(ctx.task, ctx.target, self.alpha / self.rank)
         trained = yield Training(objective, start, {"model": base}, purpose="adapters", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), base
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._base(payload, state, ctx))
 
-    def _base(self, payload: Payload, state: Tree, ctx: ClientContext) -> Tree:
+    def _base(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """W after the last stack, with the server's head."""
-        model, stack = state | under(payload, MATRICES), under(payload, STACK)
+        model, stack = state | payload.get("w", {}), payload.get("stack")
         if stack:
             model = applied(model, stack, adapted(ctx.task, ctx.target), self.alpha / self.rank)
-        return model | under(payload, HEAD)
+        return model | payload[HEAD]

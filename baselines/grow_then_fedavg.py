@@ -31,7 +31,7 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.fields import check_range
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.learning.rates import smallest
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.task import Task
@@ -70,23 +70,23 @@ class GrowThenFedAvg(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return self.server.start(ctx.task.fresh(_smallest(ctx), ctx.derive("target")))
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(self._current(state, ctx))
         return {client.id: model for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(self._current(state, ctx), updates)
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(self._form(ctx), model_of(state))
 
-    def _current(self, state: Tree, ctx: ServerContext) -> Tree:
+    def _current(self, state: State, ctx: ServerContext) -> Tree:
         """What the round starts from: the state, grown when the first round of the target begins."""
         sizes = {name: parameter.shape for name, parameter in ctx.task.skeleton(self._form(ctx)).named_parameters()}
         small = model_of(state)
@@ -97,12 +97,12 @@ class GrowThenFedAvg(LocalTraining):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         form = self._form(ctx)
         trained = yield Training(TaskLoss(ctx.task, form), payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)
 
     def _form(self, ctx: ServerContext | ClientContext) -> Form:

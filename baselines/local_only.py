@@ -25,7 +25,7 @@ from fedsim.algorithm import (
     TaskLoss,
     Training,
 )
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +41,23 @@ class LocalOnly(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return {}
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return {client.id: state for client in cohort}
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return state
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
+    def client_init(self, ctx: ClientContext) -> Steps[State]:
         return trained_on_own_shard(ctx, **self.settings(epochs=0))
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         trained = yield Training(TaskLoss(ctx.task, ctx.info.form), state, purpose="small", **self.settings())
         return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), trained.parameters
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.info.form, state)

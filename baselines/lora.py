@@ -34,8 +34,9 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import check_range
 from fedsim.core.seeding import generator
-from fedsim.core.tree import Tree, prefixed, to, under
-from fedsim.learning.adapters import HEAD, A, AdapterLoss, adapted, applied, check_rank, fresh, norm, rank_of, resized
+from fedsim.core.tree import State, Tree, to
+from fedsim.learning import adapters
+from fedsim.learning.adapters import HEAD, A, AdapterLoss, B, adapted, applied, check_rank, rank_of
 from fedsim.learning.exits import tail
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.starts import start_of
@@ -74,54 +75,55 @@ class FederatedLoRA(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         held, factors = self._start(ctx)
-        return self.server.start(factors | prefixed({n: held[n] for n in tail(ctx.task, ctx.target)}, HEAD))
+        return self.server.start(factors | {HEAD: {n: held[n] for n in tail(ctx.task, ctx.target)}})
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         ranks = {client.id: self._rank(ctx.task, client.form, ctx.target) for client in cohort}
-        parts = {rank: resized(model_of(state), rank) for rank in {*ranks.values()}}
+        parts = {rank: adapters.resized(model_of(state), rank) for rank in {*ranks.values()}}
         return {id_: parts[rank] for id_, rank in ranks.items()}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial:
-        return weighted_sum([dataclasses.replace(u, tree=resized(u.tree, self.rank)) for u in updates])
+        return weighted_sum([dataclasses.replace(u, tree=adapters.resized(u.tree, self.rank)) for u in updates])
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(state, (u if isinstance(u, Partial) else self.combine([u]) for u in updates))
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return self._model(self._start(ctx)[0], model_of(state), ctx)
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
+    def client_init(self, ctx: ClientContext) -> State:
         return to(self._start(ctx)[0], ctx.device)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         base = {name: state[name] for name in ctx.task.specs(ctx.target)}
         frozen = {"model": base, "adapters": {name: state[name] for name in state.keys() - base.keys()}}
         loss = AdapterLoss(ctx.task, ctx.target, self.alpha / self.rank)
         trained = yield Training(loss, payload, frozen, purpose="adapters", **self.settings())
         weight = float(ctx.info.num_examples)
         if self.method == "hetlora":  # as long as all norms are 0 all adapters count alike
-            weight = norm(trained.parameters, adapted(ctx.task, ctx.target)) or 1e-12
+            weight = adapters.norm(trained.parameters, adapted(ctx.task, ctx.target)) or 1e-12
         return ClientUpdate(ctx.info.id, trained.parameters, weight), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return self._model(state, payload, ctx)
 
     def _start(self, ctx: ServerContext | ClientContext) -> tuple[Tree, Tree]:
         """What everyone begins with: what is held and never sent (W0, and an A that stays), and the factors sent."""
         base, writes = start_of(ctx.task, ctx.target, self.base, ctx.seed), adapted(ctx.task, ctx.target)
-        factors = fresh(base, writes, self.rank, generator(ctx.seed, "adapters"))
-        stay = {n: t for n, t in factors.items() if self.method == "ffa_lora" and n.startswith(A)}
-        return base | stay, {name: tensor for name, tensor in factors.items() if name not in stay}
+        factors = adapters.fresh(base, writes, self.rank, generator(ctx.seed, "adapters"))
+        if self.method == "ffa_lora":
+            return base | {A: factors[A]}, {B: factors[B]}
+        return base, factors
 
     def _model(self, held: Tree, sent: Payload, ctx: ServerContext | ClientContext) -> nn.Module:
         """W0 with the adapters and the head."""
         base, writes = {name: held[name] for name in ctx.task.specs(ctx.target)}, adapted(ctx.task, ctx.target)
         model = applied(base, {**held, **sent}, writes, self.alpha / self.rank)
-        return ctx.task.module(ctx.target, model | under(sent, HEAD))
+        return ctx.task.module(ctx.target, model | sent[HEAD])
 
 
 def fedit(**fields) -> FederatedLoRA:

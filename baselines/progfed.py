@@ -30,7 +30,7 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import check_range
 from fedsim.core.seeding import derive
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.learning.exits import ends_at, shallower, tail, up_to
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.models import Form
@@ -61,23 +61,23 @@ class ProgFed(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return self.server.start(self._fresh(ctx, 0))
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(self._current(state, ctx))
         return {client.id: model for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(self._current(state, ctx), updates)
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(self._form(ctx), model_of(state))
 
-    def _current(self, state: Tree, ctx: ServerContext) -> Tree:
+    def _current(self, state: State, ctx: ServerContext) -> Tree:
         """What the round starts from: the state, or, when a stage begins, the state with new blocks on top."""
         form, end = self._form(ctx), {*tail(ctx.task, ctx.target)}
         old = model_of(state)
@@ -96,14 +96,14 @@ class ProgFed(LocalTraining):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         form, new = self._form(ctx), self._trained(ctx)
         fixed = {name: tensor for name, tensor in payload.items() if name not in new}
         start = {name: payload[name] for name in payload if name in new}
         trained = yield Training(TaskLoss(ctx.task, form), start, {"model": fixed}, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(self._form(ctx), payload)
 
     def _trained(self, ctx: ClientContext) -> set[str]:

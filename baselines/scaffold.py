@@ -14,7 +14,7 @@ left out (late, over-selected) has moved its c_i all the same, so c is then not 
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,17 @@ from fedsim.algorithm import (
     Steps,
     TaskLoss,
     Training,
-    weighted_mean,
     weighted_sum,
+    whole_sum,
 )
 from fedsim.core.fields import refuse
-from fedsim.core.tree import Tree, prefixed, under
+from fedsim.core.tree import State, Tree
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.task import Batch
 from fedsim.learning.training import OptimizerName
 
 
-MODEL, CONTROL = "model.", "control."  # parts of the server's state, of payloads and of updates
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": None, "schedule": "constant", "lr_warmup": 0}
 
 
@@ -70,56 +69,47 @@ class Scaffold(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         model = ctx.task.fresh(ctx.target, ctx.derive("target"))
         control = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-        return prefixed(self.server.start(model), MODEL) | prefixed(control, CONTROL)
+        return {"model": self.server.start(model), "control": control}
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        sent = prefixed(model_of(under(state, MODEL)), MODEL) | prefixed(under(state, CONTROL), CONTROL)
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        sent = {"model": model_of(state["model"]), "control": state["control"]}
         return {client.id: sent for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        came = 0.0
-
-        def counted() -> Iterator[ClientUpdate | Partial]:
-            nonlocal came
-            for update in updates:
-                came += update.weight
-                yield update
-
-        mean = weighted_mean(counted(), like=state)
-        if not came:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
+        total = whole_sum(updates)
+        if total is None:
             return state
-        model = self.server.step(under(state, MODEL), under(mean, MODEL))
-        share, change = came / len(ctx.clients), under(mean, CONTROL)
-        control = {name: c + share * change[name] for name, c in under(state, CONTROL).items()}
-        return prefixed(model, MODEL) | prefixed(control, CONTROL)
+        mean, share = total.mean(like=state), total.weight / len(ctx.clients)
+        control = {name: c + share * mean["control"][name] for name, c in state["control"].items()}
+        return {"model": self.server.step(state["model"], mean["model"]), "control": control}
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, model_of(under(state, MODEL)))
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
+        return ctx.task.module(ctx.target, model_of(state["model"]))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Tree:
+    def client_init(self, ctx: ClientContext) -> State:
         model = ctx.task.fresh(ctx.target, ctx.derive("target"))
         return {name: torch.zeros_like(tensor, device=ctx.device) for name, tensor in model.items()}
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
-        x, c = under(payload, MODEL), under(payload, CONTROL)
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
+        x, c = payload["model"], payload["control"]
         correction = {name: c[name] - own for name, own in state.items()}
         objective = CorrectedLoss(TaskLoss(ctx.task, ctx.target))
         trained = yield Training(objective, x, {"correction": correction}, purpose="target", **self.settings())
         y, moved = trained.parameters, trained.steps * self.lr
         kept = {n: own + ((x[n] - y[n]) / moved - c[n]) for n, own in state.items()} if moved else state
         sent = {name: kept[name] - own for name, own in state.items()}
-        return ClientUpdate(ctx.info.id, prefixed(y, MODEL) | prefixed(sent, CONTROL), 1), kept
+        return ClientUpdate(ctx.info.id, {"model": y, "control": sent}, 1), kept
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
-        return ctx.task.module(ctx.target, under(payload, MODEL))
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
+        return ctx.task.module(ctx.target, payload["model"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,13 +54,13 @@ from fedsim.algorithm import (
     Training,
 )
 from fedsim.core.fields import check_range, refuse
-from fedsim.core.tree import Tree, prefixed, to, under
+from fedsim.core.tree import State, Tree, to
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-MIDDLE, OWN = "middle.", "global."  # parts of a participant's private state: M_i, and Global where nobody averages it
+MIDDLE, OWN = "middle", "global"  # parts of a participant's private state: M_i, and Global where nobody averages it
 
 
 def intermediate_model(
@@ -150,21 +150,21 @@ class FedGrow(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return server_state(self.preset, self.server, self.finetune_after, ctx) if self.federate else {}
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return combined(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return aggregated(state, updates, self.server, self.stage(ctx.round))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
+    def client_init(self, ctx: ClientContext) -> Steps[State]:
         middle = yield from intermediate_model(
             ctx,
             self.preset,
@@ -176,36 +176,35 @@ class FedGrow(LocalTraining):
             checkpoint_growth=self.checkpoint_growth,
             **self.settings(),
         )
-        state = prefixed(middle, MIDDLE)
         if self.federate:
-            return state
-        return state | prefixed(to(first_global(self.preset, ctx), ctx.device), OWN)
+            return {MIDDLE: middle}
+        return {MIDDLE: middle, OWN: to(first_global(self.preset, ctx), ctx.device)}
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
             settings = self.settings(lr=self.finetune_lr, epochs=self.finetune_epochs)
             return (yield from fine_tuned(ctx, self._target(payload, state, ctx), **settings))
         trained = yield Training(
             GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth),
             self._global(payload, state),
-            {"small": under(state, MIDDLE)},
+            {"small": state[MIDDLE]},
             purpose="global",
             **self.settings(),
         )
         if self.federate:
             return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
-        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | prefixed(trained.parameters, OWN)
+        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | {OWN: trained.parameters}
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
 
-    def _global(self, payload: Payload, state: Tree) -> Tree:
-        return dict(payload) if self.federate else under(state, OWN)
+    def _global(self, payload: Payload, state: State) -> Tree:
+        return dict(payload) if self.federate else state[OWN]
 
-    def _target(self, payload: Payload, state: Tree, ctx: ClientContext) -> Tree:
+    def _target(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(M_i)."""
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        return own_target(state) or grown(shared, self._global(payload, state), under(state, MIDDLE))
+        return own_target(state) or grown(shared, self._global(payload, state), state[MIDDLE])
 
 
 def fedgrow_no_federation(**fields) -> FedGrow:

@@ -49,7 +49,7 @@ from fedsim.algorithm import (
     Training,
 )
 from fedsim.core.fields import check_range
-from fedsim.core.tree import Tree, prefixed, to, under
+from fedsim.core.tree import State, Tree, to
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.starts import load_small
@@ -57,8 +57,8 @@ from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
 
-SMALL, LOCAL = "small.", "local."  # parts of a participant's private state: S_i, and Local_i
-GLOBAL = "global."  # beside LOCAL in the tree that is trained
+SMALL, LOCAL = "small", "local"  # parts of a participant's private state: S_i, and Local_i
+GLOBAL = "global"  # beside LOCAL in the tree that is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,62 +112,62 @@ class FedGrowJoint(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return server_state(self.preset, self.server, self.finetune_after, ctx)
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return combined(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return aggregated(state, updates, self.server, self.stage(ctx.round))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
+    def client_init(self, ctx: ClientContext) -> Steps[State]:
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        tensors = prefixed(to(local.init(first_draw(self.draw, ctx)), ctx.device), LOCAL)
+        tensors = to(local.init(first_draw(self.draw, ctx)), ctx.device)
         if self._as_brought(ctx):
-            return tensors
+            return {LOCAL: tensors}
         settings = self.settings(lr=self.small_lr, epochs=self.small_epochs)
         small = yield from trained_on_own_shard(ctx, draw=self.draw, **settings)
-        return tensors | prefixed(as_stored(local.stack(small)), SMALL)
+        return {LOCAL: tensors, SMALL: as_stored(local.stack(small))}
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
             settings = self.settings(lr=self.finetune_lr, epochs=self.finetune_epochs)
             return (yield from fine_tuned(ctx, self._target(payload, state, ctx), **settings))
         growth = GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth)
         trained = yield Training(
             JointLoss(growth, ctx.info.form),
-            prefixed(under(state, LOCAL), LOCAL) | prefixed(payload, GLOBAL),
+            {LOCAL: state[LOCAL], GLOBAL: payload},
             {"small": self._small(state, ctx)},
             purpose="joint",
-            lr_under={LOCAL: self.local_lr},
+            lr_of={LOCAL: self.local_lr},
             **self.settings(),
         )
-        update = ClientUpdate(ctx.info.id, under(trained.parameters, GLOBAL), ctx.info.num_examples)
-        return update, state | prefixed(under(trained.parameters, LOCAL), LOCAL)
+        update = ClientUpdate(ctx.info.id, trained.parameters[GLOBAL], ctx.info.num_examples)
+        return update, state | {LOCAL: trained.parameters[LOCAL]}
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
 
-    def _target(self, payload: Payload, state: Tree, ctx: ClientContext) -> Tree:
+    def _target(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(Local_i(S_i))."""
         target = own_target(state)
         if target is not None:
             return target
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        return grown(shared, payload, shared.stack(local.grow(under(state, LOCAL), self._small(state, ctx))))
+        return grown(shared, payload, shared.stack(local.grow(state[LOCAL], self._small(state, ctx))))
 
-    def _small(self, state: Tree, ctx: ClientContext) -> Tree:
+    def _small(self, state: State, ctx: ClientContext) -> Tree:
         """S_i, stacked as Local_i takes it."""
         checkpoint = ctx.info.checkpoint
         if checkpoint is None or not self._as_brought(ctx):
-            return under(state, SMALL)
+            return state[SMALL]
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
         return local.stack(to(load_small(ctx.task, ctx.info.form, checkpoint, ctx.seed), ctx.device))
 
@@ -186,9 +186,9 @@ class JointLoss:
     growth: GrownLoss
     form: Form
 
-    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
+    def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
         task, preset, middle = self.growth.task, self.growth.preset, self.growth.small
         local = operator_between(preset, task, self.form, middle)
         shared = operator_between(preset, task, middle, self.growth.large)
-        stacked = shared.stack(local.grow(under(parameters, LOCAL), frozen["small"]))
-        return self.growth(under(parameters, GLOBAL), {"small": stacked}, batch)
+        stacked = shared.stack(local.grow(parameters[LOCAL], frozen["small"]))
+        return self.growth(parameters[GLOBAL], {"small": stacked}, batch)

@@ -23,11 +23,9 @@ from its own; its image shards are drawn again in every round, here once. A part
 round 1 trains what the server sends, and its own M_i is never used: in the code everyone takes part in every round.
 """
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
@@ -48,12 +46,12 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.fields import check_range
-from fedsim.core.tree import Tree, clone, prefixed, to, under
+from fedsim.core.tree import State, Tree, clone, to
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-MIDDLE, TARGET, GLOBAL = "middle.", "target.", "global."  # parts of the wrapper that travels
+MIDDLE, TARGET, GLOBAL = "middle", "target", "global"  # parts of the wrapper that travels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,25 +89,24 @@ class FedGrowReleasedCode(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         return {}  # nothing is there to send before the first mean
 
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return {client.id: state for client in cohort}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return weighted_sum(updates)
 
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
-        # The first mean has no state before it to take its dtypes from: whatever the names are, they are float32.
-        return weighted_mean(updates, like=state or collections.defaultdict(lambda: torch.empty(0)))
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
+        return weighted_mean(updates, like=state)  # which is empty in the first round: whatever comes is float32
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> nn.Module | None:
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return self._model(state, ctx) if state else None
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[Tree]:
+    def client_init(self, ctx: ClientContext) -> Steps[State]:
         middle = yield from intermediate_model(
             ctx,
             self.preset,
@@ -125,32 +122,31 @@ class FedGrowReleasedCode(LocalTraining):
         scratch = ctx.task.fresh(ctx.target, ctx.derive("target"))
         return to(_wrapper(middle, scratch, shared.init(ctx.generator("global"))), ctx.device)
 
-    def client_update(self, payload: Payload, state: Tree, ctx: ClientContext) -> Steps[tuple[ClientUpdate, Tree]]:
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         """Nothing is kept: from its first update on, all a participant holds is what the server sends."""
-        received = dict(payload or state)  # nothing comes in the first round: what this participant made alone
+        received = payload or state  # nothing comes in the first round: what this participant made alone
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        middle = under(received, MIDDLE)
+        middle = received[MIDDLE]
         trained = yield Training(
             GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth),
-            under(received, GLOBAL),
+            received[GLOBAL],
             {"small": middle},
             purpose="global",
             **self.settings(epochs=self.epochs if payload else 0),
         )
-        target = grown(shared, trained.parameters, middle) if payload else under(received, TARGET)
+        target = grown(shared, trained.parameters, middle) if payload else received[TARGET]
         wrapper = clone(_wrapper(middle, as_stored(target), trained.parameters))
         return ClientUpdate(ctx.info.id, wrapper, ctx.info.num_examples), {}
 
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> nn.Module:
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return self._model(payload or state, ctx)
 
-    def _model(self, wrapper: Mapping[str, torch.Tensor], ctx: ServerContext | ClientContext) -> nn.Module:
+    def _model(self, wrapper: Payload, ctx: ServerContext | ClientContext) -> nn.Module:
         """T = Global(M) of a wrapper; its copy of the target is not looked at."""
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        held = dict(wrapper)
-        return ctx.task.module(ctx.target, grown(shared, under(held, GLOBAL), under(held, MIDDLE)))
+        return ctx.task.module(ctx.target, grown(shared, wrapper[GLOBAL], wrapper[MIDDLE]))
 
 
-def _wrapper(middle: Tree, target: Tree, operator: Tree) -> Tree:
+def _wrapper(middle: Tree, target: Tree, operator: Tree) -> State:
     """What travels: M, the copy of the target, and Global."""
-    return prefixed(middle, MIDDLE) | prefixed(target, TARGET) | prefixed(operator, GLOBAL)
+    return {MIDDLE: middle, TARGET: target, GLOBAL: operator}

@@ -27,14 +27,14 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.seeding import generator
-from fedsim.core.tree import Tree, prefixed, under
+from fedsim.core.tree import State, Tree
 from fedsim.learning.server_opt import ServerOptimizer, model_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
 FINETUNE = "finetune"  # the stage, and the purpose of its training
-TARGET = "target."  # part of a participant's private state: T_i, once it is fine-tuned
+TARGET = "target"  # part of a participant's private state: T_i, once it is fine-tuned
 GROWN = "grown"  # part of the server's state: who has made its T_i, `(population,)` of bools
 
 
@@ -69,13 +69,13 @@ def as_stored(tree: Tree) -> Tree:
 # at the aggregator ----------------------------------------------------------------------------------------------------
 
 
-def server_state(preset: str, server: ServerOptimizer, finetune_after: int | None, ctx: ServerContext) -> Tree:
+def server_state(preset: str, server: ServerOptimizer, finetune_after: int | None, ctx: ServerContext) -> State:
     """Global before round 1 and, where targets will be fine-tuned, that nobody has made its own."""
     state = server.start(first_global(preset, ctx))
     return state if finetune_after is None else state | {GROWN: torch.zeros(len(ctx.clients), dtype=torch.bool)}
 
 
-def payloads(state: Tree, cohort: Sequence[ClientInfo], stage: str) -> Mapping[int, Payload]:
+def payloads(state: State, cohort: Sequence[ClientInfo], stage: str) -> Mapping[int, Payload]:
     """Global for everyone; when targets are fine-tuned, for those alone that have not made theirs."""
     shared: Tree = {name: tensor for name, tensor in model_of(state).items() if name != GROWN}
     if stage != FINETUNE or GROWN not in state:
@@ -89,7 +89,7 @@ def combined(updates: Sequence[ClientUpdate]) -> Partial | None:
     return weighted_sum(updates) if any(update.tree for update in updates) else None
 
 
-def aggregated(state: Tree, updates: Iterable[ClientUpdate | Partial], server: ServerOptimizer, stage: str) -> Tree:
+def aggregated(state: State, updates: Iterable[ClientUpdate | Partial], server: ServerOptimizer, stage: str) -> State:
     """A step to the mean of what arrived; when targets are fine-tuned, a note of who has its own."""
     if GROWN not in state:
         return server.after(state, updates)
@@ -105,15 +105,15 @@ def aggregated(state: Tree, updates: Iterable[ClientUpdate | Partial], server: S
 # at a participant -----------------------------------------------------------------------------------------------------
 
 
-def own_target(state: Tree) -> Tree | None:
+def own_target(state: State) -> Tree | None:
     """T_i as it was fine-tuned so far; None before the first such round."""
-    return under(state, TARGET) or None
+    return state.get(TARGET)
 
 
-def fine_tuned(ctx: ClientContext, target: Tree, **settings: Any) -> Steps[tuple[ClientUpdate, Tree]]:
+def fine_tuned(ctx: ClientContext, target: Tree, **settings: Any) -> Steps[tuple[ClientUpdate, State]]:
     """One round of fine-tuning T_i: nothing to send, and a private state that is T_i alone.
 
     - `settings`: of `Training`.
     """
     trained = yield Training(TaskLoss(ctx.task, ctx.target), as_stored(target), purpose=FINETUNE, **settings)
-    return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), prefixed(trained.parameters, TARGET)
+    return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), {TARGET: trained.parameters}

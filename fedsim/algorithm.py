@@ -37,8 +37,8 @@ import torch
 
 from fedsim.core.fields import check_range, check_types
 from fedsim.core.seeding import derive, generator
-from fedsim.core.tree import Tree
-from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum
+from fedsim.core.tree import State, Tree
+from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum, whole_sum
 from fedsim.learning.objectives import Frozen, Objective, TaskLoss
 from fedsim.learning.steps import Steps
 from fedsim.learning.task import Batch
@@ -67,6 +67,7 @@ __all__ = [
     "Partial",
     "Payload",
     "ServerContext",
+    "State",
     "Steps",
     "TaskLoss",
     "Trained",
@@ -74,9 +75,10 @@ __all__ = [
     "Tree",
     "weighted_mean",
     "weighted_sum",
+    "whole_sum",
 ]
 
-Payload = Mapping[str, torch.Tensor]
+Payload = Mapping[str, Any]  # a state, as it is sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,15 +172,15 @@ class Algorithm(abc.ABC):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def server_init(self, ctx: ServerContext) -> Tree:
+    def server_init(self, ctx: ServerContext) -> State:
         """The server's state before round 1."""
 
     @abc.abstractmethod
-    def server_broadcast(self, state: Tree, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         """What each client of the cohort downloads. Give several clients the same object and it is put only once."""
 
     @abc.abstractmethod
-    def server_aggregate(self, state: Tree, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> Tree:
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         """The next state. `updates` is an iterator in cohort order: consume it, do not collect it."""
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
@@ -188,28 +190,28 @@ class Algorithm(abc.ABC):
         """
         return None
 
-    def server_model(self, state: Tree, ctx: ServerContext) -> "nn.Module | None":
+    def server_model(self, state: State, ctx: ServerContext) -> "nn.Module | None":
         """The server's own model; None where there is no global model."""
         return None
 
-    def server_covered(self, state: Tree) -> Tree | None:
+    def server_covered(self, state: State) -> Tree | None:
         """Which coordinates of the target were trained so far, of bools; None where all are, in every round."""
         return None
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[Tree] | Tree:
+    def client_init(self, ctx: ClientContext) -> Steps[State] | State:
         """The client's private state, made when it first takes part. It never leaves the participant."""
         return {}
 
     @abc.abstractmethod
     def client_update(
-        self, payload: Payload, state: Tree, ctx: ClientContext
-    ) -> Steps[tuple[ClientUpdate, Tree]] | tuple[ClientUpdate, Tree]:
+        self, payload: Payload, state: State, ctx: ClientContext
+    ) -> Steps[tuple[ClientUpdate, State]] | tuple[ClientUpdate, State]:
         """Local work of one round: the update to upload and the next private state. Must not write into arguments."""
 
     @abc.abstractmethod
-    def client_model(self, payload: Payload, state: Tree, ctx: ClientContext) -> "nn.Module":
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
         """What this client would deploy: the model that is scored."""
 
 

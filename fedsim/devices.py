@@ -104,20 +104,3 @@ class Conditions:
     def sampled(self, cohort: int, participants: int) -> int:
         """How many are sampled so that `cohort` updates are likely to be there in time."""
         return min(participants, math.ceil(cohort * (1 + self.over_selection)))
-
-
-def client_round_seconds(device: Device | None, row: Mapping[str, Any]) -> float | None:
-    """Simulated seconds from the payload to the update, of what a participant noted of its work in a round.
-
-    The making of private state when it first takes part (Fed-Grow's local stage) is left out: it needs no payload, and
-    is done before its first round begins.
-    """
-    if device is None:
-        return None
-    work = (row.get("flops") or 0) - (row.get("init_flops") or 0)
-    return device.seconds(down=row.get("bytes_down", 0), flops=work, up=row.get("bytes_up", 0))
-
-
-def init_seconds(device: Device | None, row: Mapping[str, Any]) -> float | None:
-    """Simulated seconds of the making of private state, in the round in which it was made."""
-    return None if device is None else device.seconds(down=0, flops=row.get("init_flops") or 0, up=0)

@@ -1,30 +1,29 @@
 """`run(experiment, ...)`: the main loop of a simulation, from round 0 to the last, checkpointed after each."""
 
 import functools
-import time
-from collections.abc import Callable
+import json
 
 from fedsim.core.numerics import PORTABLE, in_force
-from fedsim.engine.aggregator import Aggregator, ParticipantError
+from fedsim.engine.aggregator import Aggregator
+from fedsim.engine.clients import ParticipantError
 from fedsim.engine.cohort import Member, federation_sha256, label_histograms, members, round_cohort_of, scored_in
-from fedsim.engine.cost import cost_of, too_small
+from fedsim.engine.cost import Cost, cost_of, too_small
 from fedsim.engine.gpu import with_gpu_fractions
-from fedsim.engine.participant import Participant, last_line
+from fedsim.engine.participant import Inbox, Participant, last_line
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost
 from fedsim.learning.task import load_task
 from fedsim.results.machine import SameEnvironment
 from fedsim.results.provenance import code_sha256
-from fedsim.results.rows import client_columns, profile_rows, round_row, run_row
-from fedsim.results.store import TOKENIZER, RunStore
+from fedsim.results.recorder import Recorder
+from fedsim.results.records import RunFacts
+from fedsim.results.store import RunStore
 from fedsim.runtime.base import Call, Resources, Runtime
-from fedsim.storage.place import Place, sent
+from fedsim.storage.place import Place
 
 
 MAX_LABELS = 1000  # label histograms of larger populations are left out of the runs table
-
-COUNTED: dict[tuple, StepCost] = {}  # costs of training steps, shared by the runs of a sweep: a cache, nothing more
 
 
 class RunFailed(RuntimeError):
@@ -50,87 +49,91 @@ def run(
     command: str | None = None,
     profile: bool = False,
     resume_anywhere: bool = False,
+    counted: dict[tuple, StepCost] | None = None,
 ) -> str:
     """Run one experiment into a results folder that the caller has locked; the runtime stays open for the next.
 
-    - `resume_anywhere`: also where the rounds to come would have other bits than the finished ones.
-    - `profile`: write down where the time of every round went, as one more table.
+    Arguments:
+        suite, command: for the table `runs`.
+        resume: go on after the last finished round; otherwise what the folder holds of this run is deleted.
+        resume_anywhere: also where the rounds to come would have other bits than the finished ones.
+        profile: write down where the time of every round went, as one more table.
+        counted: costs of training steps that are known; receives those of this run. For the next run of a sweep.
 
     **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
     `RunFailed` for a run that broke, with everything finished so far on disk and a row saying why.
     """
-    progress = progress or ProgressListener()
+    progress, counted = progress or ProgressListener(), {} if counted is None else counted
     experiment = with_gpu_fractions(experiment, runtime.probe)
-    run_id = experiment.run_id
-    task = load_task(experiment.task, data_dir)
+    task, numerics = load_task(experiment.task, data_dir), in_force(runtime.numerics)
     population = members(experiment, task)
-    code, numerics = code_sha256(experiment.algorithm), in_force(runtime.numerics)
-    store = RunStore(out, run_id, code)
+    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm))
     if resume:
         store.check_numerics(numerics, resume_anywhere)
+    cost = _place(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted)
+    tiers_left_out = too_small(experiment, cost)
+    excluded_ids = {member.info.id for member in population if member.info.tier in tiers_left_out}
 
-    folder = out.absolute() / "checkpoints" / run_id
-    environment = SameEnvironment.here(
-        str(folder / "private"), numerics["fingerprint"] if numerics["name"] == PORTABLE else None
+    first = store.open(resume, numerics)
+    store.save_tokenizer(task.dataset.tokenizer if task.dataset else None)
+    labels = json.dumps(label_histograms(population, task)) if len(population) <= MAX_LABELS else None
+    facts = RunFacts(
+        experiment=experiment,
+        run_id=experiment.run_id,
+        suite=suite,
+        code_sha256=store.code_sha256,
+        cost=cost,
+        federation_sha256=federation_sha256(experiment, population),
+        labels=labels,
+        numerics=numerics | {"before": store.numerics[:-1]},
+        command=command,
     )
-    make_participants: dict[int, Callable[[], Participant]] = {
-        member.info.id: functools.partial(_participant, environment, experiment, member, data_dir, COUNTED)
+    recorder = Recorder(store, facts, population, profile)
+    progress.begin(experiment, first)
+    try:
+        for round in range(first, experiment.rounds + 1):
+            cohort = round_cohort_of(experiment, round, excluded_ids)
+            scored = scored_in(experiment, round, excluded_ids)
+            report = runtime.ask("run_round", round, cohort, scored, watch=progress.within)
+            progress.finished(recorder.round(round, cohort, report))
+    except Exception as error:
+        reason = error.text if isinstance(error, ParticipantError) else last_line(error)
+        try:
+            recorder.finish(_short(error))
+        except OSError as also:  # what came first is what is raised
+            reason = f"{reason}\nand the row that says so is missing: {also}"
+        progress.failed(reason)
+        raise RunFailed(experiment.run_id, _short(error)) from error
+    finally:
+        progress.close()
+    recorder.finish()
+    progress.end()
+    return experiment.run_id
+
+
+def _place(
+    experiment: Experiment,
+    population: list[Member],
+    runtime: Runtime,
+    folder: Place,
+    data_dir: str | None,
+    numerics: dict,
+    counted: dict[tuple, StepCost],
+) -> Cost:
+    """Have the runtime place aggregator and participants. **Returns:** the cost, counted while hosts come up."""
+    bits = numerics["fingerprint"] if numerics["name"] == PORTABLE else None
+    environment, inbox = SameEnvironment.here(str(folder / "private"), bits), Inbox()
+    make_participants = {
+        member.info.id: functools.partial(_participant, environment, experiment, member, data_dir, counted, inbox)
         for member in population
     }
     resources = {member.info.id: _asked_by(member) for member in population}
     infos = [member.info for member in population]
     make_aggregator = functools.partial(_aggregator, environment, experiment, infos, data_dir, str(folder))
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
-        too_small(experiment, cost_of(experiment, COUNTED))
+        too_small(experiment, cost_of(experiment, counted))
     runtime.start(make_aggregator, make_participants, resources, experiment.chunk)
-    cost = cost_of(experiment, COUNTED)  # hosts come up meanwhile
-    left_out = too_small(experiment, cost)
-    excluded_ids = {member.info.id for member in population if member.info.tier in left_out}
-
-    first = store.open(resume, numerics)
-    if task.dataset is not None and task.dataset.tokenizer is not None:
-        with sent(folder / TOKENIZER) as here:
-            task.dataset.tokenizer.save_pretrained(here)
-    make_run_row = functools.partial(
-        run_row,
-        experiment,
-        run_id=run_id,
-        suite=suite,
-        code_sha256=code,
-        cost=cost,
-        federation=federation_sha256(experiment, population),
-        command=command,
-        numerics=numerics | {"before": store.numerics[:-1]},
-        labels=label_histograms(population, task) if len(population) <= MAX_LABELS else None,
-    )
-    progress.begin(experiment, first)
-    try:
-        for round in range(first, experiment.rounds + 1):
-            started, round_cohort = time.perf_counter(), round_cohort_of(experiment, round, excluded_ids)
-            scored = tuple(id_ for id_ in scored_in(experiment, round) if id_ not in excluded_ids)
-            report = runtime.ask("run_round", round, round_cohort, scored, watch=progress.within)
-            previous_row = store.rounds[-1] if store.rounds else None
-            round_seconds = time.perf_counter() - started
-            row = round_row(experiment, run_id, round, round_cohort, report, previous_row, round_seconds)
-            store.commit(round, row, client_columns(experiment, run_id, population, round, report["rows"]))
-            if profile:
-                seconds = time.perf_counter() - started
-                spent = {"driver": {"write": seconds - round_seconds}} | report["spent"]
-                store.add_profile(profile_rows(experiment, run_id, round, spent, seconds))
-            progress.finished(row)
-    except Exception as error:
-        reason = error.text if isinstance(error, ParticipantError) else last_line(error)
-        try:
-            store.finish(make_run_row(wall_seconds=store.wall_seconds, error=_short(error)))
-        except OSError as also:  # what came first is what is raised
-            reason = f"{reason}\nand the row that says so is missing: {also}"
-        progress.failed(reason)
-        raise RunFailed(run_id, _short(error)) from error
-    finally:
-        progress.close()
-    store.finish(make_run_row(wall_seconds=store.wall_seconds, error=None))
-    progress.end()
-    return run_id
+    return cost_of(experiment, counted)
 
 
 def _asked_by(member: Member) -> Resources:
@@ -145,10 +148,11 @@ def _participant(
     member: Member,
     data_dir: str | None,
     counted: dict[tuple, StepCost],
+    inbox: Inbox,
 ) -> Participant:
     """What a runtime calls to make a participant, wherever it puts it."""
     environment.check()
-    return Participant(experiment, member, data_dir, environment.folder, counted)
+    return Participant(experiment, member, data_dir, environment.folder, counted, inbox)
 
 
 def _aggregator(

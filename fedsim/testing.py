@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
-from fedsim.core.tree import Tree, clone, ordered
+from fedsim.core.tree import State, clone, ordered
 from fedsim.data.config import Split, digits
 from fedsim.learning.meter import Meter
 from fedsim.learning.steps import Asking, asking, run_alone, run_client
@@ -60,7 +60,7 @@ class Federation:
         ]
         algorithm.check(self.task, forms, intermediate, target)
         self.server = ordered(algorithm.server_init(self.at_server(0)))
-        self.private: dict[int, Tree] = {}
+        self.private: dict[int, State] = {}
         self.work: dict[int, Meter] = {}
 
     # contexts -------------------------------------------------------------------------------------------------------
@@ -86,14 +86,14 @@ class Federation:
 
     # calls ----------------------------------------------------------------------------------------------------------
 
-    def state(self, client: int) -> Tree:
+    def state(self, client: int) -> State:
         """A client's private state."""
         if client not in self.private:
             context = self.at_client(0, client)
             self.private[client] = clone(run_client(context, self.algorithm.client_init(context)))
         return self.private[client]
 
-    def payload(self, round: int, client: int) -> Tree:
+    def payload(self, round: int, client: int) -> State:
         """What a client downloads."""
         sent = self.algorithm.server_broadcast(self.server, [self.clients[client]], self.at_server(round))
         return clone(sent[client])
@@ -114,7 +114,7 @@ class Federation:
         self.private[client] = clone(kept)
         return ClientUpdate(client, clone(update.tree), update.weight)
 
-    def aggregate(self, round: int, updates: Sequence[ClientUpdate], chunk: int = 2) -> Tree:
+    def aggregate(self, round: int, updates: Sequence[ClientUpdate], chunk: int = 2) -> State:
         """The server's next state; as on the platform, updates are first added up in chunks, where they can be."""
         arriving: list[Any] = []
         for start in range(0, len(updates), chunk):

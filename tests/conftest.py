@@ -12,10 +12,12 @@ import torch
 
 from benchmarks.suites import tiny
 from fedsim.experiment import Experiment, with_settings
+from fedsim.learning.meter import StepCost
 from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
 from fedsim.sweeps.runner import run_all
+from tests.support.counting import count_once
 from tests.support.disturbed import TINY_SETTINGS, Lent, small, without_federation
 
 
@@ -42,6 +44,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup"):
         marked = [item.nodeid for item in session.items if item.get_closest_marker("ray") is not None]
         assert all(nodeid.endswith("@ray") for nodeid in marked), "pytest-xdist does not group tests"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _count_once() -> Iterator[None]:
+    real = count_once()
+    yield
+    StepCost.measured = staticmethod(real)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
-from fedsim.core.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
+from fedsim.core.tree import State, Tree, clone, flat, nbytes, numel, sha256, tensors
 from fedsim.data.config import Split, digits, pydoc
 from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment, Tier
@@ -272,7 +272,7 @@ class Case:
         return dataclasses.replace(context, **changes)
 
     @functools.cached_property
-    def server_state(self) -> Tree:
+    def server_state(self) -> State:
         state = self.algorithm.server_init(self.server(round=0))
         if not self.row.first_mean:
             return state
@@ -281,14 +281,14 @@ class Case:
         return self.algorithm.server_aggregate(state, iter(firsts), self.server(round=1))
 
     @functools.cached_property
-    def private(self) -> dict[int, Tree]:
+    def private(self) -> dict[int, State]:
         return {i: client_init(self.algorithm, self.client(round=0, client=i)) for i in range(CLIENTS)}
 
-    def payload(self, client: int = 0) -> Tree:
+    def payload(self, client: int = 0) -> State:
         return dict(self.algorithm.server_broadcast(self.server_state, self.clients, self.server())[client])
 
     @functools.cached_property
-    def first(self) -> tuple[ClientUpdate, Tree]:
+    def first(self) -> tuple[ClientUpdate, State]:
         """Client 0's update and next private state in round 1."""
         return client_update(self.algorithm, clone(self.payload()), clone(self.private[0]), self.client())
 
@@ -325,14 +325,14 @@ def _calm(one_thread: None) -> None:
     """Models this small only lose time to a second thread."""
 
 
-def bits(outcome: tuple[ClientUpdate, Tree]) -> str:
+def bits(outcome: tuple[ClientUpdate, State]) -> str:
     """What an outcome of `client_update` is made of: what is sent and what is kept."""
     update, state = outcome
     return sha256(update.tree) + sha256(state)
 
 
-def memory(tree: Tree) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tree.values() if tensor.numel()}
+def memory(tree: State) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors(tree) if tensor.numel()}
 
 
 def content(tensor: torch.Tensor) -> str:
@@ -393,9 +393,9 @@ def test_aggregation_leaves_its_arguments_alone(case: Case) -> None:
     updates = [dataclasses.replace(case.first[0], client=client) for client in range(CLIENTS)]
     before = sha256(case.server_state), [sha256(one.tree) for one in updates]
     state = case.algorithm.server_aggregate(case.server_state, iter(updates), case.server())
-    described = [{n: (t.shape, t.dtype) for n, t in tree.items()} for tree in (state, case.server_state)]
+    described = [{n: (t.shape, t.dtype) for n, t in flat(tree).items()} for tree in (state, case.server_state)]
     assert (described[0] == described[1]) == case.row.keeps_shapes
-    for tensor in state.values():
+    for tensor in tensors(state):
         tensor.copy_(~tensor if tensor.dtype == torch.bool else tensor + 1)
     assert (sha256(case.server_state), [sha256(one.tree) for one in updates]) == before
 
@@ -464,7 +464,7 @@ def test_update_is_on_the_cpu_detached_and_shares_no_memory(case: Case) -> None:
     payload, state = case.payload(), case.private[0]
     zero = case.with_lr_zero()
     for update, _ in (case.first, client_update(zero.algorithm, payload, state, zero.client())):
-        for tensor in update.tree.values():
+        for tensor in tensors(update.tree):
             assert tensor.device.type == "cpu"
             assert not tensor.requires_grad and tensor.grad_fn is None
             assert tensor.is_contiguous()
@@ -503,10 +503,10 @@ def test_zero_learning_rate_is_a_fixed_point(case: Case) -> None:
         assert (sha256(fixed_part(case, after)) == before) == case.row.fixed_point
 
 
-def fixed_part(case: Case, state: Tree) -> Tree:
+def fixed_part(case: Case, state: State) -> State:
     """The server's state without what is made anew in every round from the rest of it, and notes of what was done."""
-    made_anew = {"everything": ("target.",), "adapters": ("stack.", "since")}.get(case.row.uploads, ())
-    return {name: t for name, t in state.items() if not name.startswith((*made_anew, "covered."))}
+    made_anew = {"everything": ("target",), "adapters": ("stack", "since")}.get(case.row.uploads, ())
+    return {name: part for name, part in state.items() if name not in (*made_anew, "covered")}
 
 
 def test_training_loss_falls(case: Case) -> None:
@@ -564,18 +564,19 @@ def expected_update(case: Case) -> dict[str, tuple[int, ...]]:
     if case.row.uploads == "operator":
         return operator.shapes
     middle = operator.stack(case.task.fresh(case.setting.forms[1], 0))
-    parts = {"middle.": {name: tuple(t.shape) for name, t in middle.items()}, "target.": target}
-    parts["global."] = operator.shapes
-    return {prefix + name: shape for prefix, part in parts.items() for name, shape in part.items()}
+    parts = {"middle": {name: tuple(t.shape) for name, t in middle.items()}, "target": target}
+    parts["global"] = operator.shapes
+    return {f"{part}.{name}": shape for part, shapes in parts.items() for name, shape in shapes.items()}
 
 
 def test_an_update_holds_exactly_what_the_method_says(case: Case) -> None:
     update, _ = case.first
     if case.row.uploads in ("adapters", "more"):  # names and shapes are looked at in the methods' own tests
-        assert update.tree and all(tensor.dtype in (torch.float32, torch.bool) for tensor in update.tree.values())
+        assert update.tree and all(tensor.dtype in (torch.float32, torch.bool) for tensor in tensors(update.tree))
         return
-    assert {name: tuple(tensor.shape) for name, tensor in update.tree.items()} == expected_update(case)
-    assert all(tensor.dtype == torch.float32 for tensor in update.tree.values())
+    sent = flat(update.tree, ".")
+    assert {name: tuple(tensor.shape) for name, tensor in sent.items()} == expected_update(case)
+    assert all(tensor.dtype == torch.float32 for tensor in sent.values())
 
 
 def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,47 +597,45 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
         update, kept = client_update(case.algorithm, case.payload(), state, case.client())
         data = case.shard(0)
         held = [*([] if case.row.reveals else [state, kept]), data.inputs, {"labels": data.labels}]
-        private = {content(tensor) for tree in held for tensor in tree.values() if tensor.any()}
-        assert private.isdisjoint(content(tensor) for tensor in update.tree.values() if tensor.any())
+        private = {content(tensor) for tree in held for tensor in tensors(tree) if tensor.any()}
+        assert private.isdisjoint(content(tensor) for tensor in tensors(update.tree) if tensor.any())
         return
     joint = case.algorithm.name == "fedgrow_joint"
     assert set(trained) == ({"pretrain"} if joint else {"pretrain", "local"})
 
     update, kept = client_update(case.algorithm, case.payload(), state, case.client())
-    shared = under(trained["joint"], "global.") if joint else trained["global"]
-    local = under(trained["joint"], "local.") if joint else trained["local"]
+    shared = trained["joint"]["global"] if joint else trained["global"]
+    local = trained["joint"]["local"] if joint else trained["local"]
     target = dict(case.algorithm.client_model(update.tree, kept, case.client()).named_parameters())
     data = case.shard(0)
     trees = [trained["pretrain"], local, state, kept, target, data.inputs, {"labels": data.labels}]
-    private = {content(tensor) for tree in trees for tensor in tree.values()}
-    names = {*trained["pretrain"], *state, *kept, *target}
-    found = {name for name, tensor in update.tree.items() if name in names or content(tensor) in private}
+    private = {content(tensor) for tree in trees for tensor in tensors(tree)}
+    names = {*trained["pretrain"], *flat(state, "."), *flat(kept, "."), *target}
+    found = {name for name, tensor in flat(update.tree, ".").items() if name in names or content(tensor) in private}
     assert len(private) > 40
     if case.row.uploads == "everything":
         assert {f"target.{name}" for name in target} <= found
         return
     assert not found, "private tensors, by name or by value"
-    sent = sorted(map(content, update.tree.values()))
+    sent = sorted(map(content, tensors(update.tree)))
     assert sent == (sorted(map(content, shared.values())) if case.row.uploads == "operator" else [])
 
 
 @pytest.mark.parametrize("case", [row for row in TABLE if row[0].startswith("fedgrow")], ids="-".join, indirect=True)
 def test_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
     _, state = case.first
-    frozen = {"middle.", "small."}
-    before, after = (
-        {name: t for name, t in one.items() if name.startswith(tuple(frozen))} for one in (case.private[0], state)
-    )
+    frozen = {"middle", "small"}
+    before, after = ({name: part for name, part in one.items() if name in frozen} for one in (case.private[0], state))
     if case.row.first_mean:
         assert state == {}, "all a participant holds is what the server sends"
         return
     assert sha256(before) == sha256(after)
-    own = {"fedgrow_no_federation": "global.", "fedgrow_joint": "local."}.get(case.algorithm.name)
-    trained = under(state, own) if own else {}
-    assert set(state) == set(after) | set(prefixed(trained, own or ""))
+    own = {"fedgrow_no_federation": "global", "fedgrow_joint": "local"}.get(case.algorithm.name)
+    trained = state[own] if own else {}
+    assert set(state) == set(after) | ({own} if own else set())
     assert bool(trained) == (own is not None)
     if own:
-        assert any(not torch.equal(trained[name], t) for name, t in under(case.private[0], own).items())
+        assert any(not torch.equal(trained[name], t) for name, t in case.private[0][own].items())
 
 
 def test_a_round_in_which_nobody_takes_part_changes_nothing(case: Case) -> None:

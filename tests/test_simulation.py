@@ -23,17 +23,19 @@ from fedsim.algorithm import ClientContext, ClientUpdate, Steps, weighted_mean, 
 from fedsim.core.tree import Tree, sha256, sha256_of_text
 from fedsim.engine.cohort import cohort_of, members
 from fedsim.engine.cost import cost_of
-from fedsim.engine.participant import Participant, Reply
+from fedsim.engine.participant import Inbox, Participant, Reply
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.steps import Asking, run_alone
 from fedsim.learning.task import load_task
 from fedsim.results.provenance import code_sha256
+from fedsim.results.recorder import Recorder
+from fedsim.results.records import Row
 from fedsim.results.store import RunStore
 from fedsim.results.tables import SCHEMAS, Results, load
 from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.simulation import COUNTED, RunFailed, run
+from fedsim.simulation import RunFailed, run
 from fedsim.storage.checkpoint import Versions, private_of
 from fedsim.sweeps.runner import check_folder, run_all
 
@@ -149,7 +151,7 @@ def test_the_row_of_a_run_says_where_its_numbers_come_from(tiny_run: Path, tiny_
     assert json.loads(row["config"]) == json.loads(tiny_experiment.canonical_json())
     assert {"python", "torch", "transformers", "ray", "fedsim"} <= set(json.loads(row["versions"]))
     assert {"cpu", "cores", "memory_mb"} <= set(json.loads(row["hardware"]))
-    cost = cost_of(tiny_experiment, COUNTED)
+    cost = cost_of(tiny_experiment, {})
     assert row["target_params"] == cost.target_params
     assert row["trainable_params"] == pytest.approx(cost.mean("trainable_params"))
     assert row["upload_params"] == cost.mean("upload_params")
@@ -271,7 +273,7 @@ def test_bytes_are_those_of_the_tensors_that_cross_the_participants_boundary(
     assert len(counted) == 6 and all(down == up > 1000 for down, up in counted.values())
     for row in results.clients.to_dict("records"):
         assert (row["bytes_down"], row["bytes_up"]) == counted.get((row["round"], row["client"]), (0, 0))
-    predicted = cost_of(tiny_experiment, COUNTED)
+    predicted = cost_of(tiny_experiment, {})
     for row in results.rounds.to_dict("records"):
         down, up = (sum(pair[i] for (round, _), pair in counted.items() if round == row["round"]) for i in (0, 1))
         assert (row["bytes_down"], row["bytes_up"]) == (down, up)
@@ -334,14 +336,14 @@ def cut_in_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cut_before_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of round 2 is on disk but what vouches for it."""
-    real = fedsim.simulation.round_row
+    real = Recorder.round
 
-    def round_row(experiment: Experiment, run_id: str, round: int, *more: Any) -> dict[str, Any]:
+    def recorded(self: Recorder, round: int, *more: Any) -> Row:
         if round == 2:
             raise Interrupted
-        return real(experiment, run_id, round, *more)
+        return real(self, round, *more)
 
-    monkeypatch.setattr(fedsim.simulation, "round_row", round_row)
+    monkeypatch.setattr(Recorder, "round", recorded)
 
 
 def cut_between_rows_and_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +406,7 @@ def test_a_resumed_run_reads_private_state_from_disk(
 def test_a_repeated_call_gives_the_same_answer(tmp_path: Path, alone: Experiment) -> None:
     """As after the aggregator was lost: the participant has done round 1, and is asked for round 1 once more."""
     member = members(alone, load_task(alone.task, None))[0]
-    participant = Participant(alone, member, None, str(tmp_path), COUNTED)
+    participant = Participant(alone, member, None, str(tmp_path), {}, Inbox())
     run_alone(participant.begin(0, {}))
     hashes = [run_alone(participant.train(round, {})).state_sha256 for round in (1, 1, 2, 1, 2)]
     assert hashes[0] == hashes[1] == hashes[3]

@@ -1,49 +1,88 @@
-"""Verbs on trees. A tree is a `dict[str, Tensor]`: a model, an operator, an update, a private state."""
+"""Verbs on trees.
+
+A `Tree` is flat, tensors by name: a model, an operator. A `State` may be nested, `{"model": {...}, "momentum": {...}}`:
+what server and clients keep, what is sent, what is trained. It is flattened where it is written, hashed or added up.
+Verbs take both. A part without tensors is as good as absent (`ordered` drops it): read it with `.get(name, {})`.
+"""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 Tree = dict[str, Tensor]
+State = dict[str, Any]  # tensors by name, or states
+PATH = "::"  # between the names of parts and of tensors, where a state is flat
 PIECE = 2**16  # elements
 
 
-def numel(tree: Mapping[str, Tensor]) -> int:
-    """Number of parameters in a tree; sets and indices, which are not floating point, are none."""
-    return sum(tensor.numel() for tensor in tree.values() if tensor.is_floating_point())
+def flat(state: Mapping[str, Any], joint: str = PATH) -> Tree:
+    """`{"a": {"b": t}}` -> `{"a::b": t}`. **Raises:** `ValueError` for a name that has "::" in it."""
+    found: Tree = {}
+    for name, value in state.items():
+        if PATH in name:
+            raise ValueError(f"{name!r}: a name in a state must not contain {PATH!r}")
+        if isinstance(value, Mapping):
+            found |= {f"{name}{joint}{inner}": tensor for inner, tensor in flat(value, joint).items()}
+        else:
+            found[name] = value
+    return found
 
 
-def nbytes(tree: Mapping[str, Tensor]) -> int:
-    """Bytes of a tree as it would be sent: numel x itemsize, names not counted."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tree.values())
+def nested(tree: Mapping[str, Any]) -> State:
+    """The inverse of `flat`."""
+    state: State = {}
+    for path, value in tree.items():
+        *parts, name = path.split(PATH)
+        part = state
+        for each in parts:
+            part = part.setdefault(each, {})
+        part[name] = value
+    return state
 
 
-def ordered(tree: Mapping[str, Tensor]) -> Tree:
+def tensors(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a state."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from tensors(value)
+        else:
+            yield value
+
+
+def mapped(function: Callable[[Tensor], Tensor], state: Mapping[str, Any]) -> State:
+    """The same state of other tensors."""
+    return {n: mapped(function, value) if isinstance(value, Mapping) else function(value) for n, value in state.items()}
+
+
+def numel(state: Mapping[str, Any]) -> int:
+    """Number of parameters; sets and indices, which are not floating point, are none."""
+    return sum(tensor.numel() for tensor in tensors(state) if tensor.is_floating_point())
+
+
+def nbytes(state: Mapping[str, Any]) -> int:
+    """Bytes of what would be sent: numel x itemsize, names not counted."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
+
+
+def ordered(state: Mapping[str, Any]) -> State:
     """The same tensors in order of name. Order decides sums over tensors (gradient norms), and files forget it."""
-    return {name: tree[name] for name in sorted(tree)}
+    parts = ((name, state[name]) for name in sorted(state))
+    kept = ((name, ordered(value) if isinstance(value, Mapping) else value) for name, value in parts)
+    return {name: value for name, value in kept if isinstance(value, Tensor) or value}
 
 
-def clone(tree: Mapping[str, Tensor]) -> Tree:
-    """A tree in order of name that shares no memory with the argument and belongs to no graph."""
-    return {name: tensor.detach().clone() for name, tensor in ordered(tree).items()}
+def clone(state: Mapping[str, Any]) -> State:
+    """The same in order of name, sharing no memory with the argument and belonging to no graph."""
+    return mapped(lambda tensor: tensor.detach().clone(), ordered(state))
 
 
-def to(tree: Mapping[str, Tensor], device: torch.device | str) -> Tree:
-    """The tree on another device; tensors already there are not copied."""
-    return {name: tensor.to(device) for name, tensor in tree.items()}
-
-
-def prefixed(tree: Mapping[str, Tensor], prefix: str) -> Tree:
-    """`{"a": t}` -> `{prefix + "a": t}`: several trees in one state."""
-    return {prefix + name: tensor for name, tensor in tree.items()}
-
-
-def under(tree: Mapping[str, Tensor], prefix: str) -> Tree:
-    """The inverse of `prefixed`: entries whose name starts with `prefix`, without it."""
-    return {name[len(prefix) :]: tensor for name, tensor in tree.items() if name.startswith(prefix)}
+def to(state: Mapping[str, Any], device: torch.device | str) -> State:
+    """The same on another device; tensors already there are not copied."""
+    return mapped(lambda tensor: tensor.to(device), state)
 
 
 def scaled_sum(sum_: Tree | None, tree: Mapping[str, Tensor], weight: float) -> Tree:
@@ -97,9 +136,9 @@ def _check_same_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -
         raise ValueError(f"trees of different names cannot be added: {sorted(left.keys() ^ right.keys())[:4]}")
 
 
-def sha256(tree: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bits, in order of name: equal hashes mean equal trees."""
-    digest = hashlib.sha256()
+def sha256(state: Mapping[str, Any]) -> str:
+    """Hash of names, dtypes, shapes and bits, in order of name: equal hashes mean equal states."""
+    digest, tree = hashlib.sha256(), flat(state, ".")
     for name in sorted(tree):
         tensor = tree[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

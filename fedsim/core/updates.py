@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+
 from fedsim.core import tree as trees
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,36 +19,47 @@ class ClientUpdate:
     """
 
     client: int
-    tree: Tree
+    tree: State
     weight: float
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """A sum over a fixed chunk of clients: `tree` is sum(weight * update) in float64, `weight` sum(weight)."""
+    """A sum over a fixed chunk of clients: `tree` is sum(weight * update) in float64, flat; `weight` is sum(weight)."""
 
     tree: Tree
     weight: float
+
+    def mean(self, like: State) -> State:
+        """The sum over its weight, once. `like` gives the dtypes; empty: all float32. Uses up the sum's memory."""
+        dtypes = trees.flat(like) or dict.fromkeys(self.tree, torch.empty(0))
+        return trees.nested(trees.quotient(self.tree, self.weight, dtypes))
 
 
 def weighted_sum(updates: Sequence[ClientUpdate]) -> Partial:
     """`(sum_k w_k theta_k, sum_k w_k)` in the order given: what `combine` returns for methods that average."""
     total: Tree | None = None
     for update in updates:
-        total = trees.scaled_sum(total, update.tree, update.weight)
+        total = trees.scaled_sum(total, trees.flat(update.tree), update.weight)
     assert total is not None
     return Partial(total, sum(update.weight for update in updates))
 
 
-def weighted_mean(updates: Iterable[ClientUpdate | Partial], like: Tree) -> Tree:
-    """`sum_k w_k theta_k / sum_k w_k` (FedAvg, McMahan et al. 2017, Algorithm 1, over the sampled clients only).
-
-    One accumulator, in the order of the iterator; `like` gives the dtypes and is returned if nobody contributed.
-    """
+def whole_sum(updates: Iterable[ClientUpdate | Partial]) -> Partial | None:
+    """The sum of all that arrives, in one accumulator, in the order of the iterator; None if nobody contributed."""
     total: Tree | None = None
     weight = 0.0
     for update in updates:
         partial = update if isinstance(update, Partial) else weighted_sum([update])
         total, weight = trees.accumulated(total, partial.tree), weight + partial.weight
-    return like if total is None else trees.quotient(total, weight, like)
+    return None if total is None else Partial(total, weight)
+
+
+def weighted_mean(updates: Iterable[ClientUpdate | Partial], like: State) -> State:
+    """`sum_k w_k theta_k / sum_k w_k` (FedAvg, McMahan et al. 2017, Algorithm 1, over the sampled clients only).
+
+    `like` gives the dtypes (empty: all float32) and is returned if nobody contributed.
+    """
+    total = whole_sum(updates)
+    return like if total is None else total.mean(like)

@@ -130,15 +130,15 @@ def round_cohort_of(experiment: Experiment, round: int, too_small: Collection[in
     return RoundCohort(tuple(id_ for id_ in kept if not gone[id_]), tuple(id_ for id_ in kept if gone[id_]), excluded)
 
 
-def scored_in(experiment: Experiment, round: int) -> tuple[int, ...]:
-    """Who is scored after a round; nobody where `eval_every` skips it."""
+def scored_in(experiment: Experiment, round: int, excluded: Collection[int] = ()) -> tuple[int, ...]:
+    """Who is scored after a round; nobody where `eval_every` skips it, and nobody who is `excluded`."""
     last = round == experiment.rounds
     if round % experiment.eval_every and not last:
         return ()
     small = experiment.participants <= EVERYONE_UP_TO
-    if last or experiment.scored == "everyone" or (experiment.scored == "auto" and small):
-        return tuple(range(experiment.participants))
-    return cohort_of(experiment, round)
+    everyone = last or experiment.scored == "everyone" or (experiment.scored == "auto" and small)
+    ids = range(experiment.participants) if everyone else cohort_of(experiment, round)
+    return tuple(id_ for id_ in ids if id_ not in excluded)
 
 
 def federation_sha256(experiment: Experiment, population: Sequence[Member]) -> str:

@@ -14,7 +14,7 @@ import torch
 from fedsim.algorithm import ClientContext, ClientInfo, ClientUpdate, Payload, ServerContext
 from fedsim.core import tree as trees
 from fedsim.core.fields import refuse
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State
 from fedsim.data.source import Split
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cohort import check_checkpoints, tiers_of
@@ -101,8 +101,8 @@ class Cost:
 class DryRunState:
     """What the aggregator and one participant a tier hold between two rounds."""
 
-    server: Tree
-    private: tuple[Tree, ...]
+    server: State
+    private: tuple[State, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Call:
     work: tuple[Work, ...]
     payload: Payload
     update: ClientUpdate | None
-    state: Tree
+    state: State
     seconds: float
 
 

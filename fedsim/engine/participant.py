@@ -16,9 +16,10 @@ import torch
 from fedsim.algorithm import ClientContext, ClientUpdate, Payload
 from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State
 from fedsim.data.config import PER_TOKEN, Split
 from fedsim.engine.cohort import Member
+from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.steps import Asking, asking
@@ -32,10 +33,10 @@ DISTINCT = 8  # payloads of a call of which copies are held
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a participant sends: an update (or None) and what it notes about its work, without tensors."""
+    """What a participant sends: an update (or None) and a report of its work, without tensors."""
 
     update: ClientUpdate | None
-    row: dict[str, Any]
+    report: ClientReport
     state_sha256: str
 
 
@@ -43,8 +44,33 @@ class DeviceMemoryError(RuntimeError):
     """A participant's device has too little memory left. Says whose, and the sizes; its cause is torch's error."""
 
 
-Outcome = tuple[ClientUpdate | None, dict[str, Any]]  # an update, and more for the row
-Work = Callable[[Tree, Meter], Asking[Outcome]]  # with the payload that was received
+Done = tuple[ClientUpdate | None, dict[str, Any]]  # an update, and more fields of the report
+Work = Callable[[State, Meter], Asking[Done]]  # with the payload that was received
+
+
+class Inbox:
+    """What the participants that share it have received: copies, for nobody may write into what was sent.
+
+    Those who were sent the same share a copy. Somebody who writes into it, against the contract, ends that: the next
+    one gets a new copy.
+    """
+
+    def __init__(self) -> None:
+        self.call: tuple[str, int] | None = None
+        self.copies: dict[tuple[int, torch.device], tuple[Payload, State, list[int]]] = {}
+
+    def copy_of(self, payload: Payload, device: torch.device, call: tuple[str, int]) -> State:
+        """A payload on a device. Copies are held as long as the same `call` (method and round) lasts."""
+        if call != self.call:
+            self.copies.clear()
+            self.call = call
+        sent, copy, written = self.copies.get((id(payload), device), ({}, {}, []))
+        if sent is payload and written == [tensor._version for tensor in trees.tensors(copy)]:
+            return trees.mapped(_same, copy)
+        copy = trees.to(trees.clone(payload), device)
+        if len(self.copies) < DISTINCT:
+            self.copies[id(payload), device] = (payload, copy, [tensor._version for tensor in trees.tensors(copy)])
+        return trees.mapped(_same, copy)
 
 
 class Participant:
@@ -54,19 +80,27 @@ class Participant:
     starts from the newest state older than r, so a repeated call gives the same answer.
 
     Calls ask for their trainings (`fedsim.learning.steps`): `run_alone` or `run_batched` gives their replies.
+
+    - `counted`: costs of training steps that are known already. - `inbox`: shared by participants of one process.
     """
 
     def __init__(
-        self, experiment: Experiment, member: Member, data_dir: str | None, folder: str, counted: dict[tuple, StepCost]
+        self,
+        experiment: Experiment,
+        member: Member,
+        data_dir: str | None,
+        folder: str,
+        counted: dict[tuple, StepCost],
+        inbox: Inbox,
     ) -> None:
         use_large_pages()
-        self.experiment, self.member, self.counted = experiment, member, counted
-        self.data_dir = data_dir
+        self.experiment, self.member, self.data_dir = experiment, member, data_dir
+        self.counted, self.inbox = counted, inbox
         self.versions = private_of(folder, member.info.id)
         gpu = member.tier.num_gpus > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if gpu else "cpu")
         self.version: int | None = None
-        self.state: Tree = {}
+        self.state: State = {}
         self.sha256 = ""
         self.shard: Split | None = None  # held where it is small: cutting it out anew takes longer than a small model
         self.shard_bytes = 0
@@ -75,14 +109,14 @@ class Participant:
     @property
     def nbytes(self) -> int:
         """Of what this object holds between calls."""
-        return self.shard_bytes + sum([tensor.nbytes for tensor in self.state.values()])
+        return self.shard_bytes + trees.nbytes(self.state)
 
     # calls ----------------------------------------------------------------------------------------------------------
 
     def begin(self, round: int, payload: Payload) -> Asking[Reply]:
         """Make the private state (Fed-Grow's local stage)."""
 
-        def work(received: Tree, meter: Meter) -> Asking[Outcome]:
+        def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round, round, meter)
             return None, {}
 
@@ -91,7 +125,7 @@ class Participant:
     def train(self, round: int, payload: Payload) -> Asking[Reply]:
         """One round of local work; the update is what is sent."""
 
-        def work(received: Tree, meter: Meter) -> Asking[Outcome]:
+        def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round, round, meter)
             context = self._context(round, meter)
             steps = self.experiment.algorithm.client_update(received, self.state, context)
@@ -99,7 +133,7 @@ class Participant:
             if state is not self.state:
                 self._keep(round, trees.to(state, self.device))
             sent = _own(trees.to(update.tree, "cpu"), received, self.state)
-            noted = {"bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
+            noted = {"outcome": "in_time", "bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
             noted |= {"upload_params": trees.numel(sent), "metrics": _metrics(update), "weight": update.weight}
             return ClientUpdate(update.client, sent, update.weight), noted
 
@@ -108,10 +142,11 @@ class Participant:
     def score(self, round: int, payload: Payload) -> Asking[Reply]:
         """Accuracy and loss of the model this participant would deploy, after a round."""
 
-        def work(received: Tree, meter: Meter) -> Asking[Outcome]:
+        def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round + 1, round, meter)
             context = self._context(round, meter)
-            return None, self._scores(self.experiment.algorithm.client_model(received, self.state, context))
+            scores = self._scores(self.experiment.algorithm.client_model(received, self.state, context))
+            return None, {"train_seconds": 0.0} | scores  # scoring is not training
 
         return self._measured(("score", round), payload, work)
 
@@ -133,7 +168,7 @@ class Participant:
         # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
         self._keep(round, trees.to(state, self.device), on_disk=bool(state or self.init_flops))
 
-    def _keep(self, version: int, state: Tree, on_disk: bool = True) -> None:
+    def _keep(self, version: int, state: State, on_disk: bool = True) -> None:
         """Save before use: what a reply reports is already on disk."""
         kept = trees.clone(state)
         if on_disk:
@@ -202,7 +237,7 @@ class Participant:
         self.init_flops = 0
         started = time.perf_counter()
         try:
-            received = INBOX.copy_of(payload, self.device, call)
+            received = self.inbox.copy_of(payload, self.device, call)
             update, noted = yield from work(received, meter)
         except torch.OutOfMemoryError as error:
             info, tier = self.member.info, self.member.tier
@@ -210,7 +245,7 @@ class Participant:
                 f"participant {info.id} of tier {tier.name!r} ({info.form}, num_gpus={tier.num_gpus:g}) found too "
                 f"little memory on {self.device}: {error}"
             ) from error
-        row = {
+        measured: dict[str, Any] = {
             "train_seconds": time.perf_counter() - started,
             "train_loss": meter.loss,
             "flops": meter.flops,
@@ -219,44 +254,21 @@ class Participant:
             "peak_memory_bytes": peak_memory(self.device),
             "small_sha256": meter.small_sha256,
         }
-        return Reply(update, row | noted, self.sha256)
+        return Reply(update, ClientReport(**measured | noted), self.sha256)
 
 
-class Inbox:
-    """What participants of this process have received: copies, for nobody may write into what was sent.
-
-    Those who were sent the same share a copy. Somebody who writes into it, against the contract, ends that: the next
-    one gets a new copy.
-    """
-
-    def __init__(self) -> None:
-        self.call: tuple[str, int] | None = None
-        self.copies: dict[tuple[int, torch.device], tuple[Payload, Tree, list[int]]] = {}
-
-    def copy_of(self, payload: Payload, device: torch.device, call: tuple[str, int]) -> Tree:
-        """A payload on a device. Copies are held as long as the same `call` (method and round) lasts."""
-        if call != self.call:
-            self.copies.clear()
-            self.call = call
-        sent, copy, written = self.copies.get((id(payload), device), ({}, {}, []))
-        if sent is payload and written == [tensor._version for tensor in copy.values()]:
-            return dict(copy)
-        copy = trees.to(trees.clone(payload), device)
-        if len(self.copies) < DISTINCT:
-            self.copies[id(payload), device] = (payload, copy, [tensor._version for tensor in copy.values()])
-        return dict(copy)
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
-INBOX = Inbox()
+def _own(state: State, *others: State) -> State:
+    """The same in order of name, of no graph, sharing no memory with others: copied where it does."""
+    held = {tensor.untyped_storage().data_ptr() for other in others for tensor in trees.tensors(other)}
 
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
 
-def _own(tree: Tree, *others: Tree) -> Tree:
-    """A tree in order of name, of no graph, that shares no memory with others: copied where it does."""
-    held = {tensor.untyped_storage().data_ptr() for other in others for tensor in other.values()}
-    return {
-        name: tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
-        for name, tensor in trees.ordered(tree).items()
-    }
+    return trees.mapped(own, trees.ordered(state))
 
 
 def _metrics(update: ClientUpdate) -> dict[str, float] | None:

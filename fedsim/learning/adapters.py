@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.core.fields import refuse
-from fedsim.core.tree import Tree, under
+from fedsim.core.tree import State, Tree
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.rates import rate_of
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form, get_family
 
 
-A, B = "a.", "b."  # parts of a tree of adapters, under the names of the matrices
-HEAD = "head."  # beside them: what comes after the blocks
+A, B = "a", "b"  # parts of adapters, under the names of the matrices
+HEAD = "head"  # beside them: what comes after the blocks
 
 
 def adapted(task: Task, form: Form) -> dict[str, int]:
@@ -64,44 +64,42 @@ def check_rank(task: Task, form: Form, rank: int, forms: Sequence[Form] = ()) ->
         refuse("algorithm.rank", rank, f"at most {most}, the rank of {name} in the target {form}")
 
 
-def fresh(matrices: Mapping[str, Tensor], writes: Mapping[str, int], rank: int, generator: torch.Generator) -> Tree:
+def fresh(matrices: Mapping[str, Tensor], writes: Mapping[str, int], rank: int, generator: torch.Generator) -> State:
     """Adapters that change nothing yet: A uniform in +-1 / sqrt(in), `(rank, in)`; B zero, `(out, rank)`."""
-    tree: Tree = {}
+    a, b = dict[str, Tensor](), dict[str, Tensor]()
     for name, position in sorted(writes.items()):
         out, in_ = matrices[name].shape[position], matrices[name].shape[1 - position]
         drawn = torch.rand(rank, in_, generator=generator)
-        tree[A + name] = (2 * drawn - 1) / math.sqrt(in_)
-        tree[B + name] = torch.zeros(out, rank)
-    return tree
+        a[name] = (2 * drawn - 1) / math.sqrt(in_)
+        b[name] = torch.zeros(out, rank)
+    return {A: a, B: b}
 
 
-def products(adapters: Mapping[str, Tensor], writes: Mapping[str, int]) -> Tree:
+def products(adapters: State, writes: Mapping[str, int]) -> Tree:
     """B A of each matrix, laid out as the matrix is."""
-    changes = {name: adapters[B + name] @ adapters[A + name] for name in writes}
+    changes = {name: adapters[B][name] @ adapters[A][name] for name in writes}
     return {name: change if writes[name] == 0 else change.mT for name, change in changes.items()}
 
 
-def applied(
-    base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], writes: Mapping[str, int], scale: float
-) -> Tree:
+def applied(base: Tree, adapters: State, writes: Mapping[str, int], scale: float) -> Tree:
     """The model with its adapters merged into it; gradients reach them."""
     return {**base, **{name: base[name] + scale * change for name, change in products(adapters, writes).items()}}
 
 
 def logits_beside(
-    task: Task, form: Form, model: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float, batch: Batch
+    task: Task, form: Form, model: Mapping[str, Tensor], adapters: State, scale: float, batch: Batch
 ) -> Tensor:
     """Logits of what `applied` gives, the adapters beside their matrices; gradients reach them and `model`."""
     skeleton, hooks = task.skeleton(form), []
 
     def beside(name: str):
         def add(module: nn.Module, arguments: tuple[Any, ...], result: Tensor) -> Tensor:
-            return result + scale * (arguments[0] @ adapters[A + name].mT @ adapters[B + name].mT)
+            return result + scale * (arguments[0] @ adapters[A][name].mT @ adapters[B][name].mT)
 
         return add
 
     try:
-        for name in under(adapters, B):
+        for name in adapters[B]:
             module = skeleton.get_submodule(name.rpartition(".")[0])
             hooks.append(module.register_forward_hook(beside(name)))
         return task.forward(form, {**model}, batch)
@@ -121,24 +119,23 @@ class AdapterLoss:
     form: Form
     scale: float
 
-    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        model = {**frozen["model"], **under(parameters, HEAD)}
+    def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
+        model = {**frozen["model"], **parameters.get(HEAD, {})}
         adapters = {**frozen.get("adapters", {}), **parameters}
         logits = logits_beside(self.task, self.form, model, adapters, self.scale, batch)
         return self.task.loss(logits.float(), batch)
 
 
-def norm(adapters: Mapping[str, Tensor], writes: Mapping[str, int]) -> float:
+def norm(adapters: State, writes: Mapping[str, int]) -> float:
     """Frobenius norm of all B A together."""
     return math.sqrt(sum(float(change.double().square().sum()) for change in products(adapters, writes).values()))
 
 
-def resized(adapters: Mapping[str, Tensor], rank: int) -> Tree:
-    """Factors cut to their first ranks, or padded with zeros; what else the tree holds as it is."""
-    tree = {**adapters}
-    for name, tensor in adapters.items():
-        if name.startswith(A):
-            tree[name] = F.pad(tensor, (0, 0, 0, max(0, rank - len(tensor))))[:rank]
-        elif name.startswith(B):
-            tree[name] = F.pad(tensor, (0, max(0, rank - tensor.shape[1])))[:, :rank]
-    return tree
+def resized(adapters: State, rank: int) -> State:
+    """Factors cut to their first ranks, or padded with zeros; what else there is as it is."""
+    state = {**adapters}
+    if A in state:
+        state[A] = {n: F.pad(a, (0, 0, 0, max(0, rank - len(a))))[:rank] for n, a in state[A].items()}
+    if B in state:
+        state[B] = {n: F.pad(b, (0, max(0, rank - b.shape[1])))[:, :rank] for n, b in state[B].items()}
+    return state

@@ -14,7 +14,7 @@ Letters: K clients in all, k in a pass, P parameters of one.
 
 import contextlib
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedsim.core.tree import Tree, clone
+from fedsim.core.tree import Tree, clone, flat, mapped, nested, ordered
 from fedsim.learning.context import LocalContext
 from fedsim.learning.meter import autocast, shapes_of
 from fedsim.learning.objectives import identity
@@ -31,7 +31,6 @@ from fedsim.learning.training import LocalSteps, Step, Trained, Training, make_o
 
 
 Request = tuple[LocalContext, Training]
-Path = tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -67,12 +66,12 @@ def train_batched(requests: Sequence[Request], tally: Tally) -> list[Trained | E
 def _key(request: Request) -> Hashable:
     """Equal for compatible trainings; None for one that is computed by itself."""
     ctx, asked = request
-    tensors = asked.start
+    tensors = flat(asked.start)
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
     if len(asked.objectives) != 1 or len(kinds) != 1 or not asked.epochs * len(ctx.train.labels) or ctx.meter.timing:
         return None
     rates = tuple(asked.rate(name) for name in sorted(tensors))
-    ours = {"objective", "start", "frozen", "lr", "lr_under", "purpose", "epochs"}
+    ours = {"objective", "start", "frozen", "lr", "lr_of", "purpose", "epochs"}
     settings = [getattr(asked, field.name) for field in dataclasses.fields(asked) if field.name not in ours]
     shapes = (shapes_of(tensors), shapes_of(asked.frozen))
     return (identity(asked.objectives[0]), rates, *shapes, *kinds, *settings, ctx.device, ctx.precision)
@@ -111,12 +110,12 @@ class _Batch:
         members = [group[at] for at in self.order]
         self.ctx, self.first = members[0]
         self.objective = self.first.objectives[0]
-        starts = [clone(asked.start) for _, asked in members]
+        starts = [flat(clone(asked.start)) for _, asked in members]
         self.locals = [LocalSteps(*member, start) for member, start in zip(members, starts, strict=True)]
 
-        self.shared: dict[Path, Tensor] = {}  # frozen tensors that are equal
-        self.stacked: dict[Path, Tensor] = {}  # and those that differ, `(K, ...)`
-        frozen = [_leaves(asked.frozen) for _, asked in members]
+        self.shared: Tree = {}  # frozen tensors that are equal
+        self.stacked: Tree = {}  # and those that differ, `(K, ...)`
+        frozen = [flat(ordered(asked.frozen)) for _, asked in members]
         for path, tensor in frozen[0].items():
             each = [leaves[path] for leaves in frozen]
             if all(other is tensor or torch.equal(other, tensor) for other in each):
@@ -143,7 +142,7 @@ class _Batch:
 
         with torch.no_grad(), self._batchable():  # what is built once (a skeleton) must not be built inside `vmap`
             example = {name: tensor.to(self.ctx.device) for name, tensor in self.ctx.task.example(1).items()}
-            self.objective(starts[0], self.first.frozen, example)
+            self.objective(nested(starts[0]), self.first.frozen, example)
 
     def trained(self) -> list[Trained | FloatingPointError]:
         """What each training returns or raises, in the order given; its accounts are noted."""
@@ -219,7 +218,9 @@ class _Batch:
     def _loss(self, tree: Tree, batch: Batch, stacked: Sequence[Tensor]) -> Tensor:
         """The objective of one client, with its frozen tensors."""
         tensors = self.shared | dict(zip(self.stacked, stacked, strict=True))
-        return self.objective(tree, _filled(self.first.frozen, tensors), batch)
+        given = self.first.frozen
+        found = iter([tensors[name] for name in flat(given)])
+        return self.objective(nested(tree), mapped(lambda _: next(found), given), batch)
 
     def _check_read(self, unread: set[str]) -> None:
         """An optimizer leaves out a tensor without a gradient. Here it has one of zeros: the same if it always has, and
@@ -234,23 +235,6 @@ class _Batch:
         """The parameters, `(k, ...)` each, where they lie."""
         parts = matrix_kP.split([shape.numel() for shape in self.shapes.values()], 1)
         return {name: part.view(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-
-
-def _leaves(tree: Mapping[str, Any], *path: str) -> dict[Path, Tensor]:
-    """The tensors of nested trees, in order of where they lie."""
-    found: dict[Path, Tensor] = {}
-    for name in sorted(tree):
-        value = tree[name]
-        found |= _leaves(value, *path, name) if isinstance(value, Mapping) else {(*path, name): value}
-    return found
-
-
-def _filled(tree: Mapping[str, Any], leaves: Mapping[Path, Tensor], *path: str) -> dict[str, Any]:
-    """Nested trees of the same names with other tensors."""
-    return {
-        name: _filled(value, leaves, *path, name) if isinstance(value, Mapping) else leaves[*path, name]
-        for name, value in tree.items()
-    }
 
 
 def _full_steps(ctx: LocalContext, asked: Training) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core.submodel import Cut, ParamSpec, ScatterMean, join_fused, split_fused, split_specs
-from fedsim.core.tree import Tree, prefixed, under
+from fedsim.core.tree import State, Tree
 from fedsim.core.updates import ClientUpdate, Partial
 from fedsim.data.config import Split
 from fedsim.learning import server_opt
@@ -15,34 +15,34 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-MODEL, COVERED = "model.", "covered."  # parts of the server's state
-ROWS = "rows."  # beside the parameters in an update: which classes and tokens it vouches for
+MODEL, COVERED = "model", "covered"  # parts of the server's state
+ROWS = "rows"  # beside the parameters in an update: which classes and tokens it vouches for
 
 
-def start(model: Mapping[str, Tensor], server: ServerOptimizer) -> Tree:
+def start(model: Tree, server: ServerOptimizer) -> State:
     """The server's first state: nothing is covered."""
     nothing = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in model.items()}
-    return prefixed(server.start(model), MODEL) | prefixed(nothing, COVERED)
+    return {MODEL: server.start(model), COVERED: nothing}
 
 
-def model_of(state: Mapping[str, Tensor]) -> Tree:
+def model_of(state: State) -> Tree:
     """The model in a server's state."""
-    return server_opt.model_of(under(dict(state), MODEL))
+    return server_opt.model_of(state[MODEL])
 
 
-def covered_of(state: Mapping[str, Tensor]) -> Tree:
+def covered_of(state: State) -> Tree:
     """Which of its coordinates were trained so far, of bools."""
-    return under(dict(state), COVERED)
+    return state[COVERED]
 
 
 def averaged(
-    state: Mapping[str, Tensor],
+    state: State,
     updates: Iterable[ClientUpdate | Partial],
     task: Task,
     target: Form,
     server: ServerOptimizer,
     cut_of: Callable[[int], Cut],
-) -> tuple[Tree, Tree]:
+) -> tuple[State, Tree]:
     """Each coordinate's mean over the clients of the round that have it (`fedsim.core.submodel.ScatterMean`).
 
     **Arguments:**
@@ -55,12 +55,11 @@ def averaged(
     mean = ScatterMean(model_of(state), task.specs(target), target.axes)
     for update in updates:
         assert isinstance(update, ClientUpdate), "sums do not say where they belong"
-        tree = {name: tensor for name, tensor in update.tree.items() if not name.startswith(ROWS)}
-        mean.add(cut_of(update.client), tree, update.weight, under(update.tree, ROWS))
-    now, before = mean.covered(), covered_of(state)
+        tree = {name: tensor for name, tensor in update.tree.items() if name != ROWS}
+        mean.add(cut_of(update.client), tree, update.weight, update.tree.get(ROWS, {}))
+    now, before = mean.covered(), state[COVERED]
     ever = {name: before[name] | now[name] for name in before}
-    moved = server.step(under(dict(state), MODEL), mean.mean(), where=now)
-    return prefixed(moved, MODEL) | prefixed(ever, COVERED), now
+    return {MODEL: server.step(state[MODEL], mean.mean(), where=now), COVERED: ever}, now
 
 
 def everywhere(cuts: Sequence[tuple[int, Cut]], source: Mapping[str, Tensor]) -> Tree:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.core.tree import Tree, under
+from fedsim.core.tree import State
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
 
-EXIT = "exit."  # tails beside a body in one tree: "exit.<depth>.<name>"
+EXIT = "exit"  # tails beside a body: {"exit": {"<depth>": {...}}}
 
 
 def ends_at(depth: int, exits: int) -> tuple[int, ...]:
@@ -82,9 +82,9 @@ class ExitsLoss:
     depths: tuple[int, ...]
     taught: bool
 
-    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        body = {name: tensor for name, tensor in parameters.items() if not name.startswith(EXIT)}
-        tails = [under(parameters, f"{EXIT}{depth}.") for depth in self.depths]
+    def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
+        body = {name: tensor for name, tensor in parameters.items() if name != EXIT}
+        tails = [parameters[EXIT][str(depth)] for depth in self.depths]
         exits = exit_logits(self.task, self.form, body, tails, self.depths, batch)
         logits = [each.float() for each in exits]
         loss = torch.stack([self.task.loss(each, batch) for each in logits]).sum()

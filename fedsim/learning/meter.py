@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, mapped
 from fedsim.learning.context import LocalContext
 from fedsim.learning.objectives import Frozen, Objective, identity
 from fedsim.learning.task import Batch
@@ -71,7 +71,7 @@ class Meter:
         """Loss of the last training that saw data."""
         return next((w.loss for w in reversed(self.work) if w.steps), None)
 
-    def cost(self, ctx: LocalContext, objective: Objective, parameters: Tree, frozen: Frozen) -> "StepCost":
+    def cost(self, ctx: LocalContext, objective: Objective, parameters: State, frozen: Frozen) -> "StepCost":
         """What one step costs, measured once for equal objectives on tensors of equal shapes."""
         key = (identity(objective), ctx.task.config, ctx.precision, shapes_of(parameters), shapes_of(frozen))
         if key not in self.counted:
@@ -106,7 +106,7 @@ class StepCost:
         return self.fixed[1] + size * self.per_example[1]
 
     @staticmethod
-    def measured(ctx: LocalContext, objective: Objective, parameters: Tree, frozen: Frozen) -> "StepCost":
+    def measured(ctx: LocalContext, objective: Objective, parameters: State, frozen: Frozen) -> "StepCost":
         """Both parts are straight lines in the batch size, so two sizes tell them."""
         with torch.no_grad():  # what is built once (a skeleton) must not be built inside the counting below
             example = {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(1).items()}
@@ -116,7 +116,7 @@ class StepCost:
         return StepCost((two[0] - 2 * per_example[0], two[1] - 2 * per_example[1]), per_example)
 
 
-def step_cost(ctx: LocalContext, objective: Objective, parameters: Tree, frozen: Frozen, size: int) -> tuple[int, int]:
+def step_cost(ctx: LocalContext, objective: Objective, parameters: State, frozen: Frozen, size: int) -> tuple[int, int]:
     """FLOPs of a forward and backward pass, and bytes autograd saves in between, on `size` examples.
 
     Counted on tensors without storage and on the unfused attention path, so FLOPs depend neither on the device nor on
@@ -134,7 +134,7 @@ def step_cost(ctx: LocalContext, objective: Objective, parameters: Tree, frozen:
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        leaves: Tree = {name: fake.from_tensor(t.detach()).requires_grad_() for name, t in parameters.items()}
+        leaves = mapped(lambda tensor: fake.from_tensor(tensor.detach()).requires_grad_(), parameters)
         batch: Batch = {name: fake.from_tensor(t).to(ctx.device) for name, t in ctx.task.example(size).items()}
         with autocast(ctx):
             loss = objective(leaves, frozen, batch)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree, flat
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
@@ -28,8 +28,8 @@ Frozen = Mapping[str, Any]  # tensors by name, or trees of them: what an objecti
 class Objective(Protocol):
     """A frozen dataclass that is called as below. Of randomness it uses none."""
 
-    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch, /) -> Tensor:
-        """The loss, a scalar; gradients reach `parameters`."""
+    def __call__(self, parameters: State, frozen: Frozen, batch: Batch, /) -> Tensor:
+        """The loss, a scalar; gradients reach `parameters`, nested as the training's start is."""
         ...
 
 
@@ -59,8 +59,8 @@ class Proximal:
     mu: float
 
     def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        anchor = frozen["anchor"]
-        distance = torch.stack([(parameters[name] - anchor[name]).square().sum() for name in anchor]).sum()
+        anchor, theta = flat(frozen["anchor"]), flat(parameters)
+        distance = torch.stack([(theta[name] - anchor[name]).square().sum() for name in anchor]).sum()
         return self.objective(parameters, frozen, batch) + self.mu / 2 * distance
 
 

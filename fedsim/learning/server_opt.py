@@ -22,19 +22,19 @@ Differs from the paper: FedAdagrad has `beta1 = 0`, as in its experiments.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedsim.core.fields import check_range, check_types, refuse
-from fedsim.core.tree import Tree, prefixed
+from fedsim.core.tree import PATH, State, Tree, flat, mapped, nested
 from fedsim.core.updates import ClientUpdate, Partial, weighted_mean
 
 
-MOMENTS = ("server_m.", "server_v.")  # parts of the server's state, beside the model
-ALL: Mapping[str, Tensor] = {}  # no coordinate stays
+M, V = "server_m", "server_v"  # parts of the server's state, beside the model
+ALL: State = {}  # no coordinate stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,35 +60,36 @@ class ServerOptimizer:
         if self.kind == "average" and self.lr != 1:
             refuse("algorithm.server.lr", self.lr, "1.0 where algorithm.server.kind='average'")
 
-    def start(self, model: Mapping[str, Tensor]) -> Tree:
+    def start(self, model: State) -> State:
         """The server's first state: the model, and its moments where there are any."""
-        m = {name: torch.zeros_like(tensor) for name, tensor in model.items()} if self._has_m else {}
-        v = {name: torch.full_like(tensor, self.tau**2) for name, tensor in model.items()} if self._has_v else {}
-        return {**model, **prefixed(m, MOMENTS[0]), **prefixed(v, MOMENTS[1])}
+        m = {M: mapped(torch.zeros_like, model)} if self._has_m else {}
+        v = {V: mapped(lambda tensor: torch.full_like(tensor, self.tau**2), model)} if self._has_v else {}
+        return {**model, **m, **v}
 
-    def after(self, state: Tree, updates: Iterable[ClientUpdate | Partial]) -> Tree:
+    def after(self, state: State, updates: Iterable[ClientUpdate | Partial]) -> State:
         """The state after a round: a step to the weighted mean of what arrived. Nobody: as it was, momentum too."""
         mean = weighted_mean(updates, like=state)
         return state if mean is state else self.step(state, mean)
 
-    def step(self, state: Mapping[str, Tensor], mean: Mapping[str, Tensor], where: Mapping[str, Tensor] = ALL) -> Tree:
+    def step(self, state: State, mean: State, where: State = ALL) -> State:
         """The next state. What the mean does not have stays as it is, and so do its moments.
 
         **Arguments:**
 
         - `where`: the coordinates that move, of bools under the names of `mean`; those of other names all do.
         """
-        after = dict(state)
-        for name in mean:
-            for key, tensor in self._moved(name, state, mean[name]).items():
-                after[key] = torch.where(where[name], tensor, state[key]) if name in where else tensor
-        return after
+        before, moving = flat(state), flat(where)
+        after = dict(before)
+        for name, tensor in flat(mean).items():
+            for key, moved in self._moved(name, before, tensor).items():
+                after[key] = torch.where(moving[name], moved, before[key]) if name in moving else moved
+        return nested(after)
 
-    def _moved(self, name: str, state: Mapping[str, Tensor], mean: Tensor) -> Tree:
+    def _moved(self, name: str, state: Tree, mean: Tensor) -> Tree:
         """One tensor after a step, with its moments."""
         if self.kind == "average":
             return {name: mean}
-        x, m_name, v_name = state[name], MOMENTS[0] + name, MOMENTS[1] + name
+        x, m_name, v_name = state[name], f"{M}{PATH}{name}", f"{V}{PATH}{name}"
         delta = mean - x
         if self.kind == "avgm":
             m = self.beta1 * state[m_name] + delta
@@ -117,6 +118,6 @@ class ServerOptimizer:
 AVERAGE = ServerOptimizer()
 
 
-def model_of(state: Mapping[str, Tensor]) -> Tree:
+def model_of(state: State) -> State:
     """The model in a server's state."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(MOMENTS)}
+    return {name: part for name, part in state.items() if name not in (M, V)}

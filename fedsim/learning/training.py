@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim.core import tree as trees
 from fedsim.core.fields import check_range, refuse
-from fedsim.core.tree import Tree, clone
+from fedsim.core.tree import PATH, State, Tree, clone, flat, nested
 from fedsim.learning.context import LocalContext
 from fedsim.learning.meter import PRETRAIN, Work, autocast
 from fedsim.learning.objectives import Frozen, Objective, identity
@@ -35,13 +35,14 @@ class Training:
 
     - `objective`: see `fedsim.learning.objectives`. Of a tuple of several, each step draws one, all equally likely;
       such a training is never batched.
-    - `start`: the initial values of the trained parameters. It is not modified.
+    - `start`: the initial values of the trained parameters, in a dict that may be nested: so are the `parameters` that
+      the objective gets, and the answer's. It is not modified.
     - `frozen`: tensors that the objective reads and nobody trains, in a dict that may be nested. They are detached.
       Numbers are refused: make them fields of the objective.
     - `purpose`: names this stage in the random stream and in the accounts. Two trainings of one client and round with
       one purpose get the same order of data. "pretrain" is not counted as trained in the federation.
     - `epochs`: passes over the shard. - `batch_size`: examples a step.
-    - `lr`: learning rate. - `lr_under`: learning rates by prefix of name; the first prefix that matches wins.
+    - `lr`: learning rate. - `lr_of`: learning rates of parts of a nested `start`, by name.
     - `weight_decay`: decoupled with "adamw", in the gradient with "sgd".
     - `clip`: largest global norm of the gradient; None: no clipping.
     - `optimizer`, `momentum`, `nesterov`: AdamW, or SGD with these two.
@@ -53,7 +54,7 @@ class Training:
     """
 
     objective: Objective | tuple[Objective, ...]
-    start: Mapping[str, Tensor]
+    start: Mapping[str, Any]
     frozen: Frozen = dataclasses.field(default_factory=dict)
     _: dataclasses.KW_ONLY
     purpose: str
@@ -62,7 +63,7 @@ class Training:
     batch_size: int
     weight_decay: float = 0.0
     clip: float | None = None
-    lr_under: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lr_of: Mapping[str, float] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerName = "adamw"
     momentum: float = 0.0
     nesterov: bool = False
@@ -81,8 +82,9 @@ class Training:
         return self.objective if isinstance(self.objective, tuple) else (self.objective,)
 
     def rate(self, name: str) -> float:
-        """The learning rate of a tensor, before any schedule."""
-        return next((rate for prefix, rate in self.lr_under.items() if name.startswith(prefix)), self.lr)
+        """The learning rate of a tensor of the flat `start`, before any schedule."""
+        part, *inner = name.split(PATH)
+        return self.lr_of.get(part, self.lr) if inner else self.lr
 
     def scheduled(self, step: int, steps: int) -> float:
         """What a learning rate is multiplied by in a step, counted from 0, of so many."""
@@ -128,18 +130,19 @@ def _constant(tree: Frozen, name: str) -> dict[str, Any]:
 class Trained:
     """The answer to a `Training`.
 
-    - `parameters`: the trained tree, detached. - `steps`: how many were taken. - `loss`: mean over the last epoch; NaN
-      without data.
+    - `parameters`: what was trained, as `start`, detached. - `steps`: how many were taken.
+    - `loss`: mean over the last epoch; NaN without data.
     """
 
-    parameters: Tree
+    parameters: State
     steps: int
     loss: float
 
 
 def train(ctx: LocalContext, asked: Training) -> Trained:
     """One training by itself. **Raises:** `FloatingPointError` if the loss is not finite."""
-    leaves = {name: tensor.requires_grad_() for name, tensor in clone(asked.start).items()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in flat(clone(asked.start)).items()}
+    parameters = nested(leaves)
     groups: dict[float, list[Tensor]] = {}
     for name, leaf in leaves.items():
         groups.setdefault(asked.rate(name), []).append(leaf)
@@ -151,7 +154,7 @@ def train(ctx: LocalContext, asked: Training) -> Trained:
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * step.scheduled
         with autocast(ctx):
-            loss = asked.objectives[step.drawn](leaves, asked.frozen, step.batch)
+            loss = asked.objectives[step.drawn](parameters, asked.frozen, step.batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if asked.clip is not None:
@@ -182,12 +185,12 @@ class Step:
 class LocalSteps:
     """The steps of one training in order, and its accounts. Whoever takes a step notes it before the next.
 
-    - `leaves`: what is trained, with its names in order.
+    - `leaves`: what is trained, flat, with its names in order.
     """
 
     def __init__(self, ctx: LocalContext, asked: Training, leaves: Tree) -> None:
         self.ctx, self.asked, self.leaves = ctx, asked, leaves
-        self.costs = [ctx.meter.cost(ctx, objective, leaves, asked.frozen) for objective in asked.objectives]
+        self.costs = [ctx.meter.cost(ctx, objective, nested(leaves), asked.frozen) for objective in asked.objectives]
         self.examples = len(ctx.train.labels)
         self.taken, self.flops, self.total, self.loss = 0, 0, 0.0, float("nan")
 
@@ -205,7 +208,7 @@ class LocalSteps:
                 yield Step(drawn, len(index), batch, asked.scheduled(self.taken, in_all))
             self.loss = self.total / examples
             if not math.isfinite(self.loss):
-                rates = "".join(f", {prefix}*: {rate}" for prefix, rate in asked.lr_under.items())
+                rates = "".join(f", {part}: {rate}" for part, rate in asked.lr_of.items())
                 raise FloatingPointError(
                     f"{asked.purpose}: the training loss became {self.loss} after {self.taken} steps "
                     f"with lr={asked.lr}{rates}"
@@ -218,7 +221,7 @@ class LocalSteps:
         self.flops += self.costs[step.drawn].flops(step.size)
 
     def end(self, parameters: Tree) -> Trained:
-        """Note the whole training, which gave these."""
+        """Note the whole training, which gave these, flat."""
         asked, ctx, costs = self.asked, self.ctx, self.costs
         seconds = None
         if ctx.meter.timing:
@@ -241,20 +244,20 @@ class LocalSteps:
             )
         )
         if asked.purpose == PRETRAIN and asked.epochs:  # noted, so that methods can be held to the same small models
-            ctx.meter.small_sha256 = trees.sha256(parameters)
-        return Trained(parameters, self.taken, self.loss)
+            ctx.meter.small_sha256 = trees.sha256(nested(parameters))
+        return Trained(nested(parameters), self.taken, self.loss)
 
 
 def seconds_of_step(ctx: LocalContext, asked: Training, objective: Objective) -> float:
     """Wall-clock time of a forward and backward pass on a full batch and of the optimizer's step: the best of three."""
-    leaves = {name: tensor.requires_grad_() for name, tensor in clone(asked.start).items()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in flat(clone(asked.start)).items()}
     optimizer = make_optimizer(asked, [{"params": list(leaves.values()), "lr": 0.0}])
     batch = {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(asked.batch_size).items()}
     times = []
     for _ in range(3):
         started = time.perf_counter()
         with autocast(ctx):
-            value = objective(leaves, asked.frozen, batch)
+            value = objective(nested(leaves), asked.frozen, batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()

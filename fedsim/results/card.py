@@ -13,11 +13,11 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsim.algorithm import ClientInfo, Payload
-from fedsim.core.tree import Tree, nbytes, numel
+from fedsim.core.tree import State, nbytes, numel
 from fedsim.data.config import KNOWN
 from fedsim.experiment import Experiment
 from fedsim.models import Form
-from fedsim.results.rows import stage_of
+from fedsim.results.records import stage_of
 
 
 PIPELINES = {
@@ -61,7 +61,7 @@ class Deployed:
     run: Mapping[str, Any]
     clients: list[dict[str, Any]]
     received: Payload
-    private: Tree
+    private: State
 
 
 def card(model: Deployed) -> str:

@@ -1,146 +1,224 @@
-"""The columns of the tables: what every one of them holds, and whether it may be null."""
+"""The columns of the tables, each declared once: its type, where its value comes from, its unit and its meaning.
 
-from collections.abc import Mapping
+`docs/tables.md` is made of this: `python -m fedsim.results.columns > docs/tables.md`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
 
 import pyarrow as pa
 
 
 SCHEMA_KEY = b"fedsim_schema"
 SCHEMA_VERSION = 1
+TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
 
-def _schema(**columns: str) -> pa.Schema:
-    """Columns by name in order. A type that ends with `?` may be null."""
-    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
-    fields = [pa.field(name, types[kind.rstrip("?")], nullable=kind.endswith("?")) for name, kind in columns.items()]
-    return pa.schema(fields, metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column. `kind`: str, int or float; with `?` it may be null. `source`: a path from the row's record
+    (`fedsim.results.records`)."""
+
+    name: str
+    kind: str
+    source: str
+    meaning: str
+    unit: str = ""
+
+    @property
+    def field(self) -> pa.Field:
+        return pa.field(self.name, TYPES[self.kind.rstrip("?")], nullable=self.kind.endswith("?"))
 
 
-RUNS = _schema(
-    run_id="str",
-    suite="str",
-    algorithm="str",
-    preset="str?",  # null where the method grows nothing
-    dataset="str",
-    family="str",
-    partition="str",
-    alpha="float?",  # null where the partition has no such parameter
-    participants="int",  # the population
-    cohort="int",
-    rounds="int",
-    seed="int",
-    target_params="int?",  # null, like the counts below, where a run failed before they were known
-    trainable_params="float?",  # mean over participants, who may differ: a fraction is possible
-    upload_params="float?",
-    status="str",  # finished | failed
-    wall_seconds="float?",
-    git_commit="str?",  # null outside a checkout
-    code_sha256="str",
-    versions="str",  # JSON
-    hardware="str",  # JSON
-    config="str",  # JSON: the experiment, canonical
-    bytes_per_upload="int?",  # one participant's upload in a federated round
-    model="str?",  # the target form, for example "128x4"
-    federation_sha256="str?",  # partition, small models and cohorts: equal for all methods of a suite and seed
-    error="str?",  # null unless failed
-    labels="str?",  # JSON: the participants' label histograms, a list of lists
-    held_bytes="int?",  # the participant with most: its private state and what it receives, by count
-    peak_bytes="int?",  # the same, in a training step: with gradients, moments and what waits for the backward pass
-    command="str?",  # what was typed to start it
+OF_RUN = (
+    Column("run_id", "str", "run.run_id", "hash of the experiment"),
+    Column("algorithm", "str", "run.experiment.algorithm.name", "the method"),
+    Column("seed", "int", "run.experiment.seed", "the experiment's seed"),
+)
+OF_METHOD = (
+    Column("preset", "str?", "run.preset", "the growth preset; null where nothing is grown"),
+    Column("method", "str?", "run.method", "algorithm and preset as one label"),
 )
 
-ROUNDS = _schema(
-    run_id="str",
-    algorithm="str",
-    seed="int",
-    round="int",
-    stage="str",  # local (round 0, and every round in which nothing is shared) | federated | finetune
-    accuracy_mean="float?",
-    accuracy_std="float?",
-    accuracy_min="float?",
-    accuracy_local_mean="float?",
-    accuracy_local_std="float?",
-    accuracy_local_min="float?",
-    accuracy_val_mean="float?",
-    accuracy_global="float?",
-    loss_mean="float?",
-    train_loss="float?",
-    bytes_up="int",
-    bytes_down="int",
-    bytes_up_total="int",
-    bytes_down_total="int",
-    flops="int?",
-    wall_seconds="float",
-    retries="int",
-    participants="int",  # the size of this round's cohort
-    state_sha256="str",
-    bytes_moved="int?",  # what physically moved inside the cluster
-    seam_bytes_up="int?",  # the runtime's own count, independent of bytes_up
-    seam_bytes_down="int?",
-    accuracy_val_std="float?",
-    accuracy_val_min="float?",
-    failed="int",  # participants dropped from this round
-    precision_mean="float?",  # of entities, like the two below: null unless token classes are the tags of entities
-    recall_mean="float?",
-    f1_mean="float?",
-    coverage="float?",  # share of the target's parameters trained so far; null where every round trains all
-    coverage_min="float?",  # the same, of the matrix of which the least was trained
-    simulated_seconds="float?",  # how long the server waited, by the devices of the cohort (`fedsim.devices`)
-    late="int?",  # of the cohort: those whose update came when the round was over
-    dropped_out="int?",  # those who received what was sent and were not heard of again
-    excluded="int?",  # those whose device is too small for the method
-    metrics="str?",  # JSON: means, by weight, of what clients reported (`ClientUpdate.metrics`); null if nothing
+RUNS = (
+    Column("run_id", "str", "run.run_id", "hash of the experiment"),
+    Column("suite", "str", "run.suite", "the suite it was computed in"),
+    Column("algorithm", "str", "run.experiment.algorithm.name", "the method"),
+    Column("preset", "str?", "run.preset", "the growth preset; null where nothing is grown"),
+    Column("dataset", "str", "run.experiment.task.data.name", "name of the data"),
+    Column("family", "str", "run.experiment.task.family", "the models' Hugging Face family"),
+    Column("partition", "str", "run.experiment.partition.scheme", "how the training data are dealt"),
+    Column("alpha", "float?", "run.alpha", "concentration of the partition; null where it has none"),
+    Column("participants", "int", "run.experiment.participants", "size of the population"),
+    Column("cohort", "int", "run.cohort", "size of a round's cohort"),
+    Column("rounds", "int", "run.experiment.rounds", "federated rounds"),
+    Column("seed", "int", "run.experiment.seed", "the experiment's seed"),
+    Column("target_params", "int?", "run.cost.target_params", "parameters of the target", "scalars"),
+    Column("trainable_params", "float?", "trainable_params", "mean over participants", "scalars"),
+    Column("upload_params", "float?", "upload_params", "of an upload, mean over participants", "scalars"),
+    Column("status", "str", "status", "finished or failed"),
+    Column("wall_seconds", "float?", "wall_seconds", "of all rounds, across resumes", "s"),
+    Column("git_commit", "str?", "git_commit", "of the checkout, + where it has changes; null outside of one"),
+    Column("code_sha256", "str", "run.code_sha256", "of the sources that decide the numbers"),
+    Column("versions", "str", "versions", "JSON: versions of the packages"),
+    Column("hardware", "str", "hardware", "JSON: the driver's machine and the numerics"),
+    Column("config", "str", "config", "JSON: the experiment, canonical"),
+    Column("bytes_per_upload", "int?", "bytes_per_upload", "of one participant in a federated round, mean", "bytes"),
+    Column("model", "str?", "model", "the target form, for example 128x4"),
+    Column("federation_sha256", "str?", "run.federation_sha256", "of shards, small forms and cohorts: equal for all "
+           "methods that met the same federation"),
+    Column("error", "str?", "error", "which participant, and the traceback's last line; null unless it failed"),
+    Column("labels", "str?", "run.labels", "JSON: label histograms of participants; null in large populations"),
+    Column("held_bytes", "int?", "held_bytes", "private state and download of the participant with most, by count",
+           "bytes"),
+    Column("peak_bytes", "int?", "peak_bytes", "the same in a training step, with gradients, moments and activations",
+           "bytes"),
+    Column("command", "str?", "run.command", "what was typed to start it"),
+)  # fmt: skip
+
+ROUNDS = (
+    *OF_RUN,
+    Column("round", "int", "round", "0: the state before any federated round"),
+    Column("stage", "str", "stage", "local (round 0, and where nothing is shared), federated or finetune"),
+    Column("accuracy_mean", "float?", "over.accuracy.mean", "on the global test set, over the participants scored"),
+    Column("accuracy_std", "float?", "over.accuracy.std", "the same: spread over participants"),
+    Column("accuracy_min", "float?", "over.accuracy.min", "the same: worst participant"),
+    Column("accuracy_local_mean", "float?", "over.accuracy_local.mean", "weighted by each participant's own label mix"),
+    Column("accuracy_local_std", "float?", "over.accuracy_local.std", "the same: spread over participants"),
+    Column("accuracy_local_min", "float?", "over.accuracy_local.min", "the same: worst participant"),
+    Column("accuracy_val_mean", "float?", "over.accuracy_val.mean", "on participants' own validation data: for tuning"),
+    Column("accuracy_global", "float?", "report.accuracy_global", "of the server's own model; null where it has none"),
+    Column("loss_mean", "float?", "over.loss.mean", "on the global test set, over the participants scored"),
+    Column("train_loss", "float?", "over.train_loss.mean", "over the last local epoch, over participants"),
+    Column("bytes_up", "int", "bytes_up", "sent by the cohort, by numel x itemsize", "bytes"),
+    Column("bytes_down", "int", "bytes_down", "received by the cohort", "bytes"),
+    Column("bytes_up_total", "int", "bytes_up_total", "sent since round 0", "bytes"),
+    Column("bytes_down_total", "int", "bytes_down_total", "received since round 0", "bytes"),
+    Column("flops", "int?", "flops", "of the cohort's training, forward and backward, by count"),
+    Column("wall_seconds", "float", "wall_seconds", "without writing the tables", "s"),
+    Column("retries", "int", "report.retries", "calls that were repeated"),
+    Column("participants", "int", "participants", "size of this round's cohort"),
+    Column("state_sha256", "str", "report.state_sha256", "of the server's state and all private states"),
+    Column("bytes_moved", "int?", "report.bytes_moved", "that physically moved inside the cluster", "bytes"),
+    Column("seam_bytes_up", "int?", "report.traffic.up", "bytes_up by the runtime's own count", "bytes"),
+    Column("seam_bytes_down", "int?", "report.traffic.down", "bytes_down by the runtime's own count", "bytes"),
+    Column("accuracy_val_std", "float?", "over.accuracy_val.std", "accuracy_val: spread over participants"),
+    Column("accuracy_val_min", "float?", "over.accuracy_val.min", "accuracy_val: worst participant"),
+    Column("failed", "int", "failed", "participants dropped from this round"),
+    Column("precision_mean", "float?", "over.precision.mean", "of entities; null unless token classes tag entities"),
+    Column("recall_mean", "float?", "over.recall.mean", "of entities"),
+    Column("f1_mean", "float?", "over.f1.mean", "of entities"),
+    Column("coverage", "float?", "report.coverage", "share of the target trained so far; null where all is, always"),
+    Column("coverage_min", "float?", "report.coverage_min", "the same, of the matrix with the least"),
+    Column("simulated_seconds", "float?", "report.simulated_seconds", "that the server waited, by devices", "s"),
+    Column("late", "int?", "late", "of the cohort: updates that came when the round was over"),
+    Column("dropped_out", "int?", "dropped_out", "received what was sent and were not heard of again"),
+    Column("excluded", "int?", "excluded", "whose device is too small for the method"),
+    Column("metrics", "str?", "metrics", "JSON: what clients reported (ClientUpdate.metrics), means by weight"),
+    *OF_METHOD,
 )
 
-CLIENTS = _schema(
-    run_id="str",
-    algorithm="str",
-    seed="int",
-    round="int",
-    client="int",
-    tier="str?",
-    num_examples="int",
-    num_test_examples="int?",
-    accuracy="float?",
-    accuracy_local="float?",
-    accuracy_val="float?",
-    loss="float?",
-    train_loss="float?",
-    bytes_up="int",
-    bytes_down="int",
-    train_seconds="float?",
-    flops="int?",
-    peak_memory_bytes="int?",  # null where it cannot be read
-    host="str?",
-    node="str?",
-    retries="int",
-    stage="str",
-    model="str?",  # the participant's small form, for example "64x2"
-    trainable_params="int?",
-    upload_params="int?",
-    precision="float?",  # of entities on the global test set, like the two below
-    recall="float?",
-    f1="float?",
-    small_sha256="str?",  # of the small model it trained for itself, in the round it did
-    simulated_seconds="float?",  # from the payload to the update, and making its private state where it did
-    outcome="str?",  # in_time | late | dropped_out | excluded | failed; null where it was only scored
-    metrics="str?",  # JSON: what the method reported of its training (`ClientUpdate.metrics`); null if nothing
+CLIENTS = (
+    *OF_RUN,
+    Column("round", "int", "round", "as in rounds"),
+    Column("client", "int", "info.id", "the participant"),
+    Column("tier", "str?", "info.tier", "its tier"),
+    Column("num_examples", "int", "info.num_examples", "training examples it holds"),
+    Column("num_test_examples", "int?", "report.num_test_examples", "it was scored on"),
+    Column("accuracy", "float?", "report.accuracy", "of the model it would deploy, on the global test set"),
+    Column("accuracy_local", "float?", "report.accuracy_local", "the same, weighted by its own label mix"),
+    Column("accuracy_val", "float?", "report.accuracy_val", "on its own validation data: for tuning"),
+    Column("loss", "float?", "report.loss", "on the global test set"),
+    Column("train_loss", "float?", "report.train_loss", "over the last local epoch"),
+    Column("bytes_up", "int", "report.bytes_up", "it sent, by numel x itemsize", "bytes"),
+    Column("bytes_down", "int", "report.bytes_down", "it received", "bytes"),
+    Column("train_seconds", "float?", "report.train_seconds", "of local work, without scoring", "s"),
+    Column("flops", "int?", "report.flops", "of its training, forward and backward, by count"),
+    Column("peak_memory_bytes", "int?", "report.peak_memory_bytes", "high-water mark of its process (on a GPU: of its "
+           "allocations) during the call; null where it cannot be read", "bytes"),
+    Column("host", "str?", "report.host", "the process it was in"),
+    Column("node", "str?", "report.node", "the machine it was on"),
+    Column("retries", "int", "report.retries", "calls of it that were repeated"),
+    Column("stage", "str", "stage", "as in rounds"),
+    Column("model", "str?", "model", "its small form, for example 64x2"),
+    Column("trainable_params", "int?", "report.trainable_params", "trained in this round", "scalars"),
+    Column("upload_params", "int?", "report.upload_params", "it sent", "scalars"),
+    Column("precision", "float?", "report.precision", "of entities, on the global test set"),
+    Column("recall", "float?", "report.recall", "of entities"),
+    Column("f1", "float?", "report.f1", "of entities"),
+    Column("small_sha256", "str?", "report.small_sha256", "of the small model it trained, in the round it did"),
+    Column("simulated_seconds", "float?", "report.simulated_seconds", "from the payload to the update, and of making "
+           "its private state where it did, by its device", "s"),
+    Column("outcome", "str?", "report.outcome", "in_time, late, dropped_out, excluded or failed; null where it was "
+           "only scored"),
+    Column("metrics", "str?", "metrics", "JSON: what its method reported (ClientUpdate.metrics)"),
+    *OF_METHOD,
+)  # fmt: skip
+
+PROFILE = (
+    *OF_RUN,
+    Column("round", "int", "round", "as in rounds"),
+    Column("place", "str", "place", "driver, aggregator or host N"),
+    Column("broadcast_seconds", "float", "phases.broadcast", "payloads are made, or arrive", "s"),
+    Column(
+        "compute_seconds", "float", "phases.compute", "participants train and are scored; aggregator: its model is", "s"
+    ),
+    Column("sum_seconds", "float", "phases.sum", "updates are added up", "s"),
+    Column(
+        "write_seconds",
+        "float",
+        "phases.write",
+        "states and hashes; driver: tables; host: the rest of its updates",
+        "s",
+    ),
+    Column("idle_seconds", "float", "phases.idle", "the rest of the round", "s"),
 )
 
+COLUMNS: Mapping[str, Sequence[Column]] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS, "profile": PROFILE}
+TABLES: Mapping[str, pa.Schema] = {
+    table: pa.schema([column.field for column in columns], metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
+    for table, columns in COLUMNS.items()
+}
+SCHEMAS = {table: schema for table, schema in TABLES.items() if table != "profile"}  # written only when asked for
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
+_GETTERS = {table: {c.name: attrgetter(c.source) for c in columns} for table, columns in COLUMNS.items()}
 
-PROFILE = _schema(
-    run_id="str",
-    algorithm="str",
-    seed="int",
-    round="int",
-    place="str",  # driver | aggregator | host N
-    broadcast_seconds="float",  # payloads are made, or arrive
-    compute_seconds="float",  # participants train and are scored; at the aggregator: its own model is scored
-    sum_seconds="float",  # updates are added up
-    write_seconds="float",  # states and hashes; at the driver: tables; at a host: what is left of its updates is sent
-    idle_seconds="float",  # the rest of the round
-)
 
-SCHEMAS: Mapping[str, pa.Schema] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS}
-TABLES = SCHEMAS | {"profile": PROFILE}  # and the one that is written only when it is asked for
+def row_of(table: str, record: Any) -> dict[str, Any]:
+    """A record as a row of a table."""
+    return {name: get(record) for name, get in _GETTERS[table].items()}
+
+
+def columns_of(table: str, records: Sequence[Any]) -> dict[str, list]:
+    """Records as a table, column by column."""
+    return {name: list(map(get, records)) for name, get in _GETTERS[table].items()}
+
+
+def reference() -> str:
+    """The page of the docs about the tables."""
+    about = {
+        "runs": "One row a run that finished or failed.",
+        "rounds": "One row a round, round 0 included.",
+        "clients": "One row a participant and round in which it was called.",
+        "profile": "One row a place and round: where the time went. Written with `--profile`.",
+    }
+    lines = [
+        "# Tables",
+        "",
+        "Made from `fedsim/results/columns.py`. A type with `?` may be null. `source` is where the value comes from:",
+        "a path from the row's record in `fedsim/results/records.py`.",
+    ]
+    for table, columns in COLUMNS.items():
+        lines += ["", f"## {table}", "", about[table], "", "| column | type | unit | meaning | source |"]
+        lines += ["|---|---|---|---|---|", *_rows(columns)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(columns: Iterable[Column]) -> Iterable[str]:
+    return (f"| `{c.name}` | {c.kind} | {c.unit} | {c.meaning} | `{c.source}` |" for c in columns)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

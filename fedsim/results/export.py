@@ -9,17 +9,20 @@ import torch
 
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
 from fedsim.core.fields import refuse
+from fedsim.core.tree import PATH, State, flat, nested
 from fedsim.data import bpe, text
 from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import DataConfig
 from fedsim.data.source import Split
 from fedsim.engine.cohort import tiers_of
+from fedsim.engine.cost import DryRun
 from fedsim.experiment import Experiment, revived
 from fedsim.learning.meter import Meter
 from fedsim.learning.task import Task
 from fedsim.models import get_family
 from fedsim.results import card
 from fedsim.results import tables as results
+from fedsim.results.provenance import code_sha256
 from fedsim.results.store import TOKENIZER
 from fedsim.storage.checkpoint import Versions, private_of, read_json
 from fedsim.storage.place import Place, fetched
@@ -89,7 +92,9 @@ def deployed(
     sizes = {row["client"]: row["num_examples"] for row in clients}
     if server is None or (private is None and participant not in sizes):
         raise ValueError(f"--participant={participant}: took part in no round of run {experiment.run_id}")
-    state = private[1] if private is not None else {}  # an empty one is not written
+    held, state = server[1], private[1] if private is not None else {}  # an empty one is not written
+    if run["code_sha256"] != code_sha256(experiment.algorithm):
+        held, state = in_parts(experiment, last, held, state, participant)
 
     population = [
         ClientInfo(id_, tier.name, tier.form, sizes.get(id_, 0), checkpoint=tier.checkpoint)
@@ -101,7 +106,7 @@ def deployed(
     nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
     meter, precision = Meter({}), experiment.precision
     at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision, experiment.forms)
-    payload = algorithm.server_broadcast(server[1], [info], at_server)[participant]
+    payload = algorithm.server_broadcast(held, [info], at_server)[participant]
     model: Any = algorithm.client_model(payload, state, at_client)
     if not hasattr(model, "config"):
         raise ValueError(f"run {experiment.run_id}: {algorithm.name} deploys several models, which no folder can hold")
@@ -116,6 +121,24 @@ def deployed(
         private=state,
     )
     return model, told
+
+
+def in_parts(experiment: Experiment, last: int, server: State, private: State, participant: int) -> tuple[State, State]:
+    """Both states of a run of another version, nested as they are in this one.
+
+    The first version wrote them flat, with the names of parts in front ("middle.vit..."). What the parts are, the same
+    experiment without data tells.
+    """
+    dry_run, tier = DryRun(experiment, {}), experiment.tiers.index(tiers_of(experiment)[participant])
+    start, _ = dry_run.begin()
+    calls = dry_run.train(start, last)
+    after = dry_run.aggregate(start, last, calls)
+    examples = (start.server | after.server, start.private[tier] | calls[tier].state)
+    found = []
+    for state, example in zip((server, private), examples, strict=True):
+        paths = {path.replace(PATH, "."): path for path in flat(example)}
+        found.append(nested({paths.get(name, name): tensor for name, tensor in flat(state).items()}))
+    return found[0], found[1]
 
 
 def write(model: "PreTrainedModel", data: DataConfig, readme: str, to: Path) -> None:

@@ -19,10 +19,10 @@ import pyarrow as pa
 from fedsim.core.numerics import NATIVE
 from fedsim.results import tables as results
 from fedsim.results.machine import cpu_model
-from fedsim.results.rows import Row
+from fedsim.results.records import Row
 from fedsim.storage.checkpoint import read_json
 from fedsim.storage.locking import check_held
-from fedsim.storage.place import Place, delete, size_of, write_atomically
+from fedsim.storage.place import Place, delete, sent, size_of, write_atomically
 
 
 TOKENIZER = "tokenizer"  # the folder's name
@@ -108,6 +108,12 @@ class RunStore:
                 f"{self.directory}: rows of run {self.run_id} are missing; delete the folder to start anew"
             )
         return self.last + 1
+
+    def save_tokenizer(self, tokenizer: Any) -> None:
+        """Keep a Hugging Face tokenizer that was trained for the run; None: there is none."""
+        if tokenizer is not None:
+            with sent(self.folder / TOKENIZER) as here:
+                tokenizer.save_pretrained(here)
 
     def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""

@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedsim.results.columns import CLIENTS, DEPLOYED, SCHEMA_KEY, SCHEMA_VERSION, SCHEMAS, TABLES
+from fedsim.results.columns import DEPLOYED, SCHEMA_KEY, SCHEMA_VERSION, SCHEMAS, TABLES
 from fedsim.storage.place import AT_ONCE, Place, Remote, place, write_atomically
 
 
@@ -195,10 +195,10 @@ def _last_rows(directory: Place) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`deployed` and `small_models` in one pass over the files of `clients`, a few columns of each."""
     hashed = ("run_id", "client", "small_sha256")
     scored, trained = (
-        [pa.schema([CLIENTS.field(name) for name in names]).empty_table()] for names in (DEPLOYED, hashed)
+        [pa.schema([TABLES["clients"].field(name) for name in names]).empty_table()] for names in (DEPLOYED, hashed)
     )
     columns = tuple(dict.fromkeys((*DEPLOYED, *hashed)))
-    for part in _each(_files(directory, "clients"), lambda path: _read_file(path, CLIENTS, columns)):
+    for part in _each(_files(directory, "clients"), lambda path: _read_file(path, TABLES["clients"], columns)):
         trained.append(part.select(hashed).filter(part["small_sha256"].is_valid()))
         part = part.select(DEPLOYED).filter(part["accuracy"].is_valid())
         if part.num_rows:

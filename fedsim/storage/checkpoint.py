@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree, flat, nested
 from fedsim.storage.place import Place, Remote, fetched, place, write_atomically
 
 
@@ -43,10 +43,10 @@ class Versions:
         pattern = re.compile(re.escape(self.name) + r"\.(\d+)\.safetensors")
         return sorted(int(match.group(1)) for match in map(pattern.fullmatch, names) if match)
 
-    def save(self, version: int, tree: Tree, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, version: int, state: State, metadata: Mapping[str, str] | None = None) -> None:
         """Write a version, then delete those nobody can ask for any more."""
         path = self.path(version)
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tree.items()}
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in flat(state).items()}
         # Neither tensors nor metadata: given as an empty dict, they make a file that nobody can read.
         about = dict(metadata) if metadata else None
         if isinstance(path, Remote):
@@ -56,8 +56,8 @@ class Versions:
         for old in [v for v in self.stored() if v < version][:-1]:
             self.path(old).unlink(missing_ok=True)
 
-    def load(self, before: int) -> tuple[int, Tree, dict[str, str]] | None:
-        """`(version, tree, metadata)` of the newest version older than `before`; None if there is none.
+    def load(self, before: int) -> tuple[int, State, dict[str, str]] | None:
+        """`(version, state, metadata)` of the newest version older than `before`; None if there is none.
 
         **Raises:** `ValueError` naming a file that cannot be read.
         """
@@ -70,7 +70,7 @@ class Versions:
                 with safe_open(here, framework="pt") as file:
                     # Copies: mapped memory is not aligned, and aligned vector code may round differently.
                     tree = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-                    return versions[-1], tree, dict(file.metadata() or {})
+                    return versions[-1], nested(tree), dict(file.metadata() or {})
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
 

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim import simulation
 from fedsim.core.tree import nbytes
 from fedsim.data.config import PER_TOKEN, Split
 from fedsim.data.partition import Partition
 from fedsim.engine.cost import Call, DryRun, DryRunState
 from fedsim.experiment import Experiment
-from fedsim.learning.meter import Work
+from fedsim.learning.meter import StepCost, Work
 from fedsim.learning.task import Task
 from fedsim.runtime.base import pin_threads
 from fedsim.sweeps.outline import SCORED, Line, Model, Outline, Part, Phase, Span, Stage
@@ -49,6 +48,7 @@ class Calibration:
     """Makes outlines, and remembers what they have in common."""
 
     def __init__(self) -> None:
+        self.counted: dict[tuple, StepCost] = {}
         self.outlines: dict[tuple[str, bool], Outline] = {}
         self.training: dict[tuple, Line] = {}
         self.calls: dict[tuple, tuple[float, Model | None]] = {}  # seconds beside training, and of what is deployed
@@ -69,9 +69,9 @@ class Calibration:
     # parts ----------------------------------------------------------------------------------------------------------
 
     def _outline(self, experiment: Experiment, timing: bool) -> Outline:
-        spans, full = phases(experiment)
+        spans, full = phases(experiment, self.counted)
         untimed = self._untimed(experiment, full) if timing else [set()] * len(full)
-        small = acts(_in_batches_of(SMALL, experiment), spans, untimed)
+        small = acts(_in_batches_of(SMALL, experiment), self.counted, spans, untimed)
         if any(untimed):
             self._time_training(experiment, spans, full, small, untimed)
         if timing:
@@ -121,7 +121,7 @@ class Calibration:
         longest = max(work.seconds_per_step or 0.0 for work in works)
         asked = max(work.batch_size for act in full for call in act.calls for work in call.work)
         size = asked if longest * asked <= SMALL * LONG else int(SMALL * LONG / longest)
-        large = acts(_in_batches_of(size, experiment), spans, untimed) if size > SMALL else small
+        large = acts(_in_batches_of(size, experiment), self.counted, spans, untimed) if size > SMALL else small
         for names, *same in zip(untimed, full, small, large, strict=True):
             for tier, *calls in zip(experiment.tiers, *(act.calls for act in same), strict=True):
                 for work, *timed in zip(*(call.work for call in calls), strict=True) if tier.name in names else ():
@@ -133,9 +133,9 @@ class Calibration:
         known = all(_call_key(experiment, call) in self.calls for act in full for call in act.calls)
         if known and all(_call_keys(experiment, act) in self.servers for act in full[1:]):
             return
-        dry_run = DryRun(experiment, simulation.COUNTED)
+        dry_run = DryRun(experiment, self.counted)
         algorithm, task = experiment.algorithm, dry_run.task
-        for act in acts(experiment, spans, [()] * len(full)):
+        for act in acts(experiment, self.counted, spans, [()] * len(full)):
             server = dry_run.server(act.round)
             payloads = algorithm.server_broadcast(act.held.server, dry_run.infos, server)
             for info, call, state in zip(dry_run.infos, act.calls, act.held.private, strict=True):
@@ -149,12 +149,12 @@ class Calibration:
                 self.servers[key] = (act.averaging / len(act.calls), model)
 
 
-def phases(experiment: Experiment) -> tuple[list[Span], list[Act]]:
+def phases(experiment: Experiment, counted: dict[tuple, StepCost]) -> tuple[list[Span], list[Act]]:
     """Spans of rounds in which participants do the same: how they begin, and the first round of each.
 
     Who does the same in two rounds is taken to do so in all between them.
     """
-    dry_run = DryRun(experiment, simulation.COUNTED)
+    dry_run = DryRun(experiment, counted)
     held, calls = dry_run.begin()
     spans, found = [], [Act(0, calls, held)]
     while not spans or spans[-1][1] < experiment.rounds:
@@ -173,12 +173,14 @@ def phases(experiment: Experiment) -> tuple[list[Span], list[Act]]:
     return spans, found
 
 
-def acts(experiment: Experiment, spans: Sequence[Span], timed: Sequence[Collection[str]]) -> list[Act]:
+def acts(
+    experiment: Experiment, counted: dict[tuple, StepCost], spans: Sequence[Span], timed: Sequence[Collection[str]]
+) -> list[Act]:
     """How participants begin, and the first round of every phase, once more.
 
     - `timed`: for each of these, the tiers whose participants take the time of a step.
     """
-    dry_run, (at_first, *in_rounds) = DryRun(experiment, simulation.COUNTED), timed
+    dry_run, (at_first, *in_rounds) = DryRun(experiment, counted), timed
     held, calls = dry_run.begin(at_first)
     found = [Act(0, calls, held)]
     for (round, _), names in zip(spans, in_rounds, strict=True):

@@ -25,7 +25,7 @@ from fedsim.experiment import Experiment
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.runtime import Choice
-from fedsim.simulation import COUNTED, RunFailed
+from fedsim.simulation import RunFailed
 from fedsim.storage.locking import check_held
 from fedsim.storage.place import Place
 from fedsim.sweeps.attempt import Compute, PendingRun, attempt, opened
@@ -74,8 +74,7 @@ def run_at_once(
                             getattr(overview.of(worker.run_id), method)(*arguments)
                         case ("say", text):
                             say(text)
-                        case ("over", reason, counted):
-                            COUNTED.update(counted)
+                        case ("over", reason):
                             if reason is not None:
                                 failures.append(RunFailed(worker.run_id, reason))
                             worker.give(waiting.popleft() if waiting else None)
@@ -106,10 +105,10 @@ class Worker:
         return self.experiment.run_id
 
     def give(self, pending_run: PendingRun | None) -> None:
-        """Hand it a run, with what others have counted; None: there is nothing left to do."""
+        """Hand it a run; None: there is nothing left to do."""
         self.experiment = pending_run.experiment if pending_run else None
         with contextlib.suppress(OSError):  # it is dead, as `receive` is about to say
-            self.connection.send((pending_run, COUNTED))
+            self.connection.send(pending_run)
 
     def receive(self) -> tuple | None:
         """Its next message; None: there are no more, for it ended."""
@@ -163,17 +162,15 @@ def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) 
         contextlib.suppress(EOFError),
         opened(replace(choice, say=say), out, say) as runtime,
     ):  # EOF: as the thread says
-        while (received := connection.recv())[0] is not None:
-            pending_run, counted = received
-            COUNTED.update(counted)
+        while (pending_run := connection.recv()) is not None:
             try:
                 attempt(compute, pending_run, out, runtime, sender, worker=True)
             except RunFailed as failure:
-                sender.send("over", failure.reason, COUNTED)
+                sender.send("over", failure.reason)
             except ValueError as error:
                 sender.send("refused", str(error))
             else:
-                sender.send("over", None, COUNTED)
+                sender.send("over", None)
 
 
 def _end_with_parent() -> None:

@@ -96,6 +96,7 @@ def run_all(
         command=command,
         profile=profile,
         resume_anywhere=resume_anywhere,
+        counted={},
     )
 
     stores = {one.run_id: RunStore(out, one.run_id, code_sha256(one.algorithm)) for one in experiments}

@@ -1,6 +1,7 @@
 """Means over participants, and the controls: FedAvg of other forms, FedProx, exclusive, ensemble, local only."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from baselines.lora import fedit, ffa_lora
 from baselines.progfed import ProgFed
 from fedgrow_algo.pretrain import trained_on_own_shard
 from fedsim.algorithm import Algorithm, ClientUpdate
-from fedsim.core.tree import Tree, nbytes, numel, prefixed, sha256, under
+from fedsim.core.tree import Tree, flat, mapped, nbytes, nested, numel, sha256, tensors
 from fedsim.learning.ensemble import Ensemble
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.server_opt import ServerOptimizer
@@ -91,10 +92,12 @@ def sent(federation: Federation, count: int = 3) -> list[Tree]:
 
 def test_a_mean_on_paper(federation: Federation) -> None:
     """(1*1 + 2*2 + 3*9) / 6 = 16/3; weights 1 and 3 alone: (1 + 27) / 4 = 7, over those who took part."""
-    ones, twos, nines = ({n: torch.full_like(t, x) for n, t in federation.server.items()} for x in (1.0, 2.0, 9.0))
-    for tensor in averaged(federation, [ones, twos, nines], [1, 2, 3]).values():
+    ones, twos, nines = (
+        mapped(functools.partial(torch.full_like, fill_value=x), federation.server) for x in (1.0, 2.0, 9.0)
+    )
+    for tensor in tensors(averaged(federation, [ones, twos, nines], [1, 2, 3])):
         assert torch.equal(tensor, torch.full_like(tensor, 16 / 3))
-    for tensor in averaged(federation, [ones, nines], [1, 3]).values():
+    for tensor in tensors(averaged(federation, [ones, nines], [1, 3])):
         assert torch.equal(tensor, torch.full_like(tensor, 7.0))
 
 
@@ -109,9 +112,9 @@ def test_of_equal_participants_the_mean_is_theirs_bit_by_bit(federation: Federat
 
 
 def test_the_mean_lies_between_the_least_and_the_greatest(federation: Federation) -> None:
-    trees = sent(federation)
-    found = averaged(federation, trees, [6, 12, 18])
-    for name, tensor in found.items():
+    trees = [flat(state) for state in sent(federation)]
+    found = averaged(federation, [nested(tree) for tree in trees], [6, 12, 18])
+    for name, tensor in flat(found).items():
         stacked = torch.stack([tree[name] for tree in trees])
         assert (stacked.amin(0) <= tensor).all() and (tensor <= stacked.amax(0)).all()
         assert (stacked.amin(0) < tensor).any() and (tensor < stacked.amax(0)).any()
@@ -138,18 +141,18 @@ def test_sums_in_chunks_are_sums(federation: Federation) -> None:
 
 def test_the_mean_of_scaled_and_shifted_weights_is_scaled_and_shifted(federation: Federation) -> None:
     trees = sent(federation)
-    moved = [{name: 3 * tensor + 2 for name, tensor in tree.items()} for tree in trees]
+    moved = [mapped(lambda tensor: 3 * tensor + 2, tree) for tree in trees]
     found = averaged(federation, trees, [6, 12, 18])
-    expected = {name: 3 * tensor + 2 for name, tensor in found.items()}
+    expected = mapped(lambda tensor: 3 * tensor + 2, found)
     assert_close(averaged(federation, moved, [6, 12, 18]), expected, atol=1e-5)
 
 
 def test_the_mean_of_weights_is_the_model_and_the_mean_of_differences(federation: Federation) -> None:
-    trees, model = sent(federation), federation.server
+    trees, model = [flat(state) for state in sent(federation)], flat(federation.server)
     differences = [{name: tree[name].double() - model[name] for name in model} for tree in trees]
-    moved = mean(differences, [6, 12, 18])
-    expected = {name: model[name] + moved[name] for name in model}
-    assert_close(averaged(federation, trees, [6, 12, 18]), expected, atol=1e-6)
+    moved = flat(mean([nested(each) for each in differences], [6, 12, 18]))
+    expected = nested({name: model[name] + moved[name] for name in model})
+    assert_close(averaged(federation, [nested(tree) for tree in trees], [6, 12, 18]), expected, atol=1e-6)
 
 
 def test_a_participant_cut_in_two_counts_as_before(federation: Federation) -> None:
@@ -374,17 +377,17 @@ def test_a_small_form_larger_than_the_target_has_one_member() -> None:
 
 def test_members_begin_apart_and_each_is_a_fedavg_of_its_own() -> None:
     federation = Federation(EnsembleSmall(members=3, **LOCAL), UNLIKE)
-    start = [under(federation.server, f"{member}.") for member in range(3)]
+    start = [federation.server[str(member)] for member in range(3)]
     assert len({sha256(tree) for tree in start}) == 3
     updates = federation.run(1)
     assert [work.purpose for work in federation.work[0].work] == ["member 0", "member 1", "member 2"]
     alone = Federation(EnsembleSmall(members=1, **LOCAL), UNLIKE)
-    alone.server = prefixed(start[0], "0.")
+    alone.server = {"0": start[0]}
     alone.run(1)
-    assert_same_bits(under(federation.server, "0."), under(alone.server, "0."))
+    assert_same_bits(federation.server["0"], alone.server["0"])
     for member in range(3):
-        trees = [under(update.tree, f"{member}.") for update in updates]
-        assert_close(under(federation.server, f"{member}."), mean(trees, [6, 12, 18]), atol=1e-7)
+        trees = [update.tree[str(member)] for update in updates]
+        assert_close(federation.server[str(member)], mean(trees, [6, 12, 18]), atol=1e-7)
 
 
 class Says(nn.Module):
@@ -409,7 +412,7 @@ def test_an_ensemble_says_the_mean_of_probabilities_on_paper() -> None:
 def test_what_is_deployed_says_the_mean_of_its_members() -> None:
     federation = Federation(EnsembleSmall(members=2, **LOCAL), UNLIKE)
     federation.run(1)
-    members = [under(federation.server, f"{member}.") for member in range(2)]
+    members = [federation.server[str(member)] for member in range(2)]
     said = [federation.task.forward(SMALL, tree, {"pixel_values": federation.pixels}) for tree in members]
     expected = torch.stack([logits.softmax(-1) for logits in said]).mean(0)
     for model in (federation.served(1), federation.deployed(1, 2)):
@@ -421,7 +424,7 @@ def test_what_is_deployed_says_the_mean_of_its_members() -> None:
 def test_of_one_member_the_ensemble_is_that_model() -> None:
     federation = Federation(EnsembleSmall(members=1, **LOCAL))
     said = federation.served(0)(pixel_values=federation.pixels).logits
-    own = federation.task.forward(SMALL, under(federation.server, "0."), {"pixel_values": federation.pixels})
+    own = federation.task.forward(SMALL, federation.server["0"], {"pixel_values": federation.pixels})
     torch.testing.assert_close(said, own.log_softmax(-1))
 
 
@@ -493,4 +496,4 @@ def test_what_a_participant_makes_is_on_its_device(algorithm: Algorithm) -> None
     """A meta device has no values, but it shows where tensors are put."""
     federation = Federation(algorithm, (SMALL, SMALL, TARGET))
     state = client_init(algorithm, federation.at_client(0, 0, device="meta", empty=True))
-    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    assert {tensor.device.type for tensor in tensors(state)} == {"meta"}

@@ -19,7 +19,7 @@ from baselines.fedavg import FedAvg, fedavg_small
 from baselines.grow_then_fedavg import GrowThenFedAvg
 from baselines.progfed import ProgFed
 from fedsim.algorithm import ClientUpdate
-from fedsim.core.tree import Tree, nbytes, sha256, under
+from fedsim.core.tree import PATH, State, Tree, flat, mapped, nbytes, sha256
 from fedsim.learning.exits import ends_at, exit_logits, shallower, tail, up_to
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.task import Task, TaskConfig
@@ -211,8 +211,9 @@ def depthfl(**changes: Any) -> DepthFL:
     return DepthFL(**fields)
 
 
-def model_in(state: Mapping[str, Tensor]) -> Tree:
-    return {name: tensor for name, tensor in state.items() if not name.startswith(COVERED)}
+def model_in(state: State) -> Tree:
+    """Body and exits, by their names in a flat state."""
+    return flat({name: part for name, part in state.items() if name != COVERED}, ".")
 
 
 def said(monkeypatch: pytest.MonkeyPatch, *probabilities: list[float]) -> list[Tensor]:
@@ -229,7 +230,7 @@ def loss_of(federation: Federation, round: int) -> Tensor:
     """The loss of the client with all exits, on an example of class 0, whatever its parameters."""
     asked = asked_of(federation.algorithm, federation.payload(round, 2), {}, federation.at_client(round, 2))
     (objective,) = asked.objectives
-    return objective({}, asked.frozen, LABEL)
+    return objective({"exit": {str(depth): {} for depth in objective.depths}}, asked.frozen, LABEL)  # type: ignore[attr-defined]
 
 
 def test_the_loss_of_two_exits_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +291,8 @@ def test_everyone_has_the_exits_its_device_can_hold() -> None:
     for client, depths in enumerate(held):
         end = {f"exit.{depth}.{name}" for depth in depths for name in tail(task, TARGET)}
         expected = up_to(task, TARGET, depths[-1]) | end
-        assert {*federation.payload(1, client)} == {*federation.update(1, client).tree} == expected
+        for state in (federation.payload(1, client), federation.update(1, client).tree):
+            assert {*flat(state, ".")} == expected
     sizes = [nbytes(federation.payload(1, client)) for client in range(3)]
     assert sizes == sorted({*sizes})
 
@@ -299,30 +301,32 @@ def test_a_mean_over_owners_on_paper() -> None:
     """The small one sends 2s and counts 6, the large one sends 6s and counts 18: (12 + 108) / 24 = 5, else 6."""
     federation = Federation(depthfl(), UNLIKE)
     small, large = (
-        {n: torch.full_like(t, x) for n, t in federation.payload(1, k).items()} for k, x in ((0, 2.0), (2, 6.0))
+        mapped(functools.partial(torch.full_like, fill_value=x), federation.payload(1, k))
+        for k, x in ((0, 2.0), (2, 6.0))
     )
     after = model_in(federation.aggregate(1, [ClientUpdate(0, small, 6), ClientUpdate(2, large, 18)]))
     for name, tensor in after.items():
-        assert torch.equal(tensor, torch.full_like(tensor, 5.0 if name in small else 6.0)), name
-    before = federation.server
-    after = federation.aggregate(1, [ClientUpdate(0, small, 6)])
-    assert_same_bits({n: after[n] for n in small}, small)
-    others = [n for n in model_in(before) if n not in small]
+        assert torch.equal(tensor, torch.full_like(tensor, 5.0 if name in model_in(small) else 6.0)), name
+    before = model_in(federation.server)
+    after, sent = model_in(federation.aggregate(1, [ClientUpdate(0, small, 6)])), model_in(small)
+    assert_same_bits({n: after[n] for n in sent}, sent)
+    others = [n for n in before if n not in sent]
     assert others and all(torch.equal(after[n], before[n]) for n in others), "what nobody has stays"
 
 
 def test_which_parts_were_ever_trained() -> None:
     federation = Federation(depthfl(), UNLIKE)
-    algorithm, first = federation.algorithm, {*federation.payload(1, 0)}
+    algorithm, first = federation.algorithm, {*model_in(federation.payload(1, 0))}
     for cohort, expected in (([], set()), ([0], first), ([0], first), ([2], {*model_in(federation.server)})):
         federation.run(1, cohort)
         covered = algorithm.server_covered(federation.server)
         assert covered is not None
-        assert {name: mask.shape for name, mask in covered.items()} == {
+        masks = {name.replace(PATH, "."): mask for name, mask in covered.items()}
+        assert {name: mask.shape for name, mask in masks.items()} == {
             name: tensor.shape for name, tensor in model_in(federation.server).items()
         }
-        assert {name for name, mask in covered.items() if mask.all()} == expected
-        assert {name for name, mask in covered.items() if mask.any()} == expected
+        assert {name for name, mask in masks.items() if mask.all()} == expected
+        assert {name for name, mask in masks.items() if mask.any()} == expected
 
 
 def test_a_round_is_the_mean_over_owners_of_what_was_sent() -> None:
@@ -330,8 +334,8 @@ def test_a_round_is_the_mean_over_owners_of_what_was_sent() -> None:
     before = model_in(federation.server)
     updates = federation.run(1)
     for name, tensor in model_in(federation.server).items():
-        owners = [update for update in updates if name in update.tree]
-        expected = mean([{name: u.tree[name]} for u in owners], [u.weight for u in owners])
+        owners = [update for update in updates if name in model_in(update.tree)]
+        expected = mean([{name: model_in(u.tree)[name]} for u in owners], [u.weight for u in owners])
         assert_close({name: tensor}, expected, atol=1e-7)
     assert all(not torch.equal(tensor, before[name]) for name, tensor in model_in(federation.server).items())
 
@@ -342,8 +346,7 @@ def test_one_exit_and_nobody_to_learn_from_is_fedavg() -> None:
     for round in (1, 2):
         depth.run(round)
         plain.run(round)
-    state = model_in(depth.server)
-    found = {name: tensor for name, tensor in state.items() if not name.startswith("exit.")} | under(state, "exit.4.")
+    found = {n: part for n, part in depth.server.items() if n not in ("exit", COVERED)} | depth.server["exit"]["4"]
     assert_same_bits(found, plain.server)
     assert_same_bits(weights_of(depth.served(2)), weights_of(plain.served(2)))
 
@@ -354,7 +357,7 @@ def test_what_is_deployed_is_the_deepest_exit_alone() -> None:
     for client, depth in enumerate((1, 2, 4)):
         model = federation.deployed(1, client)
         body = {n: federation.server[n] for n in up_to(federation.task, TARGET, depth)}
-        assert_same_bits(weights_of(model), body | under(federation.server, f"exit.{depth}."))
+        assert_same_bits(weights_of(model), body | federation.server["exit"][str(depth)])
     assert_same_bits(weights_of(federation.served(1)), weights_of(federation.deployed(1, 2)))
 
 

@@ -9,7 +9,7 @@ import torch
 from baselines.fedavg import FedAvg
 from baselines.fednova import FedNova
 from baselines.scaffold import CorrectedLoss, Scaffold
-from fedsim.core.tree import Tree, under
+from fedsim.core.tree import Tree
 from fedsim.learning.objectives import TaskLoss
 from fedsim.learning.training import Training, train
 from tests.support.clients import client_update
@@ -44,7 +44,7 @@ def local_sgd(federation: Federation, round: int, client: int, start: Tree, corr
 
 def test_the_correction_is_added_to_the_gradient() -> None:
     federation = Federation(Scaffold(**LOCAL))
-    start = under(federation.payload(1, 0), "model.")
+    start = federation.payload(1, 0)["model"]
     batch = federation.task.batch(federation.shards[0], torch.arange(4))
     correction = {name: torch.full_like(tensor, 0.25) for name, tensor in start.items()}
     gradients, losses = [], []
@@ -61,7 +61,7 @@ def test_the_correction_is_added_to_the_gradient() -> None:
 def test_two_rounds_of_two_clients_are_the_papers() -> None:
     """Algorithm 1, option II, with clients 1 and 2 of three in the cohort."""
     federation = Federation(Scaffold(**LOCAL))
-    x = under(federation.payload(1, 0), "model.")
+    x = federation.payload(1, 0)["model"]
     c: Tree = {name: torch.zeros_like(tensor) for name, tensor in x.items()}
     own = {1: c, 2: c}
     for round in (1, 2):
@@ -75,8 +75,8 @@ def test_two_rounds_of_two_clients_are_the_papers() -> None:
         x = {name: (ends[0][name] + ends[1][name]) / 2 for name in x}
         c = {name: c[name] + 2 / 3 * (changes[0][name] + changes[1][name]) / 2 for name in c}
         federation.run(round, cohort=[1, 2])
-        assert_close(under(federation.server, "model."), x, atol=1e-6)
-        assert_close(under(federation.server, "control."), c, atol=1e-5)
+        assert_close(federation.server["model"], x, atol=1e-6)
+        assert_close(federation.server["control"], c, atol=1e-5)
         for client in own:
             assert_close(federation.state(client), own[client], atol=1e-5)
     assert max(float(tensor.abs().max()) for tensor in c.values()) > 1e-3
@@ -87,16 +87,16 @@ def test_with_variates_of_zero_scaffold_is_fedavg_of_clients_that_count_alike() 
     scaffold, fedavg = Federation(Scaffold(**ONE_STEP)), Federation(FedAvg(**ONE_STEP | SGD))
     for client in range(3):
         ours, theirs = scaffold.update(1, client), fedavg.update(1, client)
-        assert_close(under(ours.tree, "model."), theirs.tree, atol=1e-7)
+        assert_close(ours.tree["model"], theirs.tree, atol=1e-7)
         assert ours.weight == 1
     scaffold, fedavg = Federation(Scaffold(**ONE_STEP)), Federation(FedAvg(**ONE_STEP | SGD))
     sent = [dataclasses.replace(fedavg.update(1, client), weight=1) for client in range(3)]
     scaffold.run(1)
-    assert_close(under(scaffold.server, "model."), fedavg.aggregate(1, sent), atol=1e-7)
+    assert_close(scaffold.server["model"], fedavg.aggregate(1, sent), atol=1e-7)
     scaffold.run(2)
     second = [dataclasses.replace(fedavg.update(2, client), weight=1) for client in range(3)]
     with pytest.raises(AssertionError):
-        assert_close(under(scaffold.server, "model."), fedavg.aggregate(2, second), atol=1e-4)
+        assert_close(scaffold.server["model"], fedavg.aggregate(2, second), atol=1e-4)
 
 
 def test_whole_batches_of_equal_shards_keep_variates_equal() -> None:
@@ -105,7 +105,7 @@ def test_whole_batches_of_equal_shards_keep_variates_equal() -> None:
     federation.shards = [federation.shards[2]] * 3
     federation.run(1)
     for client in range(3):
-        assert_close(federation.state(client), under(federation.server, "control."), atol=1e-5)
+        assert_close(federation.state(client), federation.server["control"], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_momentum_is_normalised_too() -> None:
     federation = Federation(FedNova(**LOCAL, momentum=0.9))
     start, update = federation.payload(1, 2), federation.update(1, 2)
     assert float(update.tree["norm"]) == pytest.approx(FedNova(momentum=0.9).norm(3))
-    end = plus(start, under(update.tree, "change."), float(update.tree["norm"]))
+    end = plus(start, update.tree["change"], float(update.tree["norm"]))
     assert_close(federation.aggregate(1, [update]), end, atol=1e-7)
     assert update.weight == SIZES[2]
 

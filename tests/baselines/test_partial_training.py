@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import fedsim.simulation
 from baselines.fedavg import FedAvg
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
@@ -62,8 +61,7 @@ METHODS: dict[str, Algorithm] = {
 
 @pytest.fixture(autouse=True)
 def _uncounted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a step takes longer than these trainings do. What stands in for it must not be remembered."""
-    monkeypatch.setattr(fedsim.simulation, "COUNTED", {})
+    """Counting a step takes longer than these trainings do."""
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 
@@ -229,9 +227,9 @@ def test_a_round_in_every_family_is_the_mean_of_each_coordinate(row: str, method
     sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in parts(task, target, before).items()}
     weights, specs = {name: torch.zeros_like(tensor) for name, tensor in sums.items()}, split_specs(task.specs(target))
     for client, update in enumerate(updates):
-        rows = {name.removeprefix("rows."): tensor for name, tensor in update.tree.items() if name[:5] == "rows."}
+        rows = update.tree.get("rows", {})
         assert bool(rows) == (method == "heterofl")
-        tree = {name: tensor for name, tensor in update.tree.items() if name[:5] != "rows."}
+        tree = {name: tensor for name, tensor in update.tree.items() if name != "rows"}
         kept = federation.kept(3, client)
         for name, tensor in parts(task, federation.form(client), tree).items():
             weight = torch.full_like(tensor, update.weight, dtype=torch.float64)
@@ -777,7 +775,7 @@ def test_classes_that_nobody_has_stay_and_others_are_of_those_who_have_them() ->
     before = federation.model()
     one, two = federation.run(1)
     after = federation.model()
-    assert one.tree["rows.class"].tolist() == [True, True] + [False] * 8
+    assert one.tree["rows"]["class"].tolist() == [True, True] + [False] * 8
     for name in ("classifier.weight", "classifier.bias"):
         assert torch.equal(after[name][3:], before[name][3:])
         assert torch.equal(after[name][0], one.tree[name][0])
@@ -811,10 +809,10 @@ def test_tokens_that_nobody_has_stay_and_special_ones_are_trained(row: str) -> N
         assert not torch.equal(after[table][id_], before[table][id_]), id_
     for shard, update in zip(shards, updates, strict=True):
         mine = {*shard.inputs["input_ids"].flatten().tolist(), *special}
-        assert {*update.tree["rows.token"].nonzero()[:, 0].tolist()} == mine
+        assert {*update.tree["rows"]["token"].nonzero()[:, 0].tolist()} == mine
     if row == "bert-tokens":
         labels = shards[0].inputs["labels"]
-        assert {*updates[0].tree["rows.class"].nonzero()[:, 0].tolist()} == {*labels[labels != IGNORED].tolist()}
+        assert {*updates[0].tree["rows"]["class"].nonzero()[:, 0].tolist()} == {*labels[labels != IGNORED].tolist()}
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -825,7 +823,7 @@ def test_the_logit_of_an_absent_class_is_exactly_0(masks: bool) -> None:
     algorithm = HeteroFL(**local(lr=0.0, batch_size=64), masks=masks)
     federation = Federation(algorithm, (1.0,), task, shards=[shard])
     for name in ("classifier.weight", "classifier.bias"):
-        federation.server[f"model.{name}"] = 3 * torch.randn(
+        federation.server["model"][name] = 3 * torch.randn(
             federation.model()[name].shape, generator=torch.Generator().manual_seed(0)
         )
     federation.update(1, 0)
@@ -843,11 +841,11 @@ def test_label_sets_are_counted_in_bytes() -> None:
     federation = of_row("bert-text", METHODS["heterofl"], (1 / 2,))
     clean = of_row("bert-text", METHODS["heterofl_clean"], (1 / 2,))
     with_sets, without = federation.update(1, 0).tree, clean.update(1, 0).tree
-    assert {with_sets[name].dtype for name in with_sets if name.startswith("rows.")} == {torch.bool}
+    assert {tensor.dtype for tensor in with_sets["rows"].values()} == {torch.bool}
     inputs = federation.task.inputs
     assert nbytes(without) == 4 * numel(federation.payloads(1)[0])
-    assert nbytes(with_sets) - nbytes(without) == len(with_sets["rows.token"]) + inputs.num_classes
-    assert {*with_sets} - {*without} == {"rows.token", "rows.class"}
+    assert nbytes(with_sets) - nbytes(without) == len(with_sets["rows"]["token"]) + inputs.num_classes
+    assert {*with_sets} - {*without} == {"rows"} and {*with_sets["rows"]} == {"token", "class"}
     assert numel(with_sets) == numel(without), "they are no parameters"
 
 

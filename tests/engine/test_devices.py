@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from baselines.fedavg import FedAvg
-from fedsim.devices import PROFILES, Conditions, Device, client_round_seconds, init_seconds
+from fedsim.devices import PROFILES, Conditions, Device
 from fedsim.engine.cohort import cohort_of, round_cohort_of
+from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment, with_settings
 from fedsim.results.tables import Results, load
 from fedsim.runtime.base import Runtime
@@ -50,10 +51,10 @@ def of_round(results: Results, round: int) -> pd.DataFrame:
 
 def test_time_by_hand() -> None:
     """1 MB at 8 Mbit/s is a second; so are a million operations; 1 MB at 4 Mbit/s are two."""
-    row = {"bytes_down": 10**6, "bytes_up": 10**6, "flops": 3_500_000, "init_flops": 2_500_000}
-    assert client_round_seconds(SLOW, row) == pytest.approx(1 + 1 + 2)
-    assert init_seconds(SLOW, row) == pytest.approx(2.5)
-    assert client_round_seconds(None, row) is None and init_seconds(None, row) is None
+    report = ClientReport(bytes_down=10**6, bytes_up=10**6, flops=3_500_000, init_flops=2_500_000)
+    assert report.client_round_seconds(SLOW) == pytest.approx(1 + 1 + 2)
+    assert report.init_seconds(SLOW) == pytest.approx(2.5)
+    assert report.client_round_seconds(None) is None and report.init_seconds(None) is None
 
 
 def test_profiles_differ_as_devices_do() -> None:

@@ -10,7 +10,7 @@ from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.pretrain import common_start
 from fedsim.core import tree as trees
-from fedsim.core.tree import Tree, under
+from fedsim.core.tree import Tree
 from fedsim.experiment import with_settings
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
@@ -34,7 +34,7 @@ def staged(draw: str, **more) -> FedGrow:
 def middles(algorithm: FedGrow, forms) -> list[Tree]:
     """M_i of every participant, before the first round."""
     federation = Federation(algorithm, forms)
-    return [under(client_init(algorithm, federation.at_client(0, client)), "middle.") for client in range(3)]
+    return [client_init(algorithm, federation.at_client(0, client))["middle"] for client in range(3)]
 
 
 def test_equal_forms_start_equal_and_other_participants_own_draws_do_not() -> None:

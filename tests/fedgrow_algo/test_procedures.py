@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import fedsim.simulation
 from baselines.fedavg import FedAvg
 from benchmarks.suites import quick, released_ladder, tiny
 from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
@@ -20,7 +19,7 @@ from fedgrow_algo.ligo import Operator
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedgrow_algo.rounds import aggregated, payloads, stage_of
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
-from fedsim.core.tree import Tree, clone, nbytes, numel, prefixed, sha256, under
+from fedsim.core.tree import State, Tree, clone, mapped, nbytes, numel, sha256, tensors
 from fedsim.data.config import Split, digits
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment, with_settings
@@ -32,6 +31,7 @@ from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
+from tests.support import small_federation
 from tests.support.clients import client_init, client_update
 
 
@@ -64,8 +64,7 @@ PROCEDURES = {
 
 @pytest.fixture(autouse=True)
 def _uncounted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a step takes longer than these trainings do. What stands in for it must not be remembered."""
-    monkeypatch.setattr(fedsim.simulation, "COUNTED", {})
+    """Counting a step takes longer than these trainings do."""
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 
@@ -80,7 +79,7 @@ class Federation:
         self.shards = [subset(self.task.dataset.train, part) for part in (index[:6], index[6:18], index[18:])]
         self.clients = [ClientInfo(id_, "phone", SMALL, len(shard.labels)) for id_, shard in enumerate(self.shards)]
         self.server = algorithm.server_init(self.at_server(0))
-        self.private: dict[int, Tree] = {}
+        self.private: dict[int, State] = {}
         self.work: dict[int, Meter] = {}
 
     def at_server(self, round: int) -> ServerContext:
@@ -101,12 +100,12 @@ class Federation:
         )
         return dataclasses.replace(context, **changes)
 
-    def state(self, client: int) -> Tree:
+    def state(self, client: int) -> State:
         if client not in self.private:
             self.private[client] = client_init(self.algorithm, self.at_client(0, client))
         return self.private[client]
 
-    def payload(self, round: int, client: int) -> Tree:
+    def payload(self, round: int, client: int) -> State:
         return dict(self.algorithm.server_broadcast(self.server, [self.clients[client]], self.at_server(round))[client])
 
     def update(self, round: int, client: int, **changes: Any) -> ClientUpdate:
@@ -135,25 +134,16 @@ def shared_operator(task: Task):
     return operator_between("paper", task, MIDDLE, TARGET)
 
 
-def mean(updates: Sequence[ClientUpdate]) -> Tree:
+def mean(updates: Sequence[ClientUpdate]) -> State:
     """The mean weighted by examples, written out."""
-    weights = torch.tensor([update.weight for update in updates], dtype=torch.float64)
-    return {
-        name: torch.einsum(
-            "k,k...->...", weights / weights.sum(), torch.stack([u.tree[name] for u in updates]).double()
-        )
-        for name in updates[0].tree
-    }
+    return small_federation.mean([update.tree for update in updates], [update.weight for update in updates])
 
 
 def assert_equal(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> None:
     assert sha256(dict(left)) == sha256(dict(right))
 
 
-def assert_close(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor], atol: float) -> None:
-    assert left.keys() == right.keys()
-    difference = max(float((left[name] - right[name]).detach().abs().max()) for name in left)
-    assert difference < atol, difference
+assert_close = small_federation.assert_close
 
 
 # what learns ----------------------------------------------------------------------------------------------------------
@@ -195,7 +185,7 @@ def test_nothing_but_operators_has_a_gradient(algorithm: Algorithm, precision: s
     shapes = shared_operator(federation.task).shapes
     if algorithm.name == "fedgrow_joint":
         local = operator_between("paper", federation.task, SMALL, MIDDLE).shapes
-        shapes = prefixed(shapes, "global.") | prefixed(local, "local.")  # type: ignore[arg-type]
+        shapes = {f"{part}.{n}": s for part, of in (("global", shapes), ("local", local)) for n, s in of.items()}
     trained: set[tuple[int, ...]] = set()
     numbers: set[int] = set()
 
@@ -214,7 +204,7 @@ def test_nothing_but_operators_has_a_gradient(algorithm: Algorithm, precision: s
         hook.remove()
     assert numbers == {len(shapes)} and trained == {tuple(shape) for shape in shapes.values()}
     skeletons = [federation.task.skeleton(form) for form in (SMALL, MIDDLE, TARGET)]
-    others = [*payload.values(), *state.values(), *update.tree.values(), *kept.values()]
+    others = [tensor for each in (payload, state, update.tree, kept) for tensor in tensors(each)]
     others += [parameter for skeleton in skeletons for parameter in skeleton.parameters()]
     assert all(tensor.grad is None and not tensor.requires_grad for tensor in others)
     assert all(tensor.dtype == torch.float32 for tensor in others)
@@ -263,8 +253,8 @@ def test_joint_operators_learn_at_rates_of_their_own(frozen: str, moving: str) -
     update = federation.update(1, 0)
     assert (sha256(update.tree) != sha256(start)) == (moving == "global")
     after = federation.state(0)
-    assert (sha256(under(after, "local.")) != sha256(under(before, "local."))) == (moving == "local")
-    assert_equal(under(after, "small."), under(before, "small."))
+    assert (sha256(after["local"]) != sha256(before["local"])) == (moving == "local")
+    assert_equal(after["small"], before["small"])
 
 
 def test_joint_with_local_frozen_is_staged_with_local_untrained() -> None:
@@ -283,12 +273,12 @@ def test_joint_grows_the_target_from_the_small_model_through_both_operators() ->
     federation.run(1)
     state, task = federation.state(0), federation.task
     local, shared = operator_between("paper", task, SMALL, MIDDLE), shared_operator(task)
-    middle = grown(local, under(state, "local."), under(state, "small."))
+    middle = grown(local, state["local"], state["small"])
     expected = grown(shared, federation.server, shared.stack(middle))
     assert_close(federation.model(1, 0), expected, atol=1e-7)
     batch = task.batch(federation.shards[0], torch.arange(4))
-    tensors = prefixed(under(state, "local."), "local.") | prefixed(federation.server, "global.")
-    loss = JointLoss(GrownLoss(task, "paper", MIDDLE, TARGET), SMALL)(tensors, {"small": under(state, "small.")}, batch)
+    tensors = {"local": state["local"]} | {"global": federation.server}
+    loss = JointLoss(GrownLoss(task, "paper", MIDDLE, TARGET), SMALL)(tensors, {"small": state["small"]}, batch)
     torch.testing.assert_close(loss, TaskLoss(task, TARGET)(expected, {}, batch), rtol=0, atol=1e-6)
 
 
@@ -312,7 +302,7 @@ def test_joint_holds_a_checkpoint_that_it_does_not_train_once_for_all(
     expected = grown(
         shared_operator(task),
         federation.server,
-        shared_operator(task).stack(grown(local, under(state, "local."), local.stack(small))),
+        shared_operator(task).stack(grown(local, state["local"], local.stack(small))),
     )
     assert (sha256(model) == sha256(expected)) == (epochs == 0)
 
@@ -363,7 +353,7 @@ def test_released_codes_upload_on_the_released_ladder() -> None:
         0, 1, task, experiment.intermediate, experiment.target, info, nothing, torch.device("cpu"), Meter({})
     )
     update, _ = client_update(algorithm, {}, client_init(algorithm, context), context)
-    sizes = {part: numel(under(update.tree, f"{part}.")) for part in ("middle", "target", "global")}
+    sizes = {part: numel(update.tree[part]) for part in ("middle", "target", "global")}
     assert sizes == {"middle": 2_812_580, "target": 5_742_052, "global": 2_089_152}
     assert nbytes(update.tree) == 4 * (5_742_052 + 2_089_152 + 2_812_580)
     assert f"{nbytes(update.tree) / 1e6:.2f}" == "42.58"
@@ -374,16 +364,16 @@ def test_released_codes_first_round_only_averages_what_each_made_alone() -> None
     federation = Federation(released())
     assert federation.server == {} == federation.payload(1, 0)
     alone = [clone(federation.state(client)) for client in range(3)]
-    assert len({sha256(under(state, "global.")) for state in alone}) == 3, "everyone draws a Global of its own"
+    assert len({sha256(state["global"]) for state in alone}) == 3, "everyone draws a Global of its own"
     before = federation.model(0, 1)
-    middle = under(alone[1], "middle.")
-    assert_equal(before, grown(shared_operator(federation.task), under(alone[1], "global."), middle))
+    middle = alone[1]["middle"]
+    assert_equal(before, grown(shared_operator(federation.task), alone[1]["global"], middle))
     updates = federation.run(1)
     for update, state in zip(updates, alone, strict=True):
         assert_equal(update.tree, state)
     assert all(meter.loss is None and meter.flops == 0 for meter in federation.work.values())
     assert_close(federation.server, mean(updates), atol=1e-6)
-    assert {tensor.dtype for tensor in federation.server.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in tensors(federation.server)} == {torch.float32}
 
 
 def test_released_codes_participants_hold_one_model_after_the_first_round() -> None:
@@ -394,8 +384,8 @@ def test_released_codes_participants_hold_one_model_after_the_first_round() -> N
     assert len({sha256(federation.model(1, client)) for client in range(3)}) == 1
     assert federation.private == {0: {}, 1: {}, 2: {}}, "nothing of its own is left to a participant"
     updates = federation.run(2)
-    assert_equal(under(federation.server, "middle."), under(first, "middle."))
-    assert len({sha256(under(update.tree, "global.")) for update in updates}) == 3
+    assert_equal(federation.server["middle"], first["middle"])
+    assert len({sha256(update.tree["global"]) for update in updates}) == 3
     assert len({sha256(federation.model(2, client)) for client in range(3)}) == 1
     model = federation.algorithm.server_model(federation.server, federation.at_server(2))
     assert model is not None
@@ -406,14 +396,14 @@ def test_released_codes_copy_of_the_target_has_no_effect() -> None:
     federation = Federation(released())
     federation.run(1)
     payload, context = federation.payload(2, 0), federation.at_client(2, 0)
-    spoiled = {name: tensor + 1 if name.startswith("target.") else tensor for name, tensor in payload.items()}
+    spoiled = payload | {"target": mapped(lambda tensor: tensor + 1, payload["target"])}
     update, _ = client_update(federation.algorithm, payload, {}, context)
     again, _ = client_update(federation.algorithm, spoiled, {}, context)
     assert_equal(update.tree, again.tree)
     shared = shared_operator(federation.task)
-    expected = grown(shared, under(update.tree, "global."), under(update.tree, "middle."))
-    assert_equal(under(update.tree, "target."), expected)
-    other = {name: tensor + 1 if name.startswith("middle.") else tensor for name, tensor in payload.items()}
+    expected = grown(shared, update.tree["global"], update.tree["middle"])
+    assert_equal(update.tree["target"], expected)
+    other = payload | {"middle": mapped(lambda tensor: tensor + 1, payload["middle"])}
     assert sha256(client_update(federation.algorithm, other, {}, context)[0].tree) != sha256(update.tree)
 
 
@@ -422,7 +412,7 @@ def test_released_codes_latecomer_trains_what_the_server_sends() -> None:
     federation.run(1, [0, 1])
     (update,) = federation.run(2, [2])
     assert federation.work[2].loss is not None
-    assert_equal(under(update.tree, "middle."), mean_of_middles(federation))
+    assert_equal(update.tree["middle"], mean_of_middles(federation))
     assert federation.private[2] == {}
 
 
@@ -430,7 +420,7 @@ def mean_of_middles(federation: Federation) -> Tree:
     """The mean of what participants 0 and 1 made alone, made again."""
     fresh = Federation(federation.algorithm)
     fresh.run(1, [0, 1])
-    return under(fresh.server, "middle.")
+    return fresh.server["middle"]
 
 
 # fine-tuning ----------------------------------------------------------------------------------------------------------
@@ -463,8 +453,8 @@ def finetuned(request: pytest.FixtureRequest) -> Iterator[tuple[Federation, set[
     yield Federation(algorithm), parts
 
 
-def parts_of(state: Tree) -> set[str]:
-    return {name.partition(".")[0] for name in state}
+def parts_of(state: State) -> set[str]:
+    return {*state}
 
 
 def test_rounds_before_fine_tuning_are_those_of_a_run_without_it(finetuned: tuple[Federation, set[str]]) -> None:
@@ -529,7 +519,7 @@ def test_what_fine_tuning_leaves_is_what_a_checkpoint_gives_back(finetuned: tupl
     federation, _ = finetuned
     for round in (1, 2, 3):
         for client in range(2):
-            assert all(tensor.is_contiguous() for tensor in federation.state(client).values())
+            assert all(tensor.is_contiguous() for tensor in tensors(federation.state(client)))
         federation.run(round, [0])
 
 
@@ -622,4 +612,4 @@ def test_what_a_participant_makes_is_on_its_device(procedure: Any) -> None:
     for algorithm in algorithms:
         context = Federation(algorithm).at_client(0, 0, device=torch.device("meta"))
         state = client_init(algorithm, context)
-        assert {tensor.device.type for tensor in state.values()} == {"meta"}
+        assert {tensor.device.type for tensor in tensors(state)} == {"meta"}

@@ -22,7 +22,7 @@ from baselines.lora import fedit, ffa_lora
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate
-from fedsim.core.tree import Tree, clone
+from fedsim.core.tree import Tree, clone, flat, tensors
 from fedsim.data.config import pydoc
 from fedsim.learning.batched import Tally
 from fedsim.learning.meter import Meter, StepCost
@@ -114,9 +114,10 @@ def test_a_batch_is_one_by_one_to_rounding(name: str, uncounted: None) -> None:
     assert (tally.batched, tally.alone, tally.reasons) == (trainings, 0, [])
     assert [(update.client, update.weight) for update in found] == [(u.client, u.weight) for u in expected]
     for client, (one, other) in enumerate(zip(expected, found, strict=True)):
-        sent = {n: t for n, t in one.tree.items() if t.is_floating_point()}  # HeteroFL sends which rows it vouches for
-        assert apart(sent, {n: other.tree[n] for n in sent}, starts[client]) < 1e-5
-        assert one.tree.keys() == other.tree.keys()
+        tree, same = flat(one.tree), flat(other.tree)
+        sent = {n: t for n, t in tree.items() if t.is_floating_point()}  # HeteroFL sends which rows it vouches for
+        assert apart(sent, {n: same[n] for n in sent}, flat(starts[client])) < 1e-5
+        assert tree.keys() == same.keys()
         works = [meter.work for meter in (by_themselves.work[client], in_a_batch.work[client])]
         for alone, batched in zip(*works, strict=True):
             assert batched == dataclasses.replace(alone, loss=batched.loss)
@@ -221,7 +222,7 @@ class Sum:
     """The sum of everything."""
 
     def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        return torch.cat([*parameters.values()]).sum()
+        return torch.cat([*tensors(parameters)]).sum()
 
 
 def training(
@@ -278,16 +279,16 @@ def test_each_is_clipped_by_its_own_norm(federation: Federation) -> None:
 
 def test_learning_rates_go_by_name_and_weights_decay(federation: Federation) -> None:
     """x <- x (1 - lr w) - lr, with lr 0.1 and 0.2 and w = 0.5."""
-    start = {"b": torch.tensor([2.0]), "a": torch.tensor([2.0]), "c": torch.tensor([2.0])}
-    tally, settings = Tally(), {"lr_under": {"a": 0.2}, "weight_decay": 0.5, "batch_size": 18}
+    start = {"b": torch.tensor([2.0]), "fast": {"a": torch.tensor([2.0])}, "c": torch.tensor([2.0])}
+    tally, settings = Tally(), {"lr_of": {"fast": 0.2}, "weight_decay": 0.5, "batch_size": 18}
     found = run_batched([training(federation, c, Sum(), start, **settings) for c in (0, 1, 2)], tally)
     assert (tally.batched, tally.passes) == (3, 3), "batches of 6, 12 and 18: none of one size"
     for tree in found:
         assert isinstance(tree, dict)
-        assert [(name, pytest.approx(float(tensor), rel=1e-6)) for name, tensor in tree.items()] == [
-            ("a", 2 * 0.9 - 0.2),
+        assert [(name, pytest.approx(float(tensor), rel=1e-6)) for name, tensor in flat(tree, ".").items()] == [
             ("b", 2 * 0.95 - 0.1),
             ("c", 2 * 0.95 - 0.1),
+            ("fast.a", 2 * 0.9 - 0.2),
         ]
 
 

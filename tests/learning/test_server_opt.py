@@ -24,9 +24,9 @@ from baselines.progfed import ProgFed
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedsim.algorithm import Algorithm, ClientUpdate
-from fedsim.core.tree import Tree, clone, nbytes, ordered
+from fedsim.core.tree import State, Tree, clone, flat, nbytes, ordered, tensors
 from fedsim.experiment import canonical, revived
-from fedsim.learning.server_opt import MOMENTS, ServerOptimizer, model_of
+from fedsim.learning.server_opt import M, ServerOptimizer, V, model_of
 from fedsim.models import Form
 from tests.support.small_federation import (
     ALIKE,
@@ -93,14 +93,14 @@ def test_second_moments_of_adam_and_yogi_part_where_a_difference_is_small() -> N
     for kind, v in (("adam", 13 / 16), ("yogi", 15 / 16)):
         optimizer = ServerOptimizer(kind, beta1=0.0, beta2=0.75, tau=1.0)  # type: ignore[arg-type]
         state = optimizer.step(optimizer.start({"x": scalar(0.0)}), {"x": scalar(0.5)})
-        assert float(state["server_v.x"]) == v
+        assert float(state[V]["x"]) == v
 
 
 def test_first_moments_are_damped_but_for_avgm() -> None:
     for kind, m in (("avgm", 1.0), ("adam", 0.25), ("yogi", 0.25)):
         optimizer = ServerOptimizer(kind, beta1=0.75)  # type: ignore[arg-type]
         state = optimizer.step(optimizer.start({"x": scalar(0.0)}), {"x": scalar(1.0)})
-        assert float(state["server_m.x"]) == m
+        assert float(state[M]["x"]) == m
 
 
 @pytest.mark.parametrize("kind", ADAPTIVE)
@@ -109,10 +109,10 @@ def test_what_a_state_starts_as(kind: str, tau: float) -> None:
     model = {"x": scalar(3.0), "y": torch.ones(2, 3)}
     state = ServerOptimizer(kind, tau=tau).start(model)  # type: ignore[arg-type]
     assert_same_bits(model_of(state), model)
-    parts = {"server_v.x", "server_v.y"} | ({"server_m.x", "server_m.y"} if kind != "adagrad" else set())
-    assert {*state} - {*model} == parts
-    assert float(state["server_v.x"]) == tau**2
-    assert state["server_v.y"].shape == (2, 3) and state["server_v.y"].dtype == torch.float32
+    assert {*state} - {*model} == ({V} if kind == "adagrad" else {M, V})
+    assert all({*state[part]} == {"x", "y"} for part in {*state} - {*model})
+    assert float(state[V]["x"]) == tau**2
+    assert state[V]["y"].shape == (2, 3) and state[V]["y"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["average", *STEPS])
@@ -138,7 +138,7 @@ def test_no_scalar_moves_further_than_the_rate_allows(differences: list[float], 
         before = state["x"]
         state = optimizer.step(state, {"x": before + difference})
         assert float((state["x"] - before).abs()) <= 0.2 + 1e-12
-        assert float(state["server_v.x"]) > 0
+        assert float(state[V]["x"]) > 0
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -160,7 +160,7 @@ def test_a_step_writes_into_nothing(kind: str) -> None:
     state = optimizer.step(state, {"x": scalar(2.0)})
     before, target = clone(state), {"x": scalar(5.0)}
     after = optimizer.step(state, target)
-    for tensor in after.values():
+    for tensor in tensors(after):
         tensor.fill_(7.0)
     assert_same_bits(state, before)
     assert float(target["x"]) == 5.0
@@ -221,7 +221,7 @@ def test_moments_stay_at_the_server(kind: str) -> None:
     federation = Federation(fedavg(kind=kind, lr=0.1))
     federation.run(1)
     plain = Federation(FedAvg(**LOCAL))
-    assert not [name for name in federation.payload(2, 0) if name.startswith(MOMENTS)]
+    assert not [name for name in federation.payload(2, 0) if name in (M, V)]
     assert nbytes(federation.payload(2, 0)) == nbytes(plain.payload(2, 0)) < nbytes(federation.server)
     assert {name for name, _ in federation.served(1).named_parameters()} == {*plain.server}
 
@@ -286,9 +286,9 @@ def served_by(name: str, rounds: int, **server: Any) -> Federation:
     return federation
 
 
-def floats(state: Tree) -> Tree:
+def floats(state: State) -> Tree:
     """What a server holds beside its moments and its notes."""
-    held = {name: tensor for name, tensor in state.items() if "server_m." not in name and "server_v." not in name}
+    held = {name: t for name, t in flat(state, ".").items() if "server_m." not in name and "server_v." not in name}
     return {name: tensor for name, tensor in held.items() if tensor.is_floating_point()}
 
 
@@ -306,10 +306,12 @@ def test_every_method_that_averages_may_have_one(name: str) -> None:
 def test_moments_last_and_are_never_sent(name: str) -> None:
     """Two rounds, in which models grow and windows roll."""
     heavy, light = (served_by(name, 2, kind="adam", lr=0.01, beta1=beta1) for beta1 in (0.9, 0.0))
-    assert [key for key in heavy.server if "server_m." in key] and [key for key in heavy.server if "server_v." in key]
+    held = flat(heavy.server, ".")
+    assert [key for key in held if "server_m." in key] and [key for key in held if "server_v." in key]
     assert distance(floats(heavy.server), floats(light.server)) > 1e-4
     for client in range(3):
-        sent, plain = heavy.payload(3, client), Federation(METHODS[name], forms_of(name)).payload(3, client)
+        sent = flat(heavy.payload(3, client), ".")
+        plain = flat(Federation(METHODS[name], forms_of(name)).payload(3, client), ".")
         assert not [key for key in sent if "server_" in key]
         assert {k: v.shape for k, v in sent.items()} == {k: v.shape for k, v in plain.items()}
     if name not in ("fedgrow", "fedgrow_joint"):
@@ -321,9 +323,10 @@ def test_moments_last_and_are_never_sent(name: str) -> None:
 def test_momentum_moves_on_without_a_difference(name: str) -> None:
     """A round that brings back what was sent: the model goes on by beta1 m. (HetLoRA's zeros are a difference.)"""
     federation = served_by(name, 2, kind="avgm", beta1=0.5)
-    before, moments = floats(federation.server), {k: v for k, v in federation.server.items() if "server_m." in k}
+    before = floats(federation.server)
+    moments = {k: v for k, v in flat(federation.server, ".").items() if "server_m." in k}
     sent = [ClientUpdate(client, federation.payload(2, client), 1.0) for client in range(3)]
-    after = federation.aggregate(2, [one for one in sent if one.tree])
+    after = flat(federation.aggregate(2, [one for one in sent if one.tree]), ".")
     assert moments
     for key, m in moments.items():
         model = key.replace("server_m.", "")
@@ -333,10 +336,10 @@ def test_momentum_moves_on_without_a_difference(name: str) -> None:
 @pytest.mark.parametrize("name", ROLLS)
 def test_coordinates_that_nobody_has_stay_with_their_moments(name: str) -> None:
     federation = served_by(name, 1, kind="adam", lr=0.01)
-    before = federation.server
+    before = flat(federation.server, ".")
     weakest = federation.payload(2, 0)
     federation.run(2, [0])
-    after, moved = federation.server, 0
+    after, moved = flat(federation.server, "."), 0
     for key in floats(before):
         if key.startswith("model."):
             x = key.removeprefix("model.")
@@ -344,7 +347,7 @@ def test_coordinates_that_nobody_has_stay_with_their_moments(name: str) -> None:
             moved += int((~same).sum())
             for moment in (f"model.server_m.{x}", f"model.server_v.{x}"):
                 assert torch.equal(after[moment][same], before[moment][same])
-    assert 0 < moved <= sum(tensor.numel() for tensor in weakest.values())
+    assert 0 < moved <= sum(tensor.numel() for tensor in tensors(weakest))
 
 
 def test_a_server_that_averages_nothing_has_none() -> None:

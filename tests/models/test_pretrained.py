@@ -20,7 +20,6 @@ from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedToken
 import fedsim
 from baselines.fedavg import FedAvg
 from fedgrow_algo.pretrain import trained_on_own_shard
-from fedsim import simulation
 from fedsim.algorithm import ClientContext, ClientInfo
 from fedsim.cli import main
 from fedsim.core.seeding import derive
@@ -558,9 +557,8 @@ def test_bytes_are_told_from_other_tokens(name: str, kind: str, tmp_path: Path) 
 
 @pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training steps are not counted, which takes seconds; nor are made-up counts left behind for other tests."""
+    """Training steps are not counted, which takes seconds."""
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *_: StepCost((0, 0), (0, 0))))
-    monkeypatch.setattr(simulation, "COUNTED", {})
 
 
 def checkpoint_of(experiment: Experiment, tier: int, folder: Path, seed: int = 1) -> Checkpoint:

@@ -21,7 +21,7 @@ from fedsim.report.page import rendered
 from fedsim.report.readings import finished_runs, last_within, read, sent_bytes
 from fedsim.report.tables import significant, summary
 from fedsim.report.terminal import print_summary
-from fedsim.results.tables import Results, load, write_table
+from fedsim.results.tables import SCHEMAS, Results, load, write_table
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,12 +49,13 @@ def add_run(
         spread = None if accuracy is None else 0.1
         worst = None if accuracy is None else accuracy - 0.1
         rounds.append(
-            dict(run_id=run_id, algorithm=algorithm, seed=seed, round=number, stage="federated" if number else "local")
+            dict.fromkeys(SCHEMAS["rounds"].names)
+            | dict(
+                run_id=run_id, algorithm=algorithm, seed=seed, round=number, stage="federated" if number else "local"
+            )
             | dict(accuracy_mean=accuracy, accuracy_std=spread, accuracy_min=worst, accuracy_local_mean=accuracy)
             | dict(accuracy_local_std=spread, accuracy_local_min=worst, accuracy_val_mean=accuracy)
-            | dict(precision_mean=None, recall_mean=None, f1_mean=None, coverage=None, coverage_min=None)
-            | dict(simulated_seconds=None, late=0, dropped_out=0, excluded=0, metrics=None)
-            | dict(accuracy_global=None, loss_mean=1.0, train_loss=None, wall_seconds=1.0, retries=0, participants=4)
+            | dict(late=0, dropped_out=0, excluded=0, loss_mean=1.0, wall_seconds=1.0, retries=0, participants=4)
             | dict(bytes_up=1000 * kilobytes * (number > 0), bytes_down=1000 * kilobytes * (number > 0), flops=1)
             | dict(bytes_up_total=1000 * kilobytes * number, bytes_down_total=1000 * kilobytes * number)
             | dict(state_sha256=f"{number:064x}", bytes_moved=0, seam_bytes_up=0, seam_bytes_down=0, failed=0)
@@ -62,7 +63,8 @@ def add_run(
         )
     write_table(directory, "rounds", run_id, rounds)
     if status is not None:
-        row = dict(run_id=run_id, suite="quick", algorithm=algorithm, preset=preset, dataset="digits", family="vit")
+        row = dict.fromkeys(SCHEMAS["runs"].names)
+        row |= dict(run_id=run_id, suite="quick", algorithm=algorithm, preset=preset, dataset="digits", family="vit")
         row |= dict(partition="dirichlet", alpha=0.1, participants=4, cohort=4, rounds=len(accuracies) - 1, seed=seed)
         row |= dict(target_params=1_000_000, trainable_params=1234.5, upload_params=500.0, status=status)
         row |= dict(wall_seconds=10.0 + seed, git_commit="abc", code_sha256="def", versions='{"torch": "2"}')

@@ -23,7 +23,6 @@ from baselines.fedavg import FedAvg
 from fedgrow_algo.dual_ligo import grown, operator_between
 from fedsim.algorithm import ClientInfo
 from fedsim.cli import main
-from fedsim.core.tree import under
 from fedsim.data import text, vision
 from fedsim.data.byte_tokenizer import END, MASK, PADDING, byte_characters, byte_tokenizer
 from fedsim.data.config import DataConfig, Split, cifar10, digits, sst2
@@ -495,7 +494,7 @@ def test_export_writes_the_model_that_was_scored(
         model = AutoModelForImageClassification.from_pretrained(to)
         private = private_of(folder / "private", participant).load(before=3)
         assert private is not None
-        tree = grown(operator, server[1], under(private[1], "middle."))
+        tree = grown(operator, server[1], private[1]["middle"])
         with torch.no_grad():
             logits = model.eval()(pixel_values=test["pixel_values"]).logits
             deployed = task.forward(tiny_experiment.target, tree, test)

@@ -7,18 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientUpdate, Payload
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.steps import run_client
 from fedsim.learning.task import Batch
 from fedsim.learning.training import Training, train
 
 
-def client_init(algorithm: Algorithm, ctx: ClientContext) -> Tree:
+def client_init(algorithm: Algorithm, ctx: ClientContext) -> State:
     return run_client(ctx, algorithm.client_init(ctx))
 
 
-def client_update(algorithm: Algorithm, payload: Payload, state: Tree, ctx: ClientContext) -> tuple[ClientUpdate, Tree]:
+def client_update(
+    algorithm: Algorithm, payload: Payload, state: State, ctx: ClientContext
+) -> tuple[ClientUpdate, State]:
     found: Any = run_client(ctx, algorithm.client_update(payload, state, ctx))
     return found
 
@@ -49,7 +51,7 @@ def local_train(
     return train(ctx, Training(objective, parameters, frozen or {}, **settings)).parameters
 
 
-def asked_of(algorithm: Algorithm, payload: Payload, state: Tree, ctx: ClientContext) -> Training:
+def asked_of(algorithm: Algorithm, payload: Payload, state: State, ctx: ClientContext) -> Training:
     """The first training that a client asks for in a round."""
     steps: Any = algorithm.client_update(payload, state, ctx)
     return next(steps)

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import fedsim.simulation
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree, flat, mapped, nested, ordered
 from fedsim.learning.meter import StepCost
 from fedsim.models import Form
 from fedsim.testing import MIDDLE, SIZES, SMALL, TARGET, Federation
@@ -22,8 +21,7 @@ LOCAL: dict[str, Any] = {"lr": 1e-2, "epochs": 1, "batch_size": 8}
 
 
 def without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a step takes longer than trainings of this size. What stands in for it must not be remembered."""
-    monkeypatch.setattr(fedsim.simulation, "COUNTED", {})
+    """Counting a step takes longer than trainings of this size."""
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 
@@ -31,32 +29,36 @@ def weights_of(model: nn.Module) -> Tree:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def drawn_like(tree: Mapping[str, Tensor], seed: int) -> Tree:
+def drawn_like(state: State, seed: int) -> State:
     """Random tensors of the names, shapes and dtypes of others."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(t.shape, generator=generator).to(t.dtype) for name, t in sorted(tree.items())}
+    return mapped(lambda t: torch.randn(t.shape, generator=generator).to(t.dtype), ordered(state))
 
 
-def mean(trees: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tree:
+def mean(states: Sequence[State], weights: Sequence[float]) -> State:
     """The weighted mean, written out in float64."""
-    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    return {
-        name: torch.einsum("k,k...->...", share, torch.stack([tree[name].double() for tree in trees]))
-        for name in trees[0]
-    }
+    share, trees = torch.tensor(weights, dtype=torch.float64) / sum(weights), [flat(state) for state in states]
+    return nested(
+        {
+            name: torch.einsum("k,k...->...", share, torch.stack([tree[name].double() for tree in trees]))
+            for name in trees[0]
+        }
+    )
 
 
-def assert_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    differing = [name for name in left if not torch.equal(left[name], right[name])]
+def assert_same_bits(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    one, other = flat(left), flat(right)
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing, differing[:4]
 
 
-def assert_close(left: Mapping[str, Tensor], right: Mapping[str, Tensor], atol: float) -> None:
-    assert left.keys() == right.keys()
+def assert_close(left: Mapping[str, Any], right: Mapping[str, Any], atol: float) -> None:
+    assert flat(left).keys() == flat(right).keys()
     assert distance(left, right) < atol, distance(left, right)
 
 
-def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """The largest difference between two trees."""
-    return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
+def distance(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
+    """The largest difference between two states."""
+    one, other = flat(left), flat(right)
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)

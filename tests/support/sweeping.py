@@ -21,8 +21,8 @@ from benchmarks import suites, sweep
 from benchmarks.suites import tiny
 from fedsim.experiment import Experiment, with_settings
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.simulation import COUNTED
 from fedsim.sweeps.runner import run_all
+from tests.support.counting import COUNTED, count_once
 from tests.support.disturbed import TINY_SETTINGS, Disturbed
 
 
@@ -141,6 +141,7 @@ def _swept(words: Sequence[str], experiments: Sequence[Experiment], counted: Map
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what started all this may ignore Ctrl-C
     forkserver._forkserver.ensure_running = lambda: None  # or it would start a server of its own, for seconds
     COUNTED.update(counted)
+    count_once()
     suites.small = one_suite(experiments)  # pyright: ignore[reportAttributeAccessIssue]
     with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         sys.exit(sweep.main(words))

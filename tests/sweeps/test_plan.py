@@ -179,7 +179,7 @@ def test_processes_at_work(machine: Machine, expected: int) -> None:
     ids=lambda value: value.name if isinstance(value, Algorithm) else "",
 )
 def test_phases(algorithm: Algorithm, expected: list[tuple[int, int]]) -> None:
-    assert phases(dataclasses.replace(on_few_digits(algorithm), rounds=9))[0] == expected
+    assert phases(dataclasses.replace(on_few_digits(algorithm), rounds=9), {})[0] == expected
 
 
 # times ----------------------------------------------------------------------------------------------------------------

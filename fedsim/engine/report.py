@@ -1,0 +1,116 @@
+"""What a round knows of each participant, and what it tells the driver: numbers, never tensors."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from fedsim.devices import Device
+from fedsim.runtime.base import Traffic
+
+
+Outcome = Literal["in_time", "late", "dropped_out", "excluded", "failed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientReport:
+    """A participant's part in a round. Every call of it makes one; those of a round are merged (`then`).
+
+    None stands for what is not known or does not apply; `outcome` is None where it was only scored. The meaning of each
+    field is that of the column of the same name (`fedsim.results.columns`); `weight` is that of the update.
+    """
+
+    outcome: Outcome | None = None
+    error: str | None = None
+    # what crossed the network
+    bytes_down: int = 0
+    bytes_up: int = 0
+    upload_params: int | None = None
+    weight: float = 0.0
+    metrics: Mapping[str, float] | None = None
+    # what was computed
+    train_seconds: float | None = None
+    train_loss: float | None = None
+    flops: int | None = None
+    init_flops: int | None = None
+    trainable_params: int | None = None
+    peak_memory_bytes: int | None = None
+    small_sha256: str | None = None
+    # scores of what it would deploy
+    accuracy: float | None = None
+    accuracy_local: float | None = None
+    accuracy_val: float | None = None
+    loss: float | None = None
+    num_test_examples: int | None = None
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    # where and when
+    simulated_seconds: float | None = None
+    host: str | None = None
+    node: str | None = None
+    retries: int = 0
+
+    @property
+    def trained(self) -> bool:
+        """Whether an update of it is known of, in time or late."""
+        return self.upload_params is not None
+
+    def then(self, later: "ClientReport") -> "ClientReport":
+        """This one and that of a later call in the same round: work adds up, memory keeps its highest mark."""
+        merged = {}
+        for name, combine in _COMBINE.items():
+            first, second = getattr(self, name), getattr(later, name)
+            merged[name] = first if second is None else second if first is None else combine(first, second)
+        return ClientReport(**merged)
+
+    def failed(self, error: str) -> "ClientReport":
+        """The same of a participant that then raised. An update that was late stays late."""
+        return dataclasses.replace(self, outcome="late" if self.outcome == "late" else "failed", error=error)
+
+    def client_round_seconds(self, device: Device | None) -> float | None:
+        """Simulated seconds from the payload to the update; None if the device is unknown.
+
+        The making of private state when it first takes part (Fed-Grow's local stage) is left out: it needs no payload,
+        and is done before its first round begins.
+        """
+        if device is None:
+            return None
+        work = (self.flops or 0) - (self.init_flops or 0)
+        return device.seconds(down=self.bytes_down, flops=work, up=self.bytes_up)
+
+    def init_seconds(self, device: Device | None) -> float | None:
+        """Simulated seconds of the making of private state, in the round in which it was made."""
+        return None if device is None else device.seconds(down=0, flops=self.init_flops or 0, up=0)
+
+
+def _later(first: Any, second: Any) -> Any:
+    return second
+
+
+_ADDED = ("bytes_down", "bytes_up", "train_seconds", "flops", "init_flops", "trainable_params", "retries")
+_COMBINE: dict[str, Callable[[Any, Any], Any]] = (
+    dict.fromkeys((field.name for field in dataclasses.fields(ClientReport)), _later)
+    | dict.fromkeys(_ADDED, operator.add)
+    | {"peak_memory_bytes": max, "weight": operator.add}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundReport:
+    """A finished round, as the aggregator saw it. Fields as the columns of `rounds`.
+
+    - `clients`: who was called, dropped out or was excluded, by id. - `traffic`: of training, by the runtime's count.
+    - `spent`: seconds by place and phase, for the table `profile`.
+    """
+
+    clients: Mapping[int, ClientReport]
+    traffic: Traffic
+    bytes_moved: int
+    retries: int
+    state_sha256: str
+    simulated_seconds: float | None
+    accuracy_global: float | None
+    coverage: float | None
+    coverage_min: float | None
+    spent: Mapping[str, Mapping[str, float]]

@@ -1,0 +1,43 @@
+"""From what the rounds of a run report to what lies on disk."""
+
+import time
+from collections.abc import Sequence
+
+from fedsim.engine.cohort import Member, RoundCohort
+from fedsim.engine.report import RoundReport
+from fedsim.results.columns import columns_of, row_of
+from fedsim.results.records import ClientRecord, ProfileRecord, RoundRecord, Row, RunFacts, RunRecord
+from fedsim.results.store import RunStore
+
+
+class Recorder:
+    """Writes a run's rows. A round's `wall_seconds` go from the writing of the round before to its report.
+
+    - `profile`: whether to write down where the time of every round went.
+    """
+
+    def __init__(self, store: RunStore, run: RunFacts, population: Sequence[Member], profile: bool) -> None:
+        self.store, self.run, self.population, self.profile = store, run, population, profile
+        self.started = time.perf_counter()
+
+    def round(self, round: int, cohort: RoundCohort, report: RoundReport) -> Row:
+        """A round is finished. **Returns:** its row, once it is on disk."""
+        run, stage, seconds = self.run, self.run.stage(round), time.perf_counter() - self.started
+        before = self.store.rounds[-1] if self.store.rounds else None
+        row = row_of("rounds", RoundRecord(run, round, cohort, report, before, seconds))
+        clients = [
+            ClientRecord(run, round, stage, self.population[id_].info, each)
+            for id_, each in sorted(report.clients.items())
+        ]
+        self.store.commit(round, row, columns_of("clients", clients))
+        if self.profile:
+            total = time.perf_counter() - self.started
+            spent = {"driver": {"write": total - seconds}} | dict(report.spent)
+            places = [ProfileRecord(run, round, place, phases, total) for place, phases in spent.items()]
+            self.store.add_profile([row_of("profile", place) for place in places])
+        self.started = time.perf_counter()
+        return row
+
+    def finish(self, error: str | None = None) -> None:
+        """The run finished, or failed with `error`."""
+        self.store.finish(row_of("runs", RunRecord(self.run, self.store.wall_seconds, error)))
