@@ -36,11 +36,14 @@ from fedsim.models import Form, get_family  # noqa: E402
 
 
 TEXTS = {"limit": 2000, "max_length": 48}
+WINDOW = (("local_attention", 16),)  # of ModernBERT's local blocks: the released one is as long as these texts
 TASKS = {
     "vit": TaskConfig(digits(), "vit", patch_size=2),
     "gpt2": TaskConfig(pydoc(**TEXTS), "gpt2"),
     "llama": TaskConfig(pydoc(**TEXTS), "llama"),
     "bert": TaskConfig(pydoc(**TEXTS, objective="masked_token"), "bert"),
+    "deberta": TaskConfig(pydoc(**TEXTS, objective="masked_token"), "deberta"),
+    "modernbert": TaskConfig(pydoc(**TEXTS, objective="masked_token"), "modernbert", settings=WINDOW),
 }
 GROWTHS = {
     "width x 2": Form(64, 2, heads=8, mlp=128),

@@ -17,65 +17,21 @@ and large size of an axis; L1, L2 small and large depth; k a large block, l a sm
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedgrow_algo.equations import Specs, copies, depth, mix, widen
+from fedgrow_algo.preset import NEXT, READ, Factor, Preset
 from fedsim.core.submodel import Dim, ParamSpec, join_fused, split_fused, split_specs
 from fedsim.core.tree import Tree
 
 
 Axes = Mapping[str, int]
-READ = ".read"  # ending of the name of an axis' second matrix, where a preset reads with one of its own
-NEXT = ".next"  # the same, where a preset writes coordinates of a block from the block above it
 ALIGNED = 16  # columns that are multiplied together are padded to a multiple of this: odd strides are slow
 MIX = -1  # in a plan: the step that mixes blocks; other steps are positions of dimensions
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """One way to build a LiGO operator.
-
-    - `per`: width matrices belong to "source" blocks (widen each small block, then mix) or to "target" blocks (mix in
-      the small space, then widen). Never once per (target, source) pair: that costs L1 x L2 widenings.
-    - `init(operator, generator)`: the tensors training starts from.
-    - `check(operator)`: refuses, with a `ValueError`, sizes the preset cannot map.
-    - `exact(operator)`: whether, at these sizes, the start computes what the small model computed.
-    - `scale(operator, dim)`: fixed factors on the rows of the matrix in this use of it; None: ones.
-    - `share(D1, D2)`: how much of a unit's work each of its copies does, where a reader copies an axis: `(D2,)`.
-    - `own_read`: the residual axis is read with a matrix of its own instead of the one it is written with.
-    - `own_next`: blocks write some of their coordinates from the block above, with matrices of their own.
-    - `fixed_top`: matrices are `[I ; C]` and only C, of D2 - D1 rows, is a tensor of the operator.
-    - `chunked`: the MLP axis is a number of chunks as wide as the residual axis, all mapped by one matrix.
-    - `depth_by`: a depth table for each "module" (weight and bias share it) or for each "role".
-    """
-
-    name: str
-    per: Literal["source", "target"]
-    init: Callable[["Operator", torch.Generator], Tree]
-    check: Callable[["Operator"], None]
-    exact: Callable[["Operator"], bool]
-    scale: Callable[["Operator", Dim], Tensor | None]
-    share: Callable[[int, int], Tensor]
-    own_read: bool = False
-    own_next: bool = False
-    fixed_top: bool = False
-    chunked: bool = False
-    depth_by: Literal["module", "role"] = "module"
-
-
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """One factor of a dimension, and whether the matrix spans it ("map"), or it stays ("keep"), or it is copied."""
-
-    old: int
-    new: int
-    kind: Literal["map", "keep", "copy"]
-    axis: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +85,23 @@ class Operator:
     @cached_property
     def dims(self) -> tuple[Dim, ...]:
         """Every named dimension there is, each once, in order of appearance."""
-        return tuple(dict.fromkeys(dim for spec in self.small_parts.values() for dim in spec.parsed if dim.axes))
+        parts = (*self.small_parts.values(), *self.large_parts.values())
+        return tuple(dict.fromkeys(dim for spec in parts for dim in spec.parsed if dim.axes))
+
+    @cached_property
+    def roles(self) -> dict[str, ParamSpec]:
+        """What blocks have, one parameter of each role, in order of appearance. A block may lack a norm."""
+        parts = (*self.small_parts.values(), *self.large_parts.values())
+        return {spec.role: spec for spec in parts if spec.layer is not None}
+
+    @cached_property
+    def kinds(self) -> tuple[list[str], list[str]]:
+        """What sets each block apart, of the small model and of the large one."""
+        old, new = (
+            [kind for _, kind in sorted({(s.layer, s.kind) for s in specs.values() if s.layer is not None})]
+            for specs in (self.small, self.large)
+        )
+        return old, new
 
     @cached_property
     def axes(self) -> set[str]:
@@ -187,8 +159,14 @@ class Operator:
 
     @cached_property
     def shifted(self) -> set[str]:
-        """Groups whose normalisation has a shift, as LayerNorm's; a group with a gain alone has RMSNorm's."""
-        return {dim.group for dim in self.dims if dim.mode == "shift"}
+        """Groups whose normalisation subtracts the mean, as LayerNorm's; RMSNorm's has a gain alone."""
+        return {dim.group for dim in self.dims if dim.mode == "shift" or dim.centred}
+
+    @cached_property
+    def starts_normalised(self) -> bool:
+        """Whether the residual stream begins as what a normalisation says, and not as embeddings."""
+        before = [spec for spec in self.small_parts.values() if spec.layer is None and not spec.after]
+        return any(dim.mode == "gain" and dim.group in self.residual for spec in before for dim in spec.parsed)
 
     def _in_blocks(self, mode: str) -> set[str]:
         blocks = [spec for spec in self.small_parts.values() if spec.layer is not None]
@@ -198,10 +176,9 @@ class Operator:
     def tables(self) -> dict[str, bool]:
         """The depth tables in order: one a module, or a role; whether each writes the residual axis."""
         tables: dict[str, bool] = {}
-        for spec in self.small_parts.values():
-            if spec.layer is not None:
-                writes = any(dim.mode == "write" and dim.group in self.residual for dim in spec.parsed)
-                tables[self._table(spec)] = tables.get(self._table(spec), False) or writes
+        for spec in self.roles.values():
+            writes = any(dim.mode == "write" and dim.group in self.residual for dim in spec.parsed)
+            tables[self._table(spec)] = tables.get(self._table(spec), False) or writes
         return tables
 
     def _table(self, spec: ParamSpec) -> str:
@@ -232,18 +209,26 @@ class Operator:
         return tensors
 
     def stack(self, small: Mapping[str, Tensor]) -> Tree:
-        """The small weights with blocks stacked, `(L1, ...)` a role; others as they are. Done once: they are frozen."""
+        """The small weights with blocks stacked, `(L1, ...)` a role; others as they are. Done once: they are frozen.
+
+        A normalisation that a block lacks counts as what it would start as.
+        """
         if small.keys() != self.small.keys():
             raise ValueError(f"not a model of the small form: {sorted(small.keys() ^ self.small.keys())[:4]}")
         parts = split_fused(small, self.small, self.small_axes)
-        blocks: dict[str, list[Tensor]] = {}
-        stacked: Tree = {}
-        for name, spec in self.small_parts.items():
-            if spec.layer is None:
-                stacked[name] = parts[name]
-            else:
-                blocks.setdefault(spec.role, []).append(parts[name])
-        return stacked | {role: torch.stack(tensors) for role, tensors in blocks.items()}
+        stacked = {name: parts[name] for name, spec in self.small_parts.items() if spec.layer is None}
+        held = {(spec.role, spec.layer): parts[name] for name, spec in self.small_parts.items()}
+        like = next(iter(small.values()))
+        for role, spec in self.roles.items():
+            blocks = [held.get((role, layer)) for layer in range(self.depths[0])]
+            stacked[role] = torch.stack([self._absent(spec, like) if block is None else block for block in blocks])
+        return stacked
+
+    def _absent(self, spec: ParamSpec, like: Tensor) -> Tensor:
+        """The gain or the shift of a normalisation that changes nothing."""
+        assert all(dim.mode in ("gain", "shift") for dim in spec.parsed), f"{spec.role}: some blocks lack it"
+        sizes = [dim.size(self.small_axes) or 1 for dim in spec.parsed]
+        return like.new_full(sizes, float(spec.parsed[0].mode == "gain"))
 
     def grow(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
         """The large weights, by name: `stacked` from `stack`, `tensors` as `init` returns them."""
@@ -294,12 +279,11 @@ class Operator:
     def plans(self) -> dict[str, tuple[int, ...]]:
         """For each role of a block, the cheapest order of widening its dimensions and mixing blocks, by count."""
         plans: dict[str, tuple[int, ...]] = {}
-        for spec in self.small_parts.values():
-            if spec.layer is not None and spec.role not in plans:
-                shape = [dim.size(self.small_axes) or 1 for dim in spec.parsed]
-                steps = [MIX, *(position for position, dim in enumerate(spec.parsed) if dim.axes)]
-                orders = [order for order in itertools.permutations(steps) if self._allowed(order, spec)]
-                plans[spec.role] = min(orders, key=lambda order: self.multiplications(order, spec, shape))
+        for spec in self.roles.values():
+            shape = [dim.size(self.small_axes) or 1 for dim in spec.parsed]
+            steps = [MIX, *(position for position, dim in enumerate(spec.parsed) if dim.axes)]
+            orders = [order for order in itertools.permutations(steps) if self._allowed(order, spec)]
+            plans[spec.role] = min(orders, key=lambda order: self.multiplications(order, spec, shape))
         return plans
 
     def _allowed(self, order: tuple[int, ...], spec: ParamSpec) -> bool:
@@ -341,7 +325,7 @@ class Operator:
         the matrix' size. Small weights have no gradient: laying them side by side costs nothing in the backward pass.
         """
         uses: dict[int, list[tuple[str, Dim, int]]] = {}
-        for spec in {spec.role: spec for spec in self.small_parts.values() if spec.layer is not None}.values():
+        for spec in self.roles.values():
             first = self.plans[spec.role][0]
             if first == MIX:
                 continue

@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedgrow_algo.ligo import NEXT, READ, Operator, Preset, copies
+from fedgrow_algo.blocks import depth_tables, interlaced_blocks, stacked_blocks, stacked_from_top
+from fedgrow_algo.equations import copies
+from fedgrow_algo.ligo import Operator
+from fedgrow_algo.preset import NEXT, READ, Preset
 from fedsim.core.submodel import Dim
 from fedsim.core.tree import Tree
 
@@ -193,37 +196,6 @@ def whole_ratios(operator: Operator) -> None:
             raise ValueError(f"preset 'hypercloning' tiles: axis {axis!r} goes from {old} to {new}, not {accepted}")
 
 
-# depth ----------------------------------------------------------------------------------------------------------------
-
-
-def stacked_blocks(old: int, new: int) -> list[int]:
-    """StackBERT: `k mod L1`. 2 to 5: 0 1 0 1 0."""
-    return [k % old for k in range(new)]
-
-
-def interlaced_blocks(old: int, new: int) -> list[int]:
-    """Copies follow their block: `floor(k L1 / L2)`. 2 to 4: 0 0 1 1."""
-    return [k * old // new for k in range(new)]
-
-
-def stacked_from_top(old: int, new: int) -> list[int]:
-    """bert2BERT: whole copies, then the top blocks for the remainder. 2 to 5: 0 1 0 1 1."""
-    whole = new // old * old
-    return [k % old if k < whole else old - new + k for k in range(new)]
-
-
-def depth_tables(operator: Operator, blocks: Callable[[int, int], list[int]], silent: bool) -> Tree:
-    """One-hot depth tables; with `silent`, copies after the first of a run of equal blocks write nothing."""
-    old, new = operator.depths
-    source, tensors = blocks(old, new), {}
-    for table, writes in operator.tables.items():
-        rows = one_hot(torch.tensor(source), old).double()
-        if silent and writes:
-            rows[[k for k in range(1, new) if source[k] == source[k - 1]]] = 0.0
-        tensors[f"depth.{table}"] = rows
-    return tensors
-
-
 # the literature's operators -------------------------------------------------------------------------------------------
 
 
@@ -299,8 +271,12 @@ def keeps_statistics(operator: Operator, dim: Dim) -> Tensor | None:
 
 
 def tiles(operator: Operator) -> bool:
-    """Whether the residual axis is tiled: after blocks, nothing else keeps a normalisation's statistics (table A9)."""
-    return operator.post_norm and residual_ratio_is_whole(operator)
+    """Whether the residual axis is tiled: nothing else keeps what normalisations write into the stream (table A9).
+
+    They do after blocks, and where one stands between embeddings and blocks: it makes added coordinates 0, and 0 is not
+    the mean of the others.
+    """
+    return (operator.post_norm or operator.starts_normalised) and residual_ratio_is_whole(operator)
 
 
 def statistics_kept(operator: Operator, generator: torch.Generator) -> Tree:
@@ -325,8 +301,9 @@ def statistics_kept(operator: Operator, generator: torch.Generator) -> Tree:
 
 
 def exact_preserving(operator: Operator) -> bool:
-    """Always before blocks; after blocks as `hypercloning`, but for gains that are all equal."""
-    return not operator.post_norm or (residual_ratio_is_whole(operator) and same_depth(operator))
+    """Always before blocks, but for a stream that starts normalised; after blocks as copies, but for equal gains."""
+    width = residual_ratio_is_whole(operator) or not (operator.post_norm or operator.starts_normalised)
+    return width and (same_depth(operator) or not operator.post_norm)
 
 
 def _growth(name, init, exact=exact_copies, check=nothing_shrinks, **fields) -> Preset:

@@ -10,6 +10,7 @@ How a dimension is written (`ParamSpec.dims`):
 | `"embed"` | this dimension *writes* the axis: it makes its coordinates |
 | `"<embed"` | it *reads* the axis: the next layer's view of coordinates that another parameter wrote |
 | `"*embed"`, `"+embed"` | gain and shift of a normalisation over the axis |
+| `"*-embed"` | a gain without a shift, where the mean is subtracted all the same: LayerNorm's, not RMSNorm's |
 | `"*<embed"`, `"+<embed"` | the same, where a tied matrix reads what is normalised (below) |
 | `"query:head head_dim"` | a product of axes, flattened head-major; `query` names the group that shares one map |
 | `"<value:kv_head group head_dim"` | a reader may have axes the writer lacks: `group` heads read each `kv_head` |
@@ -52,6 +53,7 @@ class Dim:
     group: str  # dimensions of one group (in one block) share a map
     axes: tuple[str, ...]  # sizes multiply, first axis slowest; none: never resized
     tied: bool = False  # a gain or shift whose result is read by a tied matrix
+    centred: bool = False  # a gain alone, of a normalisation that subtracts the mean
 
     @staticmethod
     def parse(text: str) -> "Dim":
@@ -60,9 +62,11 @@ class Dim:
             return Dim("fixed", text[1:], ())
         mode = {"<": "read", "*": "gain", "+": "shift"}.get(text[0], "write")
         body = text[mode != "write" :]
+        centred = mode == "gain" and body.startswith("-")
+        body = body.removeprefix("-")
         tied = mode in ("gain", "shift") and body.startswith("<")
         group, _, axes = body[tied:].rpartition(":")
-        return Dim(mode, group or axes, tuple(axes.split()), tied)
+        return Dim(mode, group or axes, tuple(axes.split()), tied, centred)
 
     def size(self, axes: Mapping[str, int]) -> int | None:
         """Length of the dimension in a model with these axis sizes; None where the dimension is never resized."""
@@ -81,11 +85,15 @@ class ParamSpec:
     - `dims`: one text a dimension, in the form above.
     - `layer`: the block's number; None outside the stack.
     - `role`: the parameter's name without its block number: equal in every block.
+    - `kind`: sets its block apart from others that compute something else with the same parameters (local attention).
+    - `after`: whether it stands after the blocks: last normalisation, pooler, head. Early exits have one each of these.
     """
 
     dims: tuple[str, ...]
     layer: int | None
     role: str
+    kind: str = ""
+    after: bool = False
 
     @cached_property
     def parsed(self) -> tuple[Dim, ...]:
@@ -111,17 +119,21 @@ class ParamSpec:
     def parts(self, name: str) -> "dict[str, ParamSpec]":
         """The parameters that the one of this name holds, in order: itself, unless a dimension is fused.
 
-        A part is called by the group of its dimension, `c_attn.weight` -> `c_attn/query.weight`: its weight and its
-        bias are a module of their own.
+        A part is called by the group of its dimension, `c_attn.weight` -> `c_attn/query.weight`, and by its number
+        where parts share a group (`Wi/mlp1.weight`): its weight and its bias are a module of their own.
         """
         if self.fused is None:
             return {name: self}
         before, texts, after = self.dims[: self.fused], self.dims[self.fused].split(FUSED), self.dims[self.fused + 1 :]
         groups = [Dim.parse(text).group for text in texts]
-        assert "" not in groups and len({*groups}) == len(groups), f"{self.role}: a fused part needs a group of its own"
+        assert "" not in groups, f"{self.role}: a fused part needs an axis"
+        labels = [
+            group if groups.count(group) == 1 else f"{group}{1 + groups[:number].count(group)}"
+            for number, group in enumerate(groups)
+        ]
         return {
-            _part(name, group): ParamSpec((*before, text, *after), self.layer, _part(self.role, group))
-            for group, text in zip(groups, texts, strict=True)
+            _part(name, label): dataclasses.replace(self, dims=(*before, text, *after), role=_part(self.role, label))
+            for label, text in zip(labels, texts, strict=True)
         }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.core.fields import refuse
 from fedsim.core.tree import State
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.task import Batch, Task
@@ -28,11 +29,16 @@ def shallower(form: Form, depth: int) -> Form:
 
 
 def tail(task: Task, form: Form) -> tuple[str, ...]:
-    """Names of the parameters that come after the blocks: last normalisation and head, but for what is tied."""
+    """Names of the parameters that come after the blocks, as the family says: but for what is tied.
+
+    **Raises:** `ValueError` if the family names none: a model would have exits without a head.
+    """
     specs = task.specs(form)
-    names = [name for name, _ in task.skeleton(form).named_parameters()]
-    last = max(number for number, name in enumerate(names) if specs[name].layer is not None)
-    return tuple(name for name in names[last + 1 :])
+    names = tuple(name for name, _ in task.skeleton(form).named_parameters() if specs[name].after)
+    if not names:
+        accepted = "a family that says which parameters stand after its blocks (`ParamSpec.after`)"
+        refuse("task.family", task.config.family, accepted)
+    return names
 
 
 def up_to(task: Task, form: Form, depth: int) -> set[str]:

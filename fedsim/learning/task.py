@@ -302,7 +302,7 @@ def masked_attention() -> Iterator[None]:
 def _skeleton(family_name: str, form: Form, inputs: Inputs, masked: bool) -> nn.Module:
     with torch_seeded(0):  # the values are never used, but drawing them must not move the caller's stream
         module: Any = get_family(family_name).build(form, inputs)
-    if masked and hasattr(module, "set_attn_implementation"):  # a Hugging Face model, and so its library is there
+    if masked and getattr(module, "_supports_sdpa", False):  # Hugging Face's, and without attention of its own
         from fedsim.models.attention import always_masked
 
         module.set_attn_implementation(always_masked())

@@ -151,7 +151,7 @@ class Bert(Family):
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
         untied = inputs.kind == "mlm" and not dict(inputs.settings).get("tie_word_embeddings", True)
         head = OWN_DECODER if untied else HEADS[inputs.kind]
-        return stacked(form, EMBEDDINGS | head, PREFIX, BLOCK)
+        return stacked(form, EMBEDDINGS, PREFIX, BLOCK, head)
 
 
 def _accepted(inputs: Inputs) -> dict[str, Accepted]:

@@ -1,6 +1,6 @@
 """What family files are written with: refusals, settings of the Hugging Face config, the layout of a stack."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core.fields import describe, matches, refuse
@@ -68,16 +68,31 @@ def chosen(inputs: Inputs, accepted: Mapping[str, Accepted]) -> dict[str, Any]:
     return fields
 
 
-def stacked(form: Form, outside: Dims, prefix: str, block: Dims) -> dict[str, ParamSpec]:
-    """The named axes of a model: parameters outside the stack, then `prefix + number + "." + role` in every block.
+def stacked(
+    form: Form,
+    before: Dims,
+    prefix: str,
+    block: Dims,
+    after: Dims,
+    kind: Callable[[int], str] = lambda layer: "",
+) -> dict[str, ParamSpec]:
+    """The named axes of a model: `prefix + number + "." + role` in every block, and what stands around the blocks.
 
-    **Raises:** `ValueError` for a name that is in both tables: parameters of one role are grown as one.
+    **Arguments:**
+
+    - `before`: what blocks are given: embeddings, and all that they share. - `after`: what reads the last block.
+    - `kind`: of the block of each number, where blocks with the same parameters compute something else.
+
+    **Raises:** `ValueError` for a name that is in two tables: parameters of one role are grown as one.
     """
-    if both := sorted(outside.keys() & block.keys()):
+    if both := sorted((before.keys() | after.keys()) & block.keys()):
         raise ValueError(f"{', '.join(both)}: outside the stack and within a block; names must differ")
-    specs = {name: ParamSpec(dims, None, name) for name, dims in outside.items()}
+    if both := sorted(before.keys() & after.keys()):
+        raise ValueError(f"{', '.join(both)}: before the blocks and after them; names must differ")
+    specs = {name: ParamSpec(dims, None, name) for name, dims in before.items()}
+    specs |= {name: ParamSpec(dims, None, name, after=True) for name, dims in after.items()}
     for layer in range(form.depth):
-        specs |= {f"{prefix}{layer}.{role}": ParamSpec(dims, layer, role) for role, dims in block.items()}
+        specs |= {f"{prefix}{layer}.{role}": ParamSpec(dims, layer, role, kind(layer)) for role, dims in block.items()}
     return specs
 
 

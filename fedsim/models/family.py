@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsim.core.fields import check_range, check_types
 from fedsim.core.submodel import ParamSpec
@@ -116,7 +116,18 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
-        """The named axes of every parameter of `build(form, inputs)`."""
+        """The named axes of every parameter of `build(form, inputs)`, and where it stands: in a block, before or after.
+
+        Early exits and heads of one's own are made of what stands after the blocks (`ParamSpec.after`).
+        """
+
+    def shared(self, config: "PretrainedConfig") -> dict[str, Any]:
+        """What `constants` are in a config, by the settings that decide them: entries of a mapping each on its own."""
+        flat: dict[str, Any] = {}
+        for name in self.constants:
+            value = getattr(config, name, None)
+            flat |= dict(value) if isinstance(value, Mapping) else {name: value}
+        return {name: value for name, value in flat.items() if value is not None}
 
     def build(self, form: Form, inputs: Inputs) -> "PreTrainedModel":
         """A randomly initialised Hugging Face module (draws from torch's global stream)."""

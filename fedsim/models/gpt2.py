@@ -126,7 +126,10 @@ class Gpt2(Family):
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
         tied = inputs.kind == "lm" and dict(inputs.settings).get("tie_word_embeddings", True)
         ending = LAST_NORM_BEFORE_TIED_HEAD if tied else LAST_NORM | HEADS[inputs.kind]
-        return stacked(form, EMBEDDINGS | ending, PREFIX, BLOCK)
+        scaled = dict(inputs.settings).get(
+            "scale_attn_by_inverse_layer_idx", False
+        )  # attention goes by a block's number
+        return stacked(form, EMBEDDINGS, PREFIX, BLOCK, ending, kind=str if scaled else lambda layer: "")
 
 
 def _accepted(inputs: Inputs) -> dict[str, Accepted]:

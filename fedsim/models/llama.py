@@ -130,7 +130,7 @@ class Llama(Family):
         tied = inputs.kind == "lm" and settings.get("tie_word_embeddings", False)
         ending = LAST_NORM_BEFORE_TIED_HEAD if tied else LAST_NORM | HEADS[inputs.kind]
         absent = [bias for setting, biases in BIASES.items() if not settings.get(setting, False) for bias in biases]
-        return stacked(form, EMBEDDING | ending, PREFIX, without(BLOCK, absent))
+        return stacked(form, EMBEDDING, PREFIX, without(BLOCK, absent), ending)
 
 
 def _accepted(inputs: Inputs) -> dict[str, Accepted]:

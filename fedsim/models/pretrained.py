@@ -151,7 +151,7 @@ def _check_constants(
     held: "PretrainedConfig",
     checkpoint: Checkpoint,
 ) -> None:
-    ours, theirs = _constants(family, wanted), _constants(family, held)
+    ours, theirs = family.shared(wanted), family.shared(held)
     differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     for name in differing:
         if name in DECIDED:
@@ -169,15 +169,6 @@ def _check_constants(
     except ValueError as error:
         remedy = f"no model of this experiment can have that ({error})"
     raise ValueError(f"{_named(checkpoint)}: {said}: {remedy}")
-
-
-def _constants(family: Family, config: "PretrainedConfig") -> dict[str, Any]:
-    """What `Family.constants` names, entries of a mapping (rotary positions) each on its own."""
-    flat: dict[str, Any] = {}
-    for name in family.constants:
-        value = getattr(config, name, None)
-        flat |= dict(value) if isinstance(value, Mapping) else {name: value}
-    return {name: value for name, value in flat.items() if value is not None}
 
 
 # its tokenizer --------------------------------------------------------------------------------------------------------

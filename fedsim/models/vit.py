@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 PREFIX = "vit.layers."
 
-OUTSIDE = {
+EMBEDDINGS = {
     "vit.embeddings.cls_token": ("", "", "embed"),
     "vit.embeddings.position_embeddings": ("", "", "embed"),
     "vit.embeddings.patch_embeddings.projection.weight": ("embed", "", "", ""),
     "vit.embeddings.patch_embeddings.projection.bias": ("embed",),
+}
+
+ENDING = {
     "vit.layernorm.weight": ("*embed",),
     "vit.layernorm.bias": ("+embed",),
     "classifier.weight": ("=class", "<embed"),
@@ -108,7 +111,7 @@ class Vit(Family):
 
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
         biased = dict(inputs.settings).get("qkv_bias", True)
-        return stacked(form, OUTSIDE, PREFIX, BLOCK if biased else without(BLOCK, QKV_BIASES))
+        return stacked(form, EMBEDDINGS, PREFIX, BLOCK if biased else without(BLOCK, QKV_BIASES), ENDING)
 
 
 FAMILY = Vit()

@@ -1,5 +1,6 @@
 """Models cut in depth: exits against models built that shallow, DepthFL, ProgFed, and growing once before FedAvg."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from fedsim.learning.rates import parameter_count
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
 from tests.support.clients import asked_of
-from tests.support.family_rows import NEXT_TOKEN, ROWS, Row, batch_of, random_tree
+from tests.support.family_rows import NEXT_TOKEN, ROWS, Row, batch_of, random_tree, real
 from tests.support.small_federation import (
     ALIKE,
     LOCAL,
@@ -83,29 +84,44 @@ def test_the_last_exit_is_the_end(depth: int, exits: int) -> None:
         assert len(ends) == exits and max(parts) - min(parts) <= 1
 
 
-VIT = {"vit.layernorm.weight", "vit.layernorm.bias", "classifier.weight", "classifier.bias"}
-GPT2 = {"transformer.ln_f.weight", "transformer.ln_f.bias"}
-TRANSFORM = {f"transform.{part}.{kind}" for part in ("dense", "LayerNorm") for kind in ("weight", "bias")}
-TAILS = {
-    "vit": VIT,
-    "bert-text": {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"},
-    "bert-tokens": {"classifier.weight", "classifier.bias"},
-    "bert-mlm": {f"cls.predictions.{name}" for name in TRANSFORM | {"bias"}},
-    "gpt2-lm": GPT2,
-    "gpt2-by-number": GPT2,
-    "gpt2-text": GPT2 | {"score.weight"},
-    "llama-lm": {"model.norm.weight", "lm_head.weight"},
-    "llama-lm-tied": {"model.norm.weight"},
-    "llama-text": {"model.norm.weight", "score.weight"},
-    "fifth-lm": {"model.norm.weight", "lm_head.weight"},
-}
+@pytest.mark.parametrize("name", EXITED)
+def test_what_comes_after_the_blocks_is_what_no_block_depends_on(name: str) -> None:
+    """Every other parameter has a gradient in what the last block says, and all have one in the logits."""
+    task, form = EXITED[name].task, EXITED[name].deeper
+    leaves = {n: t.requires_grad_() for n, t in random_tree(task, form).items()}
+    end, module = tail(task, form), task.skeleton(form)
+    assert end and len(end) == len({*end})
+
+    said: list[Any] = []
+    last = next(n.removesuffix(f".{s.role}") for n, s in task.specs(form).items() if s.layer == form.depth - 1)
+    hook = module.get_submodule(last).register_forward_hook(
+        lambda block, arguments, returned: said.append(returned[0] if isinstance(returned, tuple) else returned)
+    )
+    try:
+        batch = batch_of(task)
+        logits = task.forward(form, leaves, batch)
+    finally:
+        hook.remove()
+    for result, without in ((said[0].tanh(), {*end}), (real(logits, batch).tanh(), set())):
+        weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(3), dtype=result.dtype)
+        found = torch.autograd.grad(
+            (weights * result).sum(), list(leaves.values()), retain_graph=True, allow_unused=True
+        )
+        assert {n for n, gradient in zip(leaves, found, strict=True) if gradient is None} == without
+
+
+def test_a_family_that_names_nothing_after_its_blocks_has_no_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, form = ROWS["vit"].task, ROWS["vit"].small
+    silent = {name: dataclasses.replace(spec, after=False) for name, spec in task.specs(form).items()}
+    monkeypatch.setattr(Task, "specs", lambda self, form: silent)
+    with pytest.raises(ValueError, match=r"task\.family='vit': must be a family that says which parameters"):
+        tail(task, form)
 
 
 @pytest.mark.parametrize("name", EXITED)
 def test_what_comes_after_the_blocks_and_what_before(name: str) -> None:
     task, form = EXITED[name].task, EXITED[name].deeper
     end = tail(task, form)
-    assert {*end} == TAILS[name] and len(end) == len({*end})
     for depth in range(1, form.depth + 1):
         assert {*tail(task, shallower(form, depth))} == {*end}
         assert up_to(task, form, depth) == {*task.specs(shallower(form, depth))} - {*end}
@@ -159,7 +175,7 @@ def test_gradients_through_exits_are_those_of_shallower_models(name: str) -> Non
             logits = one_by_one(task, form, leaves, ends, batch)
         torch.stack([weight * each.tanh().sum() for weight, each in enumerate(logits, start=1)]).sum().backward()
         gradients.append([leaf.grad for tree in (leaves, *ends) for leaf in tree.values()])
-    rotary = name.startswith(("llama", "fifth"))  # their normalisations compute in single precision
+    rotary = EXITED[name].rotary  # then some of it computes in single precision
     for found, expected in zip(*gradients, strict=True):
         assert found is not None and expected is not None
         scale = float(expected.abs().max()) + 1e-3

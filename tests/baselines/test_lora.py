@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from baselines.fedavg import FedAvg
 from baselines.flora import HEAD, FLoRA
@@ -82,19 +83,18 @@ def moved(base: Tree, writes: Mapping[str, int], rank: int = 3) -> State:
     return mapped(lambda t: 0.3 * torch.randn(t.shape, generator=generator, dtype=torch.float64), state)
 
 
-PROJECTIONS = {
-    "vit": 6,
-    "bert": 6,
-    "gpt2": 4,
-    "llama": 7,
-    "fifth": 7,
-}  # in a block; GPT-2's queries, keys, values are one
+def _in_block(task: Task, form: Form, name: str) -> nn.Module:
+    """The module of this name in the last block: some lack what others have."""
+    last = next(n.removesuffix(f".{s.role}") for n, s in task.specs(form).items() if s.layer == form.depth - 1)
+    return task.skeleton(form).get_submodule(f"{last}.{name}")
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_which_matrices_have_adapters(row: str) -> None:
     task, form, base, writes, _ = model_of(row)
-    assert len(writes) == form.depth * PROJECTIONS[row.partition("-")[0]]
+    modules = {spec.module.partition("/")[0] for spec in task.specs(form).values() if spec.layer is not None}
+    projections = {name for name in modules if isinstance(_in_block(task, form, name), nn.Linear | Conv1D)}
+    assert len(writes) == form.depth * len(projections)  # a fused matrix has one
     specs = task.specs(form)
     assert {specs[name].layer for name in writes} == {*range(form.depth)}
     matrices = {n for n, s in specs.items() if s.layer is not None and base[n].ndim == 2}
@@ -118,7 +118,7 @@ def test_a_fresh_adapter_changes_nothing(row: str) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_adapters_beside_their_matrices_are_adapters_merged_into_them(row: str) -> None:
     task, form, base, writes, batch = model_of(row)
-    single = row.startswith(("llama", "fifth"))  # their normalisations compute in single precision
+    single = ROWS[row].rotary  # then some of it computes in single precision
     tree = moved(base, writes)
     gradients, logits = [], []
     for beside in (True, False):

@@ -16,7 +16,7 @@ from fedsim.learning.rates import cut_at, cut_axes, kept_of, rate_of, sub_form, 
 from fedsim.learning.task import Task
 from fedsim.models import Form, get_family
 from tests.support.cutting import Kept, assert_aligned, coordinates, kept_by, shapes_of
-from tests.support.family_rows import ROWS, batch_of, model_inputs, random_tree
+from tests.support.family_rows import ROWS, TIED, batch_of, model_inputs, random_tree
 
 
 RATES = (1.0, 0.7, 1 / 2, 1 / 3, 1 / 4, 1 / 8, 1 / 16)
@@ -41,8 +41,7 @@ def exists(task: Task, form: Form, rate: float) -> bool:
     width, heads = math.ceil(rate * form.width - 1e-9), form.heads
     if "rotary" not in {axis for spec in task.specs(form).values() for dim in spec.parsed_parts for axis in dim.axes}:
         return task.config.family == "vit" or heads * math.ceil(rate * form.head_size - 1e-9) == width
-    assert form.kv_heads
-    queries = math.ceil(rate * form.kv_heads - 1e-9) * (heads // form.kv_heads)
+    queries = math.ceil(rate * form.axes["kv_head"] - 1e-9) * form.axes["group"]
     return width % queries == 0 if task.config.family == "llama" else queries * form.head_size == width
 
 
@@ -217,7 +216,8 @@ def test_no_parameter_escapes_and_tied_ones_are_there_once(row) -> None:
         name for name, buffer in module.named_buffers() if buffer.is_floating_point() and "inv_freq" not in name
     ]
     tied = [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in cut.specs]
-    assert bool(tied) == (row is ROWS["gpt2-lm"] or row is ROWS["bert-mlm"] or row is ROWS["llama-lm-tied"])
+    heads = {tied.head for name, tied in TIED.items() if row is ROWS[name] and tied.head}
+    assert bool(tied) == bool(heads) and heads <= {*tied}
     loaded = task.module(sub_form(task, target, 1 / 2), cut.extract(task.fresh(target, 1)))
     twins = dict(loaded.named_parameters(remove_duplicate=False))
     assert len({id(parameter) for parameter in twins.values()}) == len(cut.specs), "still tied"

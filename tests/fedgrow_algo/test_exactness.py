@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from fedgrow_algo.presets import PRESETS
-from fedsim.models import get_family
+from tests.support.family_rows import EPS
 from tests.support.growing import (
-    EPS,
     GROWTH,
     MAIN,
     MIX_HEADS,
@@ -29,16 +28,18 @@ from tests.support.growing import (
     operator_between,
     random,
     random_tree,
+    rotary,
     small,
     start,
+    where,
 )
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT, BROKEN = 1e-9, 1e-3
-PRE_NORM = [model for model in MAIN if not get_family(family(model)).post_norm]
-POST_NORM = [model for model in MAIN if get_family(family(model)).post_norm]
+PRE_NORM = [model for model in MAIN if where(model) == "before blocks"]
+POST_NORM = [model for model in MAIN if where(model) == "after blocks"]
 CELLS = [(model, growth) for model in MAIN for growth in GROWTH[family(model)]]
 CELLS += [(model, growth) for model in MODELS if model not in MAIN for growth in ("residual x2", "all x2", "all")]
 
@@ -104,12 +105,24 @@ def test_units_of_the_block_above_are_no_copies_unless_there_is_no_block_above(d
     assert difference < EXACT if says else difference > BROKEN
 
 
-@pytest.mark.parametrize("model", ["vit", "gpt2-lm", "llama-lm", "bert-text"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("preset", ["preserving", "zero-block", "hypercloning"])
+@pytest.mark.parametrize("model", ["modernbert-text", "modernbert-mlm"])
+def test_blocks_of_two_kinds_the_first_of_which_lacks_a_norm_grow_exactly_in_depth(model, preset, depth):
+    """Even from block 0 alone, which has no such norm to grow others from."""
+    old = dataclasses.replace(small(model), depth=depth)
+    for new_depth in range(depth, 9):
+        new = dataclasses.replace(large(model, "residual x2", preset), depth=new_depth)
+        assert PRESETS[preset].exact(operator_between(preset, model, old, new))
+        assert gap(model, old, new, preset) < EXACT, new_depth
+
+
+@pytest.mark.parametrize("model", ["vit", "gpt2-lm", "llama-lm", "bert-text", "deberta-text", "modernbert-text"])
 def test_growth_to_the_same_size_changes_no_weight_unless_the_start_is_random(model):
     unchanged = set()
     tree = random_tree(model, small(model))
     for preset in PRESETS:
-        if family(model) == "llama" and preset in ("paper", "paper-untied", "paper-chunked", "ligo"):
+        if rotary(model) and preset in MIX_HEADS:
             continue
         operator = operator_between(preset, model, small(model), small(model))
         grown_tree = operator(start(operator), tree)
@@ -154,7 +167,7 @@ def test_exact_growth_leaves_the_loss_and_its_gradient_in_the_input(model, train
             entry, grown_entry = batch(model)["pixel_values"], batch(model)["pixel_values"]
             back = torch.eye(8).double()
         else:
-            name = next(name for name in tree if "embed_tokens" in name or "wte" in name or "word_emb" in name)
+            name = next(name for name, spec in operator.small.items() if spec.dims == ("=token", "embed"))
             ids = batch(model)["input_ids"]
             entry, grown_entry = tree[name][ids], grown_tree[name][ids]
             back = operator.matrix(tensors, operator.groups["embed"])  # e' = B e, so dL/de = B^T dL/de'
@@ -177,8 +190,7 @@ def is_embedding(name):
 
 @pytest.mark.parametrize(
     ("model", "preset", "shrinks"),
-    [(model, "preserving", True) for model in PRE_NORM]
-    + [(model, "preserving", False) for model in POST_NORM]
+    [(model, "preserving", model in PRE_NORM) for model in MAIN]
     + [(model, preset, False) for model in MAIN for preset in ("net2net", "hypercloning")],
 )
 def test_epsilon_goes_as_the_variance_does(model, preset, shrinks):

@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from fedgrow_algo.blocks import in_their_places, interlaced_blocks, stacked_blocks, stacked_from_top
 from fedgrow_algo.dual_ligo import grown, operator_between
 from fedgrow_algo.ligo import Operator
 from fedgrow_algo.presets import (
     PRESETS,
     by_name,
     equal_shares,
-    interlaced_blocks,
-    stacked_blocks,
-    stacked_from_top,
     unequal_shares,
 )
 from fedsim.learning.task import Task, TaskConfig
@@ -303,6 +301,31 @@ def test_ligo_starts_from_averages_and_noisy_stacking():
 def test_which_block_each_block_copies(rule, old, new, blocks):
     assert rule(old, new) == blocks
     assert rule(old, old) == list(range(old))
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "blocks"),
+    [
+        ("gllg", "gllgl", [0, 1, 2, 3, 3]),  # interlacing would have a local block where a global one stands
+        ("gl", "gll", [0, 0, 1]),
+        ("gllg", "gllgll", [0, 1, 2, 3, 3, 3]),
+        ("gll", "gllgll", [0, 0, 1, 1, 2, 2]),
+        ("g", "gll", [0, 0, 0]),
+        ("012", "01234", [0, 1, 2, 2, 2]),  # no block is as another
+    ],
+)
+def test_blocks_are_placed_where_blocks_of_their_kind_stand(small, large, blocks):
+    assert in_their_places(small, large) == blocks
+
+
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 4))
+def test_blocks_of_a_pattern_always_have_a_place_and_interlace_where_all_are_alike(old, more, every):
+    kinds = ["g" if k % every == 0 else "l" for k in range(old + more)]
+    source = in_their_places(kinds[:old], kinds)
+    first = [source.index(block) for block in range(old)]
+    assert source == sorted(source) and [kinds[k] for k in first] == kinds[:old]
+    if every == 1:
+        assert source == interlaced_blocks(old, old + more)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from fedsim.learning.task import Batch, TaskConfig, load_task, subset
 from fedsim.learning.training import Trained, Training
 from fedsim.models import Form
 from tests.support.clients import client_update
+from tests.support.family_rows import FAMILIES
 from tests.support.small_federation import (
     ALIKE,
     LOCAL,
@@ -433,11 +434,12 @@ def test_empty_trees_stay_and_types_do_not_mix(federation: Federation) -> None:
 # models ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+@pytest.mark.parametrize("family", [name for name, d in FAMILIES.items() if d.data.keys() & {"lm", "mlm"}])
 def test_models_may_ask_whether_a_mask_hides_anything(family: str, uncounted: None) -> None:
     """Of three clients one has padded texts: alone, a model does without a mask where it hides nothing."""
-    objective = "masked_token" if family == "bert" else "next_token"
-    task = load_task(TaskConfig(pydoc(limit=24, max_length=8, objective=objective), family=family), None)
+    described = FAMILIES[family]
+    data = pydoc(limit=24, max_length=8, objective="next_token" if "lm" in described.data else "masked_token")
+    task = load_task(TaskConfig(data, described.module or family, settings=described.settings), None)
     assert task.dataset is not None
     shards = [subset(task.dataset.train, torch.arange(start, start + 8).numpy()) for start in (0, 8, 16)]
     for client, shard in enumerate(shards):

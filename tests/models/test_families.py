@@ -13,7 +13,7 @@ from fedsim.core.tree import Tree
 from fedsim.learning.task import Task
 from fedsim.models import Family, Form, Inputs, families, get_family
 from fedsim.models.declare import stacked
-from tests.support.family_rows import ROWS, Row, batch_of, random_tree, real
+from tests.support.family_rows import FAMILIES, ROWS, TIED, Row, batch_of, random_tree, real
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,6 +36,11 @@ VARIANTS = {
     "llama-lm with biases": _with("llama-lm", attention_bias=True, mlp_bias=True),
     "llama-lm with a head size": _with("llama-lm", Form(16, 2, heads=4, kv_heads=1, head_dim=6, mlp=24)),
     "llama-lm with its own rotation": _with("llama-lm", rope_theta=500, rope_type="linear", factor=2.0),
+    "deberta-text with positions": _with("deberta-text", position_biased_input=True, type_vocab_size=2),
+    "deberta-tokens of few buckets": _with("deberta-tokens", position_buckets=4),
+    "modernbert-text by its mean": _with("modernbert-text", classifier_pooling="mean"),
+    "modernbert-tokens with its own rotation": _with("modernbert-tokens", global_rope_theta=50, local_rope_theta=7.0),
+    "modernbert-mlm untied": _with("modernbert-mlm", tie_word_embeddings=False),
     "llama-text without groups": _with("llama-text", Form(16, 2, heads=2, mlp=24), tie_word_embeddings=True),
 }
 
@@ -57,9 +62,9 @@ def _family(row: Row) -> Family:
 # named axes -----------------------------------------------------------------------------------------------------------
 
 
-def test_families_are_files():
-    assert families() == ["bert", "gpt2", "llama", "vit"]
-    with pytest.raises(ValueError, match=r"task.family='declare': must be one of bert, gpt2, llama, vit"):
+def test_families_are_files_and_each_has_a_row():
+    assert families() == sorted(name for name, described in FAMILIES.items() if not described.module)
+    with pytest.raises(ValueError, match=f"task.family='declare': must be one of {', '.join(families())}, or"):
         get_family("declare")
 
 
@@ -80,8 +85,11 @@ def test_named_axes_are_the_sizes_of_the_module(row: Row):
             named = [dim.size(form.axes) for dim in spec.parsed]
             assert list(parts[name].shape) == [size or own for size, own in zip(named, parts[name].shape, strict=True)]
 
-        layers = [spec.layer for spec in specs.values() if spec.layer is not None]
-        assert {*layers} == {*range(form.depth)} and len(layers) == form.depth * layers.count(0)
+        blocks = [{spec.role for spec in specs.values() if spec.layer == layer} for layer in range(form.depth)]
+        assert {spec.layer for spec in specs.values()} == {None, *range(form.depth)}
+        for block in blocks:  # they are alike but for a normalisation that one of them may lack
+            lacking = {spec.role: spec for spec in specs.values() if spec.role in {*set().union(*blocks)} - block}
+            assert all(dim.mode in ("gain", "shift") for spec in lacking.values() for dim in spec.parsed)
         assert all(f".{spec.layer}.{spec.role}" in name for name, spec in specs.items() if spec.layer is not None)
 
 
@@ -131,7 +139,8 @@ def test_groups_of_one_axis_may_be_reordered_alone_unless_a_tied_matrix_links_th
     dims = [dim for spec in split_specs(task.specs(form)).values() for dim in spec.parsed]
     before = real(task.forward(form, tree, batch), batch)
     groups = {dim.group for dim in dims if dim.axes == ("embed",)}
-    assert groups == {"embed"} | {"bert-text": {"pooled"}, "bert-mlm": {"transform"}}.get(_name(row), set())
+    apart = row.described.apart.get(task.inputs.kind)
+    assert groups == ({"embed", apart} if apart else {"embed"})
     linked = len(groups) > 1 and any(dim.tied for dim in dims)
     for group in groups:
         after = real(task.forward(form, _reordered(task, form, tree, "embed", group=group), batch), batch)
@@ -141,29 +150,11 @@ def test_groups_of_one_axis_may_be_reordered_alone_unless_a_tied_matrix_links_th
             torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
-def _name(row: Row) -> str:
-    return f"{row.config.family}-{row.task.inputs.kind}"
-
-
-BLOCK_MODULES = {
-    "vit": "attention.q_proj attention.k_proj attention.v_proj attention.o_proj layernorm_before layernorm_after "
-    "mlp.fc1 mlp.fc2",
-    "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense "
-    "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm",
-    "gpt2": "ln_1 attn.c_attn/query attn.c_attn/key attn.c_attn/value attn.c_proj ln_2 mlp.c_fc mlp.c_proj",
-    "llama": "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-    "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj",
-}
-
-
-@pytest.mark.parametrize("name", ["vit", "bert-text", "bert-tokens", "bert-mlm", "gpt2-lm", "llama-lm", "llama-text"])
-def test_modules_of_a_block(name: str):
+def test_modules_of_a_block(plain_row: Row):
     """A depth table has one row for each: eight, and nine where the MLP has a gate."""
-    row = ROWS[name]
-    specs = split_specs(row.task.specs(row.small)).values()
-    assert [*dict.fromkeys(spec.module for spec in specs if spec.layer == 0)] == BLOCK_MODULES[
-        row.config.family
-    ].split()
+    specs = split_specs(plain_row.task.specs(plain_row.deeper)).values()
+    modules = dict.fromkeys(spec.module for spec in specs if spec.layer is not None)
+    assert [*modules] == plain_row.described.block.split()
 
 
 def test_a_silent_block_is_an_identity_unless_it_normalises_its_output(plain_row: Row):
@@ -179,28 +170,24 @@ def test_a_silent_block_is_an_identity_unless_it_normalises_its_output(plain_row
     assert gap > 1e-3 if _family(plain_row).post_norm else gap < 1e-9
 
 
-LAST_NORMS = {  # before a tied head
-    "bert-mlm": {"cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"},
-    "gpt2-lm": {"transformer.ln_f.weight", "transformer.ln_f.bias"},
-    "llama-lm-tied": {"model.norm.weight"},
+UNTIED = {
+    "bert-mlm untied": "bert-mlm",
+    "gpt2-lm untied": "gpt2-lm",
+    "llama-lm": "llama-lm-tied",
+    "modernbert-mlm untied": "modernbert-mlm",
 }
-TIED = {  # name: (the token embedding, the head that is the same tensor)
-    "bert-mlm": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
-    "gpt2-lm": ("transformer.wte.weight", "lm_head.weight"),
-    "llama-lm-tied": ("model.embed_tokens.weight", "lm_head.weight"),
-}
-UNTIED = {"bert-mlm untied": "bert-mlm", "gpt2-lm untied": "gpt2-lm", "llama-lm": "llama-lm-tied"}
 
 
 @pytest.mark.parametrize("name", TIED)
 def test_a_tied_head_is_the_token_embedding_and_counted_once(name: str):
-    task, form, (embedding, head) = ROWS[name].task, ROWS[name].small, TIED[name]
-    tree, batch = random_tree(task, form), batch_of(task)
-    module = task.module(form, tree)
-    assert head not in tree and head not in task.specs(form)
-    assert module.get_parameter(head) is module.get_parameter(embedding)
-    parts = split_specs(task.specs(form)).items()
-    assert {name for name, spec in parts if any(dim.tied for dim in spec.parsed)} == LAST_NORMS[name]
+    task, form, tied = ROWS[name].task, ROWS[name].small, TIED[name]
+    tree, batch, embedding = random_tree(task, form), batch_of(task), tied.embedding
+    if tied.head:
+        module = task.module(form, tree)
+        assert tied.head not in tree and tied.head not in task.specs(form)
+        assert module.get_parameter(tied.head) is module.get_parameter(embedding)
+    parts = split_specs(task.specs(form)).values()
+    assert {spec.module for spec in parts if any(dim.tied for dim in spec.parsed)} == {tied.norm}
 
     leaf = tree[embedding].clone().requires_grad_()
     task.loss(task.forward(form, tree | {embedding: leaf}, batch), batch).backward()
@@ -212,7 +199,8 @@ def test_a_tied_head_is_the_token_embedding_and_counted_once(name: str):
 @pytest.mark.parametrize("name", UNTIED)
 def test_an_untied_head_reads_what_the_last_norm_writes(name: str):
     task, form = (ROWS | VARIANTS)[name].task, ROWS[UNTIED[name]].small
-    embedding, head = TIED[UNTIED[name]]
+    embedding, head = TIED[UNTIED[name]].embedding, TIED[UNTIED[name]].head
+    assert head
     axis = "<transform:embed" if "bert" in name else "<embed"
     assert task.specs(form)[embedding].dims == ("=token", "embed") and task.specs(form)[head].dims == ("=token", axis)
     assert not any(dim.tied for spec in split_specs(task.specs(form)).values() for dim in spec.parsed)
@@ -241,23 +229,14 @@ def test_a_form_survives_the_config_and_the_disk(row: Row, tmp_path):
         assert family.config(family.form(config), inputs).to_dict() == config.to_dict()
 
 
-EPSILONS = {  # of a model 16 wide, and of one 48 wide
-    "vit": (1e-12, 1e-12),
-    "bert": (1e-12, 1e-12),
-    "gpt2": (768 * 1e-5 / 16, 768 * 1e-5 / 48),
-    "llama": (4096 * 1e-6 / 16, 4096 * 1e-6 / 48),
-}
-
-
-@pytest.mark.parametrize("name", ["vit", "bert-mlm", "gpt2-lm", "llama-text"])
-def test_epsilons(name: str):
-    row = ROWS[name]
-    for form, epsilon in zip((row.small, row.larger), EPSILONS[row.config.family], strict=True):
+def test_epsilons(plain_row: Row):
+    for form in (plain_row.small, plain_row.larger):
+        epsilon = plain_row.described.epsilon(form.width)
         given = dataclasses.replace(form, norm_eps=0.125)
-        assert _family(row).form(_family(row).config(form, row.task.inputs)) == _filled(form, epsilon)
+        assert _family(plain_row).form(_family(plain_row).config(form, plain_row.task.inputs)) == _filled(form, epsilon)
         for asked, found in ((form, epsilon), (given, 0.125)):
-            norms = [m for m in row.task.skeleton(asked).modules() if "Norm" in type(m).__name__]
-            assert len(norms) > 2 * asked.depth
+            norms = [m for m in plain_row.task.skeleton(asked).modules() if "Norm" in type(m).__name__]
+            assert len(norms) >= 2 * asked.depth
             assert {getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) for norm in norms} == {found}
 
 
@@ -274,7 +253,10 @@ def test_what_grown_models_must_share_is_in_the_config(plain_row: Row):
 def test_settings_reach_the_config(name: str):
     row = VARIANTS[name]
     config = _family(row).config(row.small, row.task.inputs).to_dict()
-    flat = config | config.get("rope_parameters", {})
+    rotary = config.get("rope_parameters", {})
+    flat = config | rotary
+    for whose, kind in (("global", "full_attention"), ("local", "sliding_attention")):  # of blocks of two kinds
+        flat |= {f"{whose}_{field}": value for field, value in rotary.get(kind, {}).items()}
     assert {setting: flat[setting] for setting, _ in row.config.settings} == dict(row.config.settings)
 
 
@@ -394,6 +376,20 @@ def test_a_config_of_another_family_has_no_form(name: str):
                 get_family(other).form(config)
 
 
-def test_a_name_outside_the_stack_and_within_a_block_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"norm\.weight: outside the stack and within a block"):
-        stacked(Form(8, 2), {"norm.weight": ("*embed",)}, "blocks.", {"norm.weight": ("*embed",)})
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (("norm.weight",), (), r"norm\.weight: outside the stack and within a block"),
+        ((), ("norm.weight",), r"norm\.weight: outside the stack and within a block"),
+        (("head.weight",), ("head.weight",), r"head\.weight: before the blocks and after them"),
+    ],
+)
+def test_a_name_in_two_places_is_refused(before: tuple[str, ...], after: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stacked(
+            Form(8, 2),
+            dict.fromkeys(before, ("*embed",)),
+            "blocks.",
+            {"norm.weight": ("*embed",)},
+            dict.fromkeys(after, ("*embed",)),
+        )

@@ -35,7 +35,7 @@ AUTO = {
     "tokens": AutoModelForTokenClassification,
 }
 PRE_NORM = [name for name, row in ROWS.items() if not get_family(row.config.family).post_norm]
-ROTARY = [name for name, row in ROWS.items() if row.small.kv_heads]
+ROTARY = [name for name, row in ROWS.items() if row.rotary]
 
 
 @pytest.fixture(params=ROWS)
@@ -149,7 +149,7 @@ def test_growth_as_in_the_paper_is_refused_for_rotary_positions(name: str):
 
 @pytest.mark.parametrize("preset", ["paper", "preserving"])
 def test_gradients_reach_every_tensor_of_the_operator(row: Row, preset: str):
-    if preset == "paper" and row.small.kv_heads:
+    if preset == "paper" and row.rotary:
         preset = "net2net"  # `paper` is refused
     operator, tensors = _operator(row, preset)
     task, batch = row.task, batch_of(row.task)
@@ -190,7 +190,7 @@ def test_loss_is_independent_of_padding(text_row: Row):
         batch = {name: tensor[:3, :size] if tensor.ndim == 2 else tensor[:3] for name, tensor in whole.items()}
         assert (batch["attention_mask"].sum(1) < 6).any() and batch["attention_mask"].sum(1).max() <= 6
         losses.append(task.loss(task.forward(text_row.small, tree, batch), batch))
-    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-6 if text_row.small.kv_heads else 1e-12)
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-6 if text_row.rotary else 1e-12)
 
 
 LAST_TOKEN_READ = ("gpt2-text", "llama-text")  # these find it as the last id that is not the padding's
@@ -216,7 +216,7 @@ def test_a_text_is_classified_alike_alone_and_among_longer_ones(name: str):
     for index, length in enumerate(batch["attention_mask"].sum(1)):
         alone = {key: batch[key][index : index + 1, :length] for key in ("input_ids", "attention_mask")}
         logits = task.forward(row.small, tree, alone)[0]
-        torch.testing.assert_close(logits, together[index], rtol=0, atol=1e-6 if row.small.kv_heads else 1e-12)
+        torch.testing.assert_close(logits, together[index], rtol=0, atol=1e-6 if row.rotary else 1e-12)
 
 
 @pytest.mark.parametrize("name", ["gpt2-lm", "llama-lm", "bert-mlm"])

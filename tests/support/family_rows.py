@@ -1,6 +1,7 @@
 """The families under test: one row for each kind of data a family has a model for, and small examples of that data."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,29 +40,149 @@ class Row:
     def forms(self) -> tuple[Form, ...]:
         return self.small, self.deeper, self.wider, self.larger
 
+    @property
+    def described(self) -> "Described":
+        return next(d for name, d in FAMILIES.items() if self.config.family in (name, d.module))
 
-def grouped(config: TaskConfig) -> Row:
-    """A row of a family with grouped queries; rotary positions want one size of head in all forms."""
-    return Row(
-        config,
-        Form(16, 2, heads=4, kv_heads=2, mlp=24),
-        Form(16, 5, heads=4, kv_heads=2, mlp=24),
-        Form(24, 2, heads=6, kv_heads=2, mlp=24),
-        Form(48, 3, heads=12, kv_heads=4, mlp=52),
-    )
+    @property
+    def rotary(self) -> bool:
+        """Whether positions turn the coordinates of heads: rotation or its norms then compute in single precision."""
+        specs = self.task.specs(self.small).values()
+        return any("rotary" in dim.axes for spec in specs for dim in spec.parsed_parts)
 
+
+@dataclasses.dataclass(frozen=True)
+class Tied:
+    """A head that is the token embedding: the embedding, the last normalisation before it, and its own second name."""
+
+    embedding: str
+    norm: str
+    head: str | None  # None: the embedding itself is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What the tests know of a family: all that has to be written here for a family more.
+
+    - `data`: by the kind of model there is.
+    - `block`: the modules of a block.
+    - `epsilon`: by width, what its normalisations add to the variance.
+    - `apart`: by kind, the group that is as wide as the residual stream and yet another axis.
+    - `tied`: by kind, heads that are the token embedding.
+    - `forms`: of its rows, where the usual ones do not suit it.
+    - `settings`: of its rows' Hugging Face config.
+    - `grown`: a still smaller form, which growth it allows and where that is exact (`tests/support/growing.py`).
+    - `module`: where it is, if not in the package.
+    """
+
+    data: Mapping[str, DataConfig]
+    block: str
+    epsilon: Callable[[int], float]
+    apart: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, Tied] = dataclasses.field(default_factory=dict)
+    forms: tuple[Form, ...] = ()
+    settings: tuple[tuple[str, str | int | float | bool], ...] = ()
+    grown: tuple[Form, str, str] | None = None
+    module: str | None = None
+
+
+GROUPED = (  # rotary positions want one size of head in all forms
+    Form(16, 2, heads=4, kv_heads=2, mlp=24),
+    Form(16, 5, heads=4, kv_heads=2, mlp=24),
+    Form(24, 2, heads=6, kv_heads=2, mlp=24),
+    Form(48, 3, heads=12, kv_heads=4, mlp=52),
+)
+WHOLE_HEADS = (  # the same, where the heads share the width
+    Form(16, 2, heads=4, mlp=24),
+    Form(16, 5, heads=4, mlp=24),
+    Form(32, 2, heads=8, mlp=24),
+    Form(48, 3, heads=12, mlp=52),
+)
+ENCODED = {"text": TEXTS, "tokens": TAGS, "mlm": MASKED_TOKEN}
+EPS = 1e-3  # of the forms that grow: large, so that what becomes of it shows
+
+FAMILIES = {
+    "vit": Described(
+        {"image": digits()},
+        "attention.q_proj attention.k_proj attention.v_proj attention.o_proj layernorm_before layernorm_after "
+        "mlp.fc1 mlp.fc2",
+        epsilon=lambda width: 1e-12,
+        grown=(Form(8, 2, heads=2, mlp=16, head_dim=4, norm_eps=EPS), "heads of any size", "before blocks"),
+    ),
+    "bert": Described(
+        ENCODED,
+        "attention.self.query attention.self.key attention.self.value attention.output.dense "
+        "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm",
+        epsilon=lambda width: 1e-12,
+        apart={"text": "pooled", "mlm": "transform"},
+        tied={
+            "mlm": Tied(
+                "bert.embeddings.word_embeddings.weight",
+                "cls.predictions.transform.LayerNorm",
+                "cls.predictions.decoder.weight",
+            )
+        },
+        grown=(Form(8, 2, heads=2, mlp=16, norm_eps=EPS), "heads share the width", "after blocks"),
+    ),
+    "gpt2": Described(
+        {"lm": NEXT_TOKEN, "text": TEXTS},
+        "ln_1 attn.c_attn/query attn.c_attn/key attn.c_attn/value attn.c_proj ln_2 mlp.c_fc mlp.c_proj",
+        epsilon=lambda width: 768 * 1e-5 / width,
+        tied={"lm": Tied("transformer.wte.weight", "transformer.ln_f", "lm_head.weight")},
+        grown=(Form(8, 2, heads=2, mlp=16, norm_eps=EPS), "heads share the width", "before blocks"),
+    ),
+    "llama": Described(
+        {"lm": NEXT_TOKEN, "text": TEXTS},
+        "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj",
+        epsilon=lambda width: 4096 * 1e-6 / width,
+        forms=GROUPED,
+        grown=(
+            Form(12, 2, heads=4, mlp=24, kv_heads=2, head_dim=4, norm_eps=EPS),
+            "grouped queries",
+            "before blocks",
+        ),
+    ),
+    "deberta": Described(
+        ENCODED,
+        "attention.self.query_proj attention.self.key_proj attention.self.value_proj attention.output.dense "
+        "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm",
+        epsilon=lambda width: 1e-7,
+        apart={"text": "pooled", "mlm": "transform"},
+        tied={"mlm": Tied("deberta.embeddings.word_embeddings.weight", "lm_predictions.lm_head.LayerNorm", None)},
+        grown=(Form(8, 2, heads=2, mlp=16, norm_eps=EPS), "heads share the width", "after blocks"),
+    ),
+    "modernbert": Described(
+        ENCODED,
+        "attn.Wqkv/query attn.Wqkv/key attn.Wqkv/value attn.Wo mlp_norm mlp.Wi/mlp1 mlp.Wi/mlp2 mlp.Wo attn_norm",
+        epsilon=lambda width: 1e-5,
+        apart={"text": "pooled", "tokens": "pooled", "mlm": "transform"},
+        tied={"mlm": Tied("model.embeddings.tok_embeddings.weight", "head.norm", "decoder.weight")},
+        forms=WHOLE_HEADS,
+        settings=(("local_attention", 4),),  # two tokens on each side: a local block is not as a global one
+        grown=(Form(8, 2, heads=2, mlp=16, norm_eps=EPS), "whole heads share the width", "on normalised embeddings"),
+    ),
+    "fifth": Described(
+        {"lm": NEXT_TOKEN},
+        "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj",
+        epsilon=lambda width: 896 * 1e-6 / width,
+        forms=GROUPED,
+        module="tests.support.fifth_family",
+    ),
+}
 
 ROWS = {
-    "vit": Row(TaskConfig(digits(), "vit")),
-    "bert-text": Row(TaskConfig(TEXTS, "bert")),
-    "bert-tokens": Row(TaskConfig(TAGS, "bert")),
-    "bert-mlm": Row(TaskConfig(MASKED_TOKEN, "bert")),
-    "gpt2-lm": Row(TaskConfig(NEXT_TOKEN, "gpt2")),
-    "gpt2-text": Row(TaskConfig(TEXTS, "gpt2")),
-    "llama-lm": grouped(TaskConfig(NEXT_TOKEN, "llama")),
-    "llama-lm-tied": grouped(TaskConfig(NEXT_TOKEN, "llama", settings=(("tie_word_embeddings", True),))),
-    "llama-text": grouped(TaskConfig(TEXTS, "llama")),
-    "fifth-lm": grouped(TaskConfig(NEXT_TOKEN, "tests.support.fifth_family")),
+    name if kind == "image" else f"{name}-{kind}": Row(
+        TaskConfig(data, described.module or name, settings=described.settings), *described.forms
+    )
+    for name, described in FAMILIES.items()
+    for kind, data in described.data.items()
+} | {
+    "llama-lm-tied": Row(TaskConfig(NEXT_TOKEN, "llama", settings=(("tie_word_embeddings", True),)), *GROUPED),
+}
+TIED = {f"{name}-{kind}": tied for name, described in FAMILIES.items() for kind, tied in described.tied.items()} | {
+    "llama-lm-tied": Tied("model.embed_tokens.weight", "model.norm", "lm_head.weight"),
 }
 
 

@@ -7,8 +7,9 @@ from fedsim.models.declare import chosen, refuse_foreign, refuse_head_size, refu
 from fedsim.models.family import Family, Form, Inputs
 
 
-OUTSIDE = {
-    "model.embed_tokens.weight": ("=token", "embed"),
+EMBEDDING = {"model.embed_tokens.weight": ("=token", "embed")}
+
+ENDING = {
     "model.norm.weight": ("*embed",),
     "lm_head.weight": ("=token", "<embed"),
 }
@@ -74,7 +75,7 @@ class Qwen2(Family):
         )
 
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
-        return stacked(form, OUTSIDE, "model.layers.", BLOCK)
+        return stacked(form, EMBEDDING, "model.layers.", BLOCK, ENDING)
 
 
 FAMILY = Qwen2()

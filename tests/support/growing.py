@@ -6,47 +6,53 @@ Which presets keep the function of a small model is written out here from the li
 import dataclasses
 import functools
 import types
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotation
+from transformers.models.modernbert import modeling_modernbert
 
 from fedgrow_algo.ligo import Operator, Preset
 from fedgrow_algo.presets import by_name
 from fedsim.core.tree import Tree
 from fedsim.models import Form, Inputs, get_family
+from tests.support.family_rows import EPS, FAMILIES
 
 
-EPS = 1e-3  # large, so that what becomes of it shows
 TEXTS = functools.partial(Inputs, vocab_size=20, max_length=8, padding_id=0, end_id=1)
 BIASES, TIED, UNTIED = (
     (("attention_bias", True), ("mlp_bias", True)),
     ("tie_word_embeddings", True),
     ("tie_word_embeddings", False),
 )
+DATA = {
+    "image": Inputs("image", 3, image_size=8, channels=1, patch_size=4),
+    "lm": TEXTS("lm", 1),
+    "mlm": TEXTS("mlm", 1, mask_id=2),
+    "text": TEXTS("text", 3),
+    "tokens": TEXTS("tokens", 3),
+}
 
-MODELS = {  # the first part of a name is the family
-    "vit": Inputs("image", 3, image_size=8, channels=1, patch_size=4),
-    "gpt2-lm": TEXTS("lm", 1),
+GROWN = {name: described.grown for name, described in FAMILIES.items() if described.grown}
+SMALL = {name: form for name, (form, _, _) in GROWN.items()}
+MAIN = {  # the first part of a name is the family
+    name if kind == "image" else f"{name}-{kind}": dataclasses.replace(DATA[kind], settings=FAMILIES[name].settings)
+    for name in GROWN
+    for kind in FAMILIES[name].data
+} | {"llama-tied": TEXTS("lm", 1, settings=(TIED, *BIASES)), "llama-text": TEXTS("text", 3, settings=BIASES)}
+MODELS = MAIN | {
     "gpt2-untied": TEXTS("lm", 1, settings=(UNTIED,)),
-    "gpt2-text": TEXTS("text", 3),
-    "llama-lm": TEXTS("lm", 1),
-    "llama-tied": TEXTS("lm", 1, settings=(TIED, *BIASES)),
-    "llama-text": TEXTS("text", 3, settings=BIASES),
-    "bert-text": TEXTS("text", 3),
-    "bert-mlm": TEXTS("mlm", 1, mask_id=2),
+    "gpt2-by-number": TEXTS("lm", 1, settings=(("scale_attn_by_inverse_layer_idx", True),)),
     "bert-untied": TEXTS("mlm", 1, mask_id=2, settings=(UNTIED,)),
-    "bert-tokens": TEXTS("tokens", 3),
+    "deberta-biased": TEXTS("text", 3, settings=(("position_biased_input", True), ("type_vocab_size", 2))),
+    "modernbert-untied": TEXTS("mlm", 1, mask_id=2, settings=(UNTIED, *FAMILIES["modernbert"].settings)),
 }
-MAIN = ("vit", "gpt2-lm", "llama-lm", "llama-tied", "bert-text", "bert-mlm")
 
-SMALL = {
-    "vit": Form(8, 2, heads=2, mlp=16, head_dim=4, norm_eps=EPS),
-    "gpt2": Form(8, 2, heads=2, mlp=16, norm_eps=EPS),
-    "bert": Form(8, 2, heads=2, mlp=16, norm_eps=EPS),
-    "llama": Form(12, 2, heads=4, mlp=24, kv_heads=2, head_dim=4, norm_eps=EPS),
-}
 HEADS_SHARE_THE_WIDTH = {
     "mlp": {"mlp": 20},
     "mlp x2": {"mlp": 32},
@@ -57,10 +63,13 @@ HEADS_SHARE_THE_WIDTH = {
     "all x2": {"width": 16, "depth": 3, "heads": 4, "mlp": 32},
     "all": {"width": 15, "depth": 4, "heads": 3, "mlp": 21},
 }
-GROWTH = {
-    "gpt2": HEADS_SHARE_THE_WIDTH,
-    "bert": HEADS_SHARE_THE_WIDTH,
-    "vit": {
+STEPS = {
+    "heads share the width": HEADS_SHARE_THE_WIDTH,
+    "whole heads share the width": {  # as rotary positions want them
+        name: step for name, step in HEADS_SHARE_THE_WIDTH.items() if name not in ("residual x2, larger heads", "all")
+    }
+    | {"all": {"width": 12, "depth": 4, "heads": 3, "mlp": 21}},
+    "heads of any size": {
         "mlp": {"mlp": 20},
         "mlp x2": {"mlp": 32},
         "heads": {"heads": 3},
@@ -72,7 +81,7 @@ GROWTH = {
         "all x2": {"width": 16, "depth": 3, "heads": 4, "mlp": 32},
         "all": {"width": 15, "depth": 4, "heads": 3, "head_dim": 5, "mlp": 21},
     },
-    "llama": {
+    "grouped queries": {
         "mlp": {"mlp": 30},
         "mlp x2": {"mlp": 48},
         "heads": {"heads": 6, "kv_heads": 3},
@@ -85,6 +94,7 @@ GROWTH = {
         "all": {"width": 30, "depth": 4, "heads": 6, "kv_heads": 3, "mlp": 30},
     },
 }
+GROWTH = {name: STEPS[steps] for name, (_, steps, _) in GROWN.items()}
 
 INNER = {"mlp", "mlp x2", "heads", "heads x2", "queries a group", "larger heads"}
 COPIES = INNER | {"residual x2", "residual x2, larger heads"}
@@ -107,6 +117,12 @@ EXACT_AFTER_BLOCKS = {  # post-norm
     "zero-block": COPIES,
     "hypercloning": COPIES & WHOLE,
 }
+EXACT = {
+    "before blocks": EXACT_BEFORE_BLOCKS,
+    "after blocks": EXACT_AFTER_BLOCKS,
+    # Before blocks, but what the first of them adds to is normalised: only tiling keeps that as it is.
+    "on normalised embeddings": EXACT_BEFORE_BLOCKS | {"preserving": COPIES | {"deeper", "all x2"}},
+}
 ACCEPTED = {  # of the growth above, unless heads are rotary; by presets that are not named, all
     "paper-chunked": {"heads", "heads x2", "larger heads", "deeper", "all x2"},
     "hypercloning": WHOLE,
@@ -116,6 +132,11 @@ MIX_HEADS = {"paper", "paper-untied", "paper-chunked", "ligo"}  # which rotary p
 
 def family(model: str) -> str:
     return model.partition("-")[0]
+
+
+def where(model: str) -> str:
+    """Where its growth is exact: a name of `EXACT`."""
+    return GROWN[family(model)][2]
 
 
 def small(model: str) -> Form:
@@ -130,17 +151,21 @@ def large(model: str, growth: str, preset: str) -> Form:
     """
     old = small(model)
     new = dataclasses.replace(old, **GROWTH[family(model)][growth])
-    shrinks = preset == "preserving" and not get_family(family(model)).post_norm
+    shrinks = preset == "preserving" and where(model) == "before blocks"
     return dataclasses.replace(new, norm_eps=EPS * old.width / new.width if shrinks else EPS)
 
 
 def exact(model: str, growth: str, preset: str) -> bool:
-    table = EXACT_AFTER_BLOCKS if get_family(family(model)).post_norm else EXACT_BEFORE_BLOCKS
-    return growth in table.get(preset, set())
+    return growth in EXACT[where(model)].get(preset, set())
+
+
+def rotary(model: str) -> bool:
+    specs = get_family(family(model)).specs(small(model), MODELS[model]).values()
+    return any("rotary" in dim.axes for spec in specs for dim in spec.parsed_parts)
 
 
 def accepted(model: str, growth: str, preset: str) -> bool:
-    if family(model) == "llama" and preset in MIX_HEADS:
+    if rotary(model) and preset in MIX_HEADS:
         return False
     return growth in ACCEPTED.get(preset, EVERYTHING)
 
@@ -170,14 +195,33 @@ def anywhere(operator: Operator) -> Tree:
     return {name: random(*shape, seed=i) for i, (name, shape) in enumerate(operator.shapes.items())}
 
 
+# Modules that ask a function of their file for something in single precision, and one that does not round.
+SINGLE = {
+    modeling_modernbert.ModernBertAttention: (modeling_modernbert, "apply_rotary_pos_emb", llama_rotation),
+    modeling_deberta_v2.DisentangledSelfAttention: (
+        modeling_deberta_v2,
+        "scaled_size_sqrt",
+        lambda query, factor: torch.tensor(query.size(-1) * factor, dtype=torch.float64).sqrt(),
+    ),
+}
+
+
 @functools.cache
 def module(model: str, form: Form) -> nn.Module:
-    """The Hugging Face module, frozen, its RMSNorms in the precision of their input instead of single precision."""
+    """The Hugging Face module, frozen; what computes in single precision does so in that of its input instead."""
     built = get_family(family(model)).build(form, MODELS[model]).double().eval().requires_grad_(False)
     for part in built.modules():
         if isinstance(part, LlamaRMSNorm):
             part.forward = types.MethodType(_rms_norm, part)
+        for patched, (where, name, better) in SINGLE.items():
+            if isinstance(part, patched):
+                part.forward = functools.partial(_with_double, part, where, name, better)
     return built
+
+
+def _with_double(part: nn.Module, where: types.ModuleType, name: str, better: Any, *given: Any, **named: Any) -> Any:
+    with mock.patch.object(where, name, better):
+        return type(part).forward(part, *given, **named)
 
 
 def _rms_norm(norm: LlamaRMSNorm, x_BTD: Tensor) -> Tensor:

@@ -13,9 +13,12 @@ from fedsim.models.declare import refuse_kind, stacked
 from fedsim.models.family import Family, Form, Inputs
 
 
-OUTSIDE = {
+ENTRY = {
     "entry.weight": ("embed", ""),
     "entry.bias": ("embed",),
+}
+
+ENDING = {
     "last.weight": ("*embed",),
     "last.bias": ("+embed",),
     "head.weight": ("=class", "<embed"),
@@ -66,7 +69,7 @@ class Light(Family):
         return Model(form, inputs)
 
     def specs(self, form: Form, inputs: Inputs) -> dict[str, ParamSpec]:
-        return stacked(form, OUTSIDE, "blocks.", BLOCK)
+        return stacked(form, ENTRY, "blocks.", BLOCK, ENDING)
 
     def model_class(self, inputs: Inputs) -> Any:
         raise NotImplementedError("there is no Hugging Face class")
