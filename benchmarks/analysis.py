@@ -28,7 +28,7 @@ pd.set_option("display.max_colwidth", 80)
 # What is compared with what: a suite may hold several federations (`setting`), and variants of a method (`method`).
 runs = pd.DataFrame(finished_runs(results))
 names = runs[["run_id", "setting", "method"]]
-rounds = results.rounds.merge(names, on="run_id").sort_values("round")
+rounds = results.rounds.drop(columns="method").merge(names, on="run_id")  # variants told apart.sort_values("round")
 rounds["megabytes"] = (rounds["bytes_up_total"] + rounds["bytes_down_total"]) / 1e6
 scored = rounds.dropna(subset=["accuracy_mean"])
 last = scored.groupby("run_id").tail(1)

@@ -37,7 +37,7 @@ from benchmarks.suites import tiny  # noqa: E402
 from fedgrow_algo.fedgrow import FedGrow  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
 from fedsim.experiment import Experiment  # noqa: E402
-from fedsim.runtime import make_runtime  # noqa: E402
+from fedsim.runtime import Choice  # noqa: E402
 from fedsim.simulation import RunFailed, run  # noqa: E402
 from fedsim.sweeps.progress import label_of  # noqa: E402
 
@@ -211,7 +211,7 @@ def hashes(out: Path, run_id: str) -> list[str]:
 
 def undisturbed(folder: Path) -> dict[str, list[str]]:
     """Run -> hashes, computed inline."""
-    runtime = make_runtime("inline")
+    runtime = Choice("inline")()
     try:
         run_ids = [run(experiment, runtime=runtime, out=folder) for experiment in experiments()]
         return {run_id: hashes(folder, run_id) for run_id in run_ids}
@@ -224,7 +224,7 @@ def soak(minutes: float, every: float, hosts: int, seed: int, folder: Path, cons
     tally, out = Tally(), folder / "out"
     out.mkdir()
     expected = undisturbed(folder / "inline")
-    runtime = make_runtime("ray", hosts=hosts)
+    runtime = Choice("ray", hosts=hosts)()
     killer, watcher = Killer(seed, every, tally), Watcher(out)
     started = time.monotonic()
     watcher.start()

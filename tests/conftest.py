@@ -96,6 +96,7 @@ def cluster() -> Iterator[None]:
     """One private Ray for all tests in this process, with more logical CPUs and GPUs than the machine has."""
     import ray  # only here: tests that need no Ray do not wait for it
 
+    os.environ.pop("RAY_AUTH_MODE", None)  # commands with an address have set it, where this user has a token
     often = {"metrics_report_interval_ms": 1000}
     ray.init(
         address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, _system_config=often

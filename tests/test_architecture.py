@@ -143,7 +143,7 @@ def test_ray_stays_out_until_it_is_chosen() -> None:
     program = (
         "import sys, fedgrow_algo.fedgrow, baselines.fedavg, fedsim.cli.commands, fedsim.simulation; "
         "import benchmarks.suites; "
-        "from fedsim.runtime import make_runtime; make_runtime('inline').close(); "
+        "from fedsim.runtime import Choice; Choice('inline')().close(); "
         "sys.exit('ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
@@ -180,6 +180,11 @@ def test_environment_variables_are_read_in_one_place(path: Path) -> None:
         reads = isinstance(node, ast.Attribute) and node.attr in names
         imported = isinstance(node, ast.ImportFrom) and any(alias.name in names for alias in node.names)
         assert not (reads or imported) or path.relative_to(ROOT) == Path("fedsim/core/environment.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_changes_what_its_module_holds(path: Path) -> None:
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(ast.parse(path.read_text())))
 
 
 def is_frozen_dataclass(node: ast.ClassDef) -> bool:

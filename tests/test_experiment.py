@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from baselines.fedavg import FedAvg
+from baselines.fedavg import FedAvg, fedavg_mid
 from benchmarks import suites
 from benchmarks.suites import tiny
 from fedsim.cli import main
@@ -24,6 +24,7 @@ from fedsim.experiment import Experiment, Tier, load_experiments, parsed, with_s
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
+from fedsim.results.tables import load
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
 from fedsim.storage.locking import locked
@@ -486,3 +487,29 @@ def test_a_class_of_a_script_has_one_name_in_all_its_processes() -> None:
     here = dataclasses.make_dataclass("Mine", ["lr"], frozen=True, namespace={"__module__": "__main__"})
     there = dataclasses.make_dataclass("Mine", ["lr"], frozen=True, namespace={"__module__": "__mp_main__"})
     assert canonical(here(1)) == canonical(there(1)) == {"class": "__main__.Mine", "lr": 1}
+
+
+# without an intermediate form -----------------------------------------------------------------------------------------
+
+
+def test_an_intermediate_form_is_for_methods_that_have_one(tiny_experiment: Experiment) -> None:
+    plain = dataclasses.replace(tiny_experiment, algorithm=FedAvg(), intermediate=None)
+    assert plain.middle == plain.target
+    assert revived(json.loads(plain.canonical_json())).run_id == plain.run_id
+    assert plain.run_id != dataclasses.replace(plain, intermediate=tiny_experiment.intermediate).run_id
+    for algorithm in (tiny_experiment.algorithm, fedavg_mid()):
+        with pytest.raises(ValueError, match="intermediate=None: must be a form"):
+            dataclasses.replace(plain, algorithm=algorithm)
+    with pytest.raises(ValueError, match="target=None"):
+        Experiment(FedAvg(), plain.task, plain.tiers)
+    with pytest.raises(ValueError, match=r"form\.width=\d+: must be at most target\.width=8"):
+        dataclasses.replace(plain, target=Form(8, 1, 2))
+
+
+def test_a_run_without_an_intermediate_form(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    plain = dataclasses.replace(tiny_experiment, algorithm=FedAvg(lr=1e-2), intermediate=None)
+    hashes = []
+    for name, experiment in (("without", plain), ("with", dataclasses.replace(plain, intermediate=plain.target))):
+        run(experiment, runtime=InlineRuntime(), out=tmp_path / name)
+        hashes.append(load(tmp_path / name).rounds.sort_values("round").state_sha256.tolist())
+    assert hashes[0] == hashes[1]

@@ -1,15 +1,17 @@
 """What the commands of `fedsim` do. They import torch; the command line itself (`fedsim.cli`) does not."""
 
 import argparse
+import functools
 import json
 import shlex
 from pathlib import Path
 
 from rich.console import Console
 
-from fedsim.cli.options import SUITES, address_of, report_failures, runtime_maker
+from fedsim.cli.options import SUITES, address_of, report_failures
 from fedsim.cluster.doctor import PROBLEM, as_json, examine, print_findings
 from fedsim.core import environment
+from fedsim.core.terminal import say
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cost import Cost, cost_of
 from fedsim.experiment import Experiment, load_experiments, with_settings
@@ -20,7 +22,7 @@ from fedsim.results.tables import load
 from fedsim.runtime import Choice
 from fedsim.storage.place import place
 from fedsim.sweeps.profile import print_profile
-from fedsim.sweeps.progress import OneByOne, label_of
+from fedsim.sweeps.progress import label_of, overview_for
 from fedsim.sweeps.runner import check_data, check_folder, locked, run_all
 from fedsim.sweeps.suites import experiments_of, suites_of
 from fedsim.sweeps.tensorboard import Boards
@@ -29,16 +31,16 @@ from fedsim.sweeps.tensorboard import Boards
 def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
     out = place(options.out or Path("results") / options.target.partition(":")[2])
-    make, data_dir, typed = runtime_maker(options, console), environment.data_dir(), ["fedsim", *options.words]
-    overview = Boards(OneByOne(console), out) if options.tensorboard else None
+    data_dir, typed = environment.data_dir(), ["fedsim", *options.words]
+    overview = Boards(overview_for(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
-    with locked(out, lambda text: console.print(text, highlight=False)):
+    with locked(out, functools.partial(say, console)) as out:
         check_folder(out, experiments, options.resume)
         suite = options.target.partition(":")[2]
         failures = run_all(
             experiments,
             out=out,
-            make_runtime=make,
+            make_runtime=options.make_runtime,
             suite=suite,
             data_dir=data_dir,
             console=console,
@@ -51,7 +53,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
             print_profile(load(out).profile, console)
     report_failures(failures, shlex.join(typed if options.resume else [*typed, "--resume"]), console)
     if not failures:
-        console.print(f"results: {out}/runs, {out}/rounds, {out}/clients", highlight=False, soft_wrap=True)
+        say(console, f"results: {out}/runs, {out}/rounds, {out}/clients")
     return 1 if failures else 0
 
 
@@ -82,17 +84,17 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
         "private state on disk": f"{figures['private_bytes'] / 1e6:.2f} MB for all participants",
         "memory of a step": f"{figures['peak_bytes'] / 1e6:.1f} MB at most, by count",
     }
-    console.print(f"{label_of(experiment)}  run {experiment.run_id}", highlight=False)
+    say(console, f"{label_of(experiment)}  run {experiment.run_id}")
     for name, text in lines.items():
-        console.print(f"  {name:<28}{text}", highlight=False, soft_wrap=True)
+        say(console, f"  {name:<28}{text}")
     for tier in cost.participants:
         trained = ", ".join(f"{purpose} {count:,}" for purpose, count in tier.trainable.items())
         flops = ", ".join(f"{purpose} {count / 1e6:,.0f}" for purpose, count in tier.flops_per_step.items())
-        console.print(f"  {tier.tier}, {tier.count} participants of {tier.form}:", highlight=False)
-        console.print(f"    {'own model':<26}{tier.small_params:,} parameters", highlight=False)
-        console.print(f"    {'trained':<26}{trained}", highlight=False, soft_wrap=True)
-        console.print(f"    {'uploaded':<26}{tier.upload_params:,}", highlight=False)
-        console.print(f"    {'MFLOP a step':<26}{flops}", highlight=False, soft_wrap=True)
+        say(console, f"  {tier.tier}, {tier.count} participants of {tier.form}:")
+        say(console, f"    {'own model':<26}{tier.small_params:,} parameters")
+        say(console, f"    {'trained':<26}{trained}")
+        say(console, f"    {'uploaded':<26}{tier.upload_params:,}")
+        say(console, f"    {'MFLOP a step':<26}{flops}")
         device = next(each.simulated for each in experiment.tiers if each.name == tier.tier)
         if device is not None:
             steps = ", ".join(
@@ -101,14 +103,14 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
             )
             lines = device.seconds(down=tier.download_bytes, flops=0, up=tier.upload_bytes)
             memory = f"{tier.peak_bytes / MEBIBYTE:.1f} MB of {device.memory_mb:g} MB (2^20 bytes)"
-            console.print(f"    {'seconds a step':<26}{steps} (simulated)", highlight=False, soft_wrap=True)
-            console.print(f"    {'seconds on the line':<26}{lines:.3g} a round (simulated)", highlight=False)
-            console.print(f"    {'memory of a step':<26}{memory}", highlight=False)
+            say(console, f"    {'seconds a step':<26}{steps} (simulated)")
+            say(console, f"    {'seconds on the line':<26}{lines:.3g} a round (simulated)")
+            say(console, f"    {'memory of a step':<26}{memory}")
 
 
 def export_command(options: argparse.Namespace, console: Console) -> int:
     folder = export(place(options.directory), options.run, options.participant, options.to)
-    console.print(f"written: {folder}", highlight=False, soft_wrap=True)
+    say(console, f"written: {folder}")
     return 0
 
 
@@ -117,9 +119,9 @@ def clean_command(options: argparse.Namespace, console: Console) -> int:
     runs_in(directory)  # a folder without results is refused before a lock is made in it
     with locked(directory):
         freed = clean(directory, unfinished=options.unfinished)
-    console.print(f"freed {freed.bytes / 1e6:.1f} MB: checkpoints of {freed.runs} runs", highlight=False)
+    say(console, f"freed {freed.bytes / 1e6:.1f} MB: checkpoints of {freed.runs} runs")
     if freed.unfinished:
-        console.print(f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)", highlight=False)
+        say(console, f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)")
     return 0
 
 

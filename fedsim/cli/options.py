@@ -1,6 +1,7 @@
 """Options that several commands share, what is made of them, and exit statuses."""
 
 import argparse
+import functools
 import gc
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from fedsim.core import environment
 from fedsim.core.numerics import NUMERICS, settle
+from fedsim.core.terminal import say
 from fedsim.runtime import RUNTIMES, Choice
 
 
@@ -24,13 +26,13 @@ def exit_status(command: Callable[[], int], console: Console) -> int:
     try:
         return command()
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(Console(stderr=True), f"error: {error}")
         return 2
     except OSError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(Console(stderr=True), f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted: every finished round is on disk", highlight=False)
+        say(console, "interrupted: every finished round is on disk")
         gc.freeze()  # or Python takes seconds, as it ends, to collect what torch and transformers are made of
         return 130
 
@@ -97,26 +99,17 @@ def add_resume_anywhere(command: argparse.ArgumentParser) -> None:
 def choose_numerics(options: argparse.Namespace, console: Console) -> None:
     """Settle `options.numerics`, before torch computes for the first time."""
     here = getattr(options, "runtime", "inline") == "inline" and getattr(options, "jobs", 1) == 1
-    options.numerics = settle(
-        options.numerics, here=here, say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-    )
+    options.numerics = settle(options.numerics, here=here, say=functools.partial(say, console))
 
 
 def runtime_maker(options: argparse.Namespace, console: Console) -> Choice:
     """What makes the runtime the options ask for, when it is needed."""
-    if options.hosts is not None and options.hosts < 1:
-        raise ValueError(f"--hosts={options.hosts}: must be at least 1")
-    if options.gpus is not None and options.gpus < 0:
-        raise ValueError(f"--gpus={options.gpus}: must be at least 0")
-    address = address_of(options)
-    if options.wait < 0 or (options.wait and (options.hosts is None or address is None)):
-        raise ValueError(f"--wait={options.wait:g}: must be minutes, with --hosts and a cluster to join (--address)")
     return Choice(
         options.runtime,
-        address=address,
+        address=address_of(options),
         hosts=options.hosts,
         gpus=options.gpus,
-        say=lambda text: console.print(text, highlight=False),
+        say=functools.partial(say, console),
         wait=60 * options.wait,
         numerics=options.numerics,
     )
@@ -133,6 +126,6 @@ def address_of(options: argparse.Namespace) -> str | None:
 def report_failures(failures: Sequence["RunFailed"], command: str, console: Console) -> None:
     """Which runs failed, why, and how to go on."""
     for failure in failures:
-        console.print(str(failure), highlight=False, markup=False, soft_wrap=True)
+        say(console, str(failure))
     if failures:
-        console.print(f"go on with: {command}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"go on with: {command}")

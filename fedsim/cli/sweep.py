@@ -1,6 +1,7 @@
 """`fedsim sweep` and `fedsim report`: several runs into one folder, and the page about them."""
 
 import argparse
+import functools
 import os
 import shlex
 import webbrowser
@@ -9,12 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedsim.cli.options import SUITES, report_failures, runtime_maker
+from fedsim.cli.options import SUITES, report_failures
 from fedsim.core import environment
+from fedsim.core.terminal import say
 from fedsim.experiment import Experiment
 from fedsim.report.document import write_report
 from fedsim.report.readings import finished_runs, referred
-from fedsim.report.tables import print_summary
+from fedsim.report.terminal import print_summary
 from fedsim.results.tables import load
 from fedsim.storage.place import Place, place
 from fedsim.sweeps.fairness import check_fair
@@ -41,7 +43,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
         print_plan(wanted, out=out, data_dir=data_dir, machine=machine, console=console)
         return 0
 
-    make_runtime, typed = runtime_maker(options, console), shlex.join(["fedsim", *options.words])
+    typed = shlex.join(["fedsim", *options.words])
     if options.tensorboard:
         check_tensorboard()
     check_reference(options.reference, [each for experiments in wanted.values() for each in experiments], out)
@@ -49,16 +51,16 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
     failures = []
-    with locked(out, lambda text: console.print(text, highlight=False)):
+    with locked(out, functools.partial(say, console)) as out:
         for suite, experiments in wanted.items():
             failures += run_all(
                 experiments,
                 out=out,
-                make_runtime=make_runtime,
+                make_runtime=options.make_runtime,
                 suite=suite,
                 data_dir=data_dir,
                 console=console,
-                overview=Boards(overview_for(console), out) if options.tensorboard else overview_for(console),
+                overview=Boards(overview_for(console), out) if options.tensorboard else None,
                 jobs=options.jobs,
                 command=typed,
                 profile=options.profile,
@@ -70,7 +72,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
                 print_profile(results.profile, console)
             reference = options.reference
             if reference is not None and not referred(finished_runs(results), reference):
-                console.print(f"--reference={reference!r}: no run of it has finished", highlight=False, markup=False)
+                say(console, f"--reference={reference!r}: no run of it has finished")
                 reference = None
             page = write_report(out, results=results, reference=reference)
             print_summary(results, directory=out, report=page, console=console, reference=reference)
@@ -86,7 +88,7 @@ def report_command(options: argparse.Namespace, console: Console) -> int:
     path = write_report(results.directories[0], out, results, options.reference)
     print(path)
     if options.open and not (isinstance(path, Path) and webbrowser.open(path.resolve().as_uri())):
-        console.print("no browser could be opened", highlight=False)
+        say(console, "no browser could be opened")
     return 0
 
 

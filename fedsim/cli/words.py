@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             idle = elsewhere or getattr(options, "dry_run", False)
             if "numerics" in options and not idle:
                 choose_numerics(options, console)
-            if arguments is None and "runtime" in options and not idle:
-                afterwards.enter_context(runtime_maker(options, console).ahead())
+            if "runtime" in options and not idle:
+                options.make_runtime = runtime_maker(options, console)
+                if arguments is None:
+                    options.make_runtime = afterwards.enter_context(options.make_runtime.ahead())
             module = importlib.import_module(f"fedsim.cli.{options.module}")
             return getattr(module, options.command)(options, console)
 

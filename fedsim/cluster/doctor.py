@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fedsim.core import environment
 from fedsim.core.numerics import PORTABLE
+from fedsim.core.terminal import say
 from fedsim.results.machine import Facts, facts
 from fedsim.runtime.base import Runtime
 from fedsim.storage.place import Place, Remote, delete, write_atomically
@@ -272,10 +273,8 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
     order = (OK, WARNING, PROBLEM)
     for found in sorted(findings, key=lambda found: order.index(found.level)):
         where = f" {found.node}" if found.node else ""
-        console.print(
-            f"{found.level:<8}{found.check}{where}: {found.text}", highlight=False, markup=False, soft_wrap=True
-        )
+        say(console, f"{found.level:<8}{found.check}{where}: {found.text}")
         if found.remedy:
-            console.print(f"        -> {found.remedy}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"        -> {found.remedy}")
     counts = Counter(found.level for found in findings)
-    console.print(f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings", highlight=False)
+    say(console, f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import secrets
 import shlex
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from rich.console import Console
 from fedsim.cluster import cluster_file
 from fedsim.cluster.cluster_file import ClusterFile
 from fedsim.cluster.doctor import OK, PROBLEM, Finding, of_token, print_findings
+from fedsim.core.terminal import say
 from fedsim.engine.cohort import tiers_of
 from fedsim.experiment import Experiment
 from fedsim.results.provenance import git_commit
@@ -104,9 +106,9 @@ def send(
         job, id=f"fedsim-{name}-{secrets.token_hex(4)}", out=out, to=_checked(_fetched_to(options))
     )
     submission.send(link, job.id, shlex.join(words), Path.cwd(), [*LEFT_OUT, *options.exclude], variables)
-    _say(f"job {job.id}: {shlex.join(words)}", console)
-    _say(f"follow it: {job.again('--attach')}", console)
-    _say(f"stop it:   {job.again('--stop')}", console)
+    say(console, f"job {job.id}: {shlex.join(words)}")
+    say(console, f"follow it: {job.again('--attach')}")
+    say(console, f"stop it:   {job.again('--stop')}")
     return job
 
 
@@ -124,7 +126,7 @@ def examine(options: argparse.Namespace, console: Console) -> int:
         try:
             link.first()
         except NoHead as error:
-            _say(f"not looked at any node: {error}", console)
+            say(console, f"not looked at any node: {error}")
             return 0
         except ValueError as error:
             print_findings([Finding(PROBLEM, "head", "", str(error))], console)
@@ -166,20 +168,20 @@ def follow(link: JobServer, job: Job, console: Console) -> int:
     """Print what the job prints, then copy its results."""
     try:
         details = submission.follow(
-            link, job.id, lambda text: print(text, end="", flush=True), lambda t: _say(t, console)
+            link, job.id, lambda text: print(text, end="", flush=True), functools.partial(say, console)
         )
     except KeyboardInterrupt:
-        _say(f"stopping job {job.id}", console)
+        say(console, f"stopping job {job.id}")
         ended = stop(link, job, console)
         if ended and job.out is not None:
             fetch(job, console)
         return 130 if ended else 1
     except ConnectionError as error:
-        _say(f"{error}; to look again: {job.again('--attach')}", console)
+        say(console, f"{error}; to look again: {job.again('--attach')}")
         return 1
     status = details.driver_exit_code
     if status is None:  # it was not the command itself that ended it
-        _say(f"job {job.id} {str(details.status).lower()}: {' '.join((details.message or '').split())}", console)
+        say(console, f"job {job.id} {str(details.status).lower()}: {' '.join((details.message or '').split())}")
         status = 130 if str(details.status) == "STOPPED" else 1
     if job.out is None or status == 2:
         return status
@@ -193,12 +195,12 @@ def fetch(job: Job, console: Console) -> int:
         try:
             count = download(job.out, job.to, leave_out=("checkpoints/", ".lock"))
         except OSError as error:
-            _say(f"results are at {job.out}; they could not be copied from there: {error}", console)
+            say(console, f"results are at {job.out}; they could not be copied from there: {error}")
             return 1
-        _say(f"results: {job.out}; {count} files copied to {job.to}", console)
+        say(console, f"results: {job.out}; {count} files copied to {job.to}")
         return 0
     if job.cluster is None:
-        _say(f"results: {job.out} on the head", console)
+        say(console, f"results: {job.out} on the head")
         return 0
     failed = {}
     for name in TABLES:
@@ -208,9 +210,9 @@ def fetch(job: Job, console: Console) -> int:
             failed[name] = reason
     missing = [name for name in ("runs", "rounds", "clients") if name in failed]
     if missing:
-        _say(f"results are at {job.out} on the head; they could not be copied: {failed[missing[0]]}", console)
+        say(console, f"results are at {job.out} on the head; they could not be copied: {failed[missing[0]]}")
         return 1
-    _say(f"results: {job.out} on the head; copied to {job.to}", console)
+    say(console, f"results: {job.out} on the head; copied to {job.to}")
     return 0
 
 
@@ -219,12 +221,12 @@ def stop(link: JobServer, job: Job, console: Console) -> bool:
     try:
         details = submission.stop(link, job.id)
     except (ValueError, *LOST) as error:
-        _say(f"{error}\njob {job.id} may go on; to stop it: {job.again('--stop')}", console)
+        say(console, f"{error}\njob {job.id} may go on; to stop it: {job.again('--stop')}")
         return False
     if details is None:
-        _say(f"job {job.id} has not ended yet; once more: {job.again('--stop')}", console)
+        say(console, f"job {job.id} has not ended yet; once more: {job.again('--stop')}")
         return False
-    _say(f"job {job.id} {str(details.status).lower()}; every finished round is in its results folder", console)
+    say(console, f"job {job.id} {str(details.status).lower()}; every finished round is in its results folder")
     return True
 
 
@@ -253,7 +255,3 @@ def _checked(to: Path) -> Path:
     if (to / "checkpoints").exists():
         raise ValueError(f"--fetch={str(to)!r}: holds runs that were computed here: give another folder")
     return to
-
-
-def _say(text: str, console: Console) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

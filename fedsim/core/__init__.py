@@ -1,5 +1,5 @@
-"""CORE: what everything else is made of; knows torch and numpy alone.
+"""CORE: what everything else is made of; knows torch, numpy and rich alone.
 
 `tree` (verbs on dict[str, Tensor]), `updates` (what clients send, and its means), `seeding` (random streams),
-`submodel` (named axes, cuts), `fields` (bad input is named), `environment`, `numerics`.
+`submodel` (named axes, cuts), `fields` (bad input is named), `environment`, `numerics`, `terminal` (a line of text).
 """

@@ -24,8 +24,14 @@ MOST_LINES = 14  # in one figure
 LOG_FROM = 10  # a logarithmic axis where the methods' totals differ by more than this factor
 PUBLISHED = {"trainable": 59.25, "communication": 73.01}  # % saved: Fed-Grow's abstract, arXiv 2406.13450
 AGAINST = {"rounds": "federated rounds", "MB": "MB sent and received by all participants so far", "FLOPs": "FLOPs"}
+AMOUNTS = {  # of a round
+    "rounds": lambda row: row["round"],
+    "MB": lambda row: sent_bytes(row) / MEGABYTE,
+    "FLOPs": lambda row: row["flops_total"],
+}
 
 Row = Mapping[str, Any]
+Curve = tuple[list[float], list[float], list[float], list[float]]
 
 
 def shown_methods(runs: Sequence[Row]) -> list[str]:
@@ -59,7 +65,7 @@ def accuracy_figure(
     ends = []
     for number, method in enumerate(shown):
         seeds = [histories[run["run_id"]] for run in groups[method]]
-        xs, means, lows, highs = _curve(seeds, against)
+        xs, means, lows, highs = curve(seeds, against, percent=True)
         if not xs:
             continue
         style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": LINE_STYLES[number // 10 % len(LINE_STYLES)]}
@@ -84,18 +90,21 @@ def accuracy_figure(
     return figure
 
 
-def _curve(seeds: Sequence[Sequence[Row]], against: str) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Of one method: x, and the mean accuracy over its seeds and both ends of its interval, at each evaluated round."""
-    points = defaultdict(list)
-    amount = {"rounds": lambda row: row["round"], "MB": lambda row: sent_bytes(row) / MEGABYTE}
-    x_of = amount.get(against, lambda row: row["flops_total"])
+def curve(seeds: Sequence[Sequence[Row]], against: str, y: str = "accuracy_mean", percent: bool = False) -> Curve:
+    """Of one method, at each round in which a column of `rounds` has a number.
+
+    - `seeds`: the rounds of each run. - `against`: one of `AMOUNTS`. - `percent`: of a column of fractions.
+
+    **Returns:** x, and the mean of the column over seeds, and both ends of its interval.
+    """
+    points, unit = defaultdict(list), 100 if percent else 1
     for history in seeds:
         for row in history:
-            if not math.isnan(row["accuracy_mean"]):
-                points[row["round"]].append((x_of(row), 100 * row["accuracy_mean"]))
-    columns: tuple[list[float], list[float], list[float], list[float]] = ([], [], [], [])
+            if not math.isnan(row[y]):
+                points[row["round"]].append((AMOUNTS[against](row), unit * row[y]))
+    columns: Curve = ([], [], [], [])
     for _, found in sorted(points.items()):
-        mean = interval([accuracy for _, accuracy in found])
+        mean = interval([value for _, value in found])
         half = 0.0 if math.isnan(mean.half) else mean.half
         values = (sum(x for x, _ in found) / len(found), mean.mean, mean.mean - half, mean.mean + half)
         for column, value in zip(columns, values, strict=True):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fedsim.experiment import nearest
-from fedsim.report.comparison import BUDGETS, Difference, differences, interval
+from fedsim.report.comparison import BUDGETS, Difference, differences
 from fedsim.report.readings import Readings, by_method, by_setting, read, records
 from fedsim.report.tables import summary
 from fedsim.results import tables
@@ -18,12 +18,6 @@ from fedsim.storage.place import Place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-AMOUNTS = {
-    "rounds": lambda row: row["round"],
-    "MB": lambda row: (row["bytes_up_total"] + row["bytes_down_total"]) / 1e6,
-    "FLOPs": lambda row: row["flops_total"],
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +50,8 @@ class Study(Results):
         """
         from matplotlib.figure import Figure  # takes a second, and most ask for tables
 
+        from fedsim.report.figures import AMOUNTS, curve
+
         columns = [name for name, kind in self.rounds.dtypes.items() if pd.api.types.is_numeric_dtype(kind)]
         if y not in columns:
             raise ValueError(f"y={y!r}: must be a column of numbers in rounds{nearest(y, [str(c) for c in columns])}")
@@ -67,17 +63,8 @@ class Study(Results):
         if not any(row[y] == row[y] for run in shown for row in self._readings.rounds[run["run_id"]]):
             raise ValueError(f"y={y!r}: no round of these runs has it")
         for method, runs in by_method(shown).items():
-            points: dict[int, list[tuple[float, float]]] = {}
-            for run in runs:
-                for row in self._readings.rounds[run["run_id"]]:
-                    if not math.isnan(row[y]):
-                        points.setdefault(row["round"], []).append((AMOUNTS[against](row), row[y]))
-            found = [points[round] for round in sorted(points)]
-            x = [sum(at for at, _ in each) / len(each) for each in found]
-            means = [interval([value for _, value in each]) for each in found]
-            (line,) = axes.plot(x, [each.mean for each in means], label=method)
-            halves = [0.0 if math.isnan(each.half) else each.half for each in means]
-            low, high = ([each.mean + sign * h for each, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            x, means, low, high = curve([self._readings.rounds[run["run_id"]] for run in runs], against, y)
+            (line,) = axes.plot(x, means, label=method)
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set(xlabel=f"{against}{'' if against == 'rounds' else ', all participants, so far'}", ylabel=y)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

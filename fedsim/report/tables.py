@@ -2,19 +2,12 @@
 
 import math
 import statistics
-import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedsim.report.comparison import BUDGETS, Difference, differences, interval, reference_of, to_target
-from fedsim.report.names import method_name
 from fedsim.report.readings import (
     CHOSEN,
     EQUAL_BYTES,
@@ -26,16 +19,10 @@ from fedsim.report.readings import (
     by_method,
     by_setting,
     read,
-    records,
 )
 from fedsim.results.tables import Results
-from fedsim.storage.place import Place
 
 
-# What must be said wherever a method's numbers are.
-REMARKS = {
-    "fedbrb_like": "a reconstruction of FedBRB, whose method section could not be read; not the authors' algorithm"
-}
 # What `summary` averages over seeds, in its columns' order.
 AVERAGED = [
     *EQUAL_ROUNDS,
@@ -88,7 +75,7 @@ def _of_setting(runs: Sequence[Row], named: str | None) -> Iterable[dict[str, An
     for method, group in by_method(runs).items():
         row = {name: group[0][name] for name in KEYS} | {"seeds": len(group), "reference": reference or ""}
         row["accuracy_seed_std"] = _deviation([run["accuracy"] for run in group])
-        row |= {name: _mean([run[name] for run in group]) for name in AVERAGED}
+        row |= {name: interval([run[name] for run in group]).mean for name in AVERAGED}
         for reading in BUDGETS.values():
             found = compared[reading].get(method)
             row[f"{reading}_ci"] = interval([run[reading] for run in group]).half
@@ -99,90 +86,6 @@ def _of_setting(runs: Sequence[Row], named: str | None) -> Iterable[dict[str, An
         row |= {f"target_{what}": each.median for what, each in taken.items()}
         row |= {"target": group[0]["target"], "target_reached": taken["rounds"].reached}
         yield row | {"target_censored": taken["rounds"].censored}
-
-
-def notes(results: Results, readings: Readings | None = None) -> list[str]:
-    """What a reader must know beside the table: the budgets, and everything that is missing or not comparable."""
-    readings = readings or read(results)
-    settings = by_setting(readings.runs)
-    lines = []
-    for setting, runs in settings.items():
-        lines += [
-            f"{setting}: {line}" if len(settings) > 1 else line for line in _setting_notes(runs, readings.reference)
-        ]
-    lines += _small_models(results, readings)
-    for run in records(results.runs):
-        if run["status"] != "finished":
-            name, error = method_name(run), f": {run['error']}" if run["error"] else ""
-            lines.append(f"Failed: {name}, seed {run['seed']}, run {run['run_id']}{error}")
-    ended = set(results.runs["run_id"])
-    for run_id, history in readings.rounds.items():
-        if run_id not in ended:
-            name, seed, last = (history[-1][column] for column in ("algorithm", "seed", "round"))
-            lines.append(f"Not finished: {name}, seed {seed}, run {run_id}, got to round {last}")
-    return lines
-
-
-def _setting_notes(runs: Sequence[Row], reference: str | None) -> Iterable[str]:
-    budgets = {row["seed"]: row["budget_mb"] for row in runs if not math.isnan(row["budget_mb"])}
-    if budgets:
-        of = " or ".join(sorted({row["budget_method"] for row in runs if row["budget_method"]}))
-        over = f" (seed by seed; mean over {len(budgets)} seeds)" if len(budgets) > 1 else ""
-        yield (
-            f"Equal bytes: every method is read at the last evaluated round at which it had sent and received no more "
-            f"than {of} in its whole run, {significant(_mean(list(budgets.values())))} MB{over}."
-        )
-    else:
-        of = f"of {reference}, the reference," if reference else "that could be the reference"
-        yield f"Equal bytes: empty, because no finished run {of} sent anything in this setting."
-    if all(math.isnan(row["saved"]) for row in runs):
-        yield "Saved against FedAvg: empty, because there is no finished run of fedavg to compare with."
-    yield from (f"{name}: {text}." for name, text in REMARKS.items() if any(row["algorithm"] == name for row in runs))
-    seeds = Counter(row["method"] for row in runs)
-    if len(set(seeds.values())) > 1:
-        counts = ", ".join(f"{method} {count}" for method, count in seeds.items())
-        yield f"The methods were run with different numbers of seeds, so their rows are not alike: {counts}."
-    federations = {(row["seed"], row["federation_sha256"]) for row in runs}
-    if len(federations) > len({seed for seed, _ in federations}):
-        yield "Not every method met the same federation (partition, small models, cohorts): rows are not comparable."
-
-
-def _small_models(results: Results, readings: Readings) -> Iterable[str]:
-    """Where methods that let participants train small models of their own did not end up with the same ones."""
-    hashes = {
-        str(run_id): dict(zip(frame["client"], frame["small_sha256"], strict=True))
-        for run_id, frame in results.small_models.groupby("run_id")
-    }
-    for setting, runs in by_setting(readings.runs).items():
-        groups: dict[str, None] = {}
-        for seed in {run["seed"] for run in runs}:
-            alike = _alike({run["method"]: hashes.get(run["run_id"], {}) for run in runs if run["seed"] == seed})
-            if len(alike) > 1:
-                groups["; ".join(", ".join(group) for group in alike)] = None
-        yield from (
-            f"{setting}: methods begin with different small models, those of each group with the same: {text}."
-            for text in groups
-        )
-
-
-def _alike(held: Mapping[str, Mapping[int, str]]) -> list[list[str]]:
-    """Methods in groups within which nobody's small model differs; those that note none are in no group."""
-    groups: list[tuple[dict[int, str], list[str]]] = []
-    for method, models in held.items():
-        if not models:
-            continue
-        fits = (group for group in groups if all(group[0].get(id_, models[id_]) == models[id_] for id_ in models))
-        merged, members = next(fits, ({}, []))
-        if not members:
-            groups.append((merged, members))
-        merged.update(models)
-        members.append(method)
-    return [members for _, members in groups]
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(known) if known else math.nan
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -314,52 +217,3 @@ TARGETS: dict[str, Callable[[Row], str]] = {
 
 def cells(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]] = COMPACT) -> list[list[str]]:
     return [[cell(row) for cell in columns.values()] for row in rows]
-
-
-def markdown(results: Results, columns: Mapping[str, Callable[[Row], str]] = COMPACT) -> str:
-    """The summary as GitHub Markdown, one table a setting, the notes below."""
-    blocks, readings = [], read(results)
-    for setting, rows in by_setting(records(summary(readings))).items():
-        lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1), *cells(rows, columns)]
-        escaped = [[text.replace("|", "\\|") for text in line] for line in lines]
-        blocks.append("\n".join([f"**{setting}**\n", *(f"| {' | '.join(line)} |" for line in escaped)]))
-    blocks.append("\n".join(f"* {note}" for note in notes(results, readings)))
-    return "\n\n".join(blocks).strip() + "\n"
-
-
-def print_summary(
-    results: Results,
-    *,
-    directory: Place | None = None,
-    report: Place | None = None,
-    console: Console | None = None,
-    reference: str | None = None,
-) -> None:
-    """The summary on the terminal, in 120 columns, then the notes and where the tables and the report lie."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 120
-    readings = read(results, reference=reference)
-    for setting, rows in by_setting(records(summary(readings))).items():
-        grid = Table(title=setting, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", title_style="bold")
-        grid.add_column("method", overflow="fold")
-        for heading in list(COMPACT)[1:]:
-            narrow = "\n".join(textwrap.wrap(heading, 8, break_long_words=False))
-            grid.add_column(_text(narrow, console), justify="right", no_wrap=True)
-        for row in cells(rows):
-            grid.add_row(*(_text(cell, console) for cell in row))
-        console.print(grid)
-    for note in notes(results, readings):
-        console.print(_text(note, console), style="red" if note.startswith("Failed") else None)
-    if directory is not None:
-        folders = "  ".join(str(directory / name) for name in ("runs", "rounds", "clients"))
-        console.print(_text(f"Tables (Parquet): {folders}", console), soft_wrap=True)
-    if report is not None:
-        console.print(_text(f"Report: {report}", console), soft_wrap=True)
-
-
-def _text(line: str, console: Console) -> Text:
-    """Without markup (labels may hold brackets), and printable on terminals that know ASCII only."""
-    if not console.encoding.lower().startswith("utf"):
-        line = line.replace("±", "+-").encode("ascii", "replace").decode()
-    return Text(line)

@@ -1,4 +1,4 @@
-"""Where runs are computed. `make_runtime` is the only place that chooses, and Ray is imported only when chosen."""
+"""Where runs are computed. A `Choice` is the only place that chooses, and Ray is imported only when chosen."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ from fedsim.core.numerics import NATIVE
 
 if TYPE_CHECKING:
     from fedsim.runtime.base import Runtime
+    from fedsim.runtime.private_ray import Prestart
 
 RUNTIMES = ("ray", "inline")
 
@@ -19,34 +20,14 @@ def silent(text: str) -> None:
     """Says nothing."""
 
 
-def make_runtime(
-    name: str,
-    *,
-    address: str | None = None,
-    hosts: int | None = None,
-    gpus: int | None = None,
-    share: int = 1,
-    say: Callable[[str], None] = silent,
-    wait: float = 0.0,
-    numerics: str = NATIVE,
-) -> "Runtime":
-    """A runtime by name; all but `name` and `numerics` concerns Ray alone.
-
-    - `gpus`: logical GPUs of a private Ray. - `share`: runs at once, each with an equal part of what there is.
-    - `wait`: seconds for a cluster's autoscaler to bring what `hosts` ask for.
-    """
-    if name == "inline":
-        from fedsim.runtime.inline import InlineRuntime
-
-        return InlineRuntime(numerics)
-    from fedsim.runtime.ray_runtime import RayRuntime
-
-    return RayRuntime(address=address, hosts=hosts, num_gpus=gpus, share=share, say=say, wait=wait, numerics=numerics)
-
-
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The arguments of `make_runtime`: called, it makes the runtime, and other processes can be handed it."""
+    """Called, it makes the runtime; other processes can be handed what `shared` yields. All but `name` and `numerics`
+    concerns Ray alone.
+
+    - `gpus`: logical GPUs of a private Ray. - `share`: runs at once, each with an equal part of what there is.
+    - `wait`: seconds for a cluster's autoscaler to bring what `hosts` ask for. - `begun`: a Ray that is coming up.
+    """
 
     name: str
     address: str | None = None
@@ -56,6 +37,17 @@ class Choice:
     say: Callable[[str], None] = silent
     wait: float = 0.0
     numerics: str = NATIVE
+    begun: "Prestart | None" = None
+
+    def __post_init__(self) -> None:
+        """**Raises:** `ValueError` for what no runtime can be asked for."""
+        if self.name not in RUNTIMES:
+            raise ValueError(f"runtime={self.name!r}: must be one of {', '.join(RUNTIMES)}")
+        for option, number, least in (("hosts", self.hosts, 1), ("gpus", self.gpus, 0)):
+            if number is not None and number < least:
+                raise ValueError(f"--{option}={number}: must be at least {least}")
+        if self.wait < 0 or (self.wait and (self.hosts is None or self.address is None)):
+            raise ValueError(f"--wait={self.wait / 60:g}: needs --hosts, and a cluster to join (--address)")
 
     @property
     def start_method(self) -> str:
@@ -66,23 +58,42 @@ class Choice:
         """
         return "forkserver" if self.name == "inline" else "spawn"
 
+    @property
+    def private(self) -> bool:
+        """Whether it is a Ray that nobody has started yet."""
+        return self.name != "inline" and self.address is None
+
     def __call__(self) -> "Runtime":
-        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return make_runtime(**arguments)
+        if self.name == "inline":
+            from fedsim.runtime.inline import InlineRuntime
+
+            return InlineRuntime(self.numerics)
+        from fedsim.runtime.ray_runtime import RayRuntime
+
+        return RayRuntime(
+            address=self.address,
+            hosts=self.hosts,
+            num_gpus=self.gpus,
+            share=self.share,
+            say=self.say,
+            wait=self.wait,
+            numerics=self.numerics,
+            begun=self.begun,
+        )
 
     @contextlib.contextmanager
-    def ahead(self) -> Iterator[None]:
-        """If it will be a private Ray, that comes up meanwhile; it is ended with the context if nobody has taken it."""
-        if self.name == "inline" or self.address is not None:
-            yield
+    def ahead(self) -> Iterator["Choice"]:
+        """The same; a private Ray comes up meanwhile, and ends with the context if nobody has claimed it."""
+        if not self.private:
+            yield self
             return
-        from fedsim.runtime import ray_prestart
+        from fedsim.runtime.private_ray import Prestart
 
-        ray_prestart.prestart(max(os.cpu_count() or 1, self.hosts or 0), self.gpus)
+        begun = Prestart(max(os.cpu_count() or 1, self.hosts or 0), self.gpus)
         try:
-            yield
+            yield dataclasses.replace(self, begun=begun)
         finally:
-            ray_prestart.cancel()
+            begun.cancel()
 
     @contextlib.contextmanager
     def shared(self, jobs: int, demands: Sequence[tuple[int, float]]) -> Iterator["Choice"]:
@@ -92,8 +103,8 @@ class Choice:
 
         - `demands`: of each run, the number of participants and the most logical CPUs that one of them asks for.
         """
-        each = dataclasses.replace(self, share=jobs, say=silent)
-        if self.name == "inline" or self.address is not None:
+        each = dataclasses.replace(self, share=jobs, say=silent, begun=None)
+        if not self.private:
             yield each
             return
         from fedsim.runtime.placement import most_cpus
@@ -101,5 +112,5 @@ class Choice:
 
         cores = max(1, (os.cpu_count() or 1) // jobs)
         cpus = jobs * max(most_cpus(number, num_cpus, self.hosts, cores) for number, num_cpus in demands)
-        with shared_ray(cpus, self.gpus) as address:
+        with shared_ray(cpus, self.gpus, self.begun) as address:
             yield dataclasses.replace(each, address=address)

@@ -12,7 +12,8 @@ import ray
 import torch
 
 from fedsim.core.numerics import NATIVE, check, use
-from fedsim.runtime.base import Answer, Call, Fold, Policy, answered, pin_threads
+from fedsim.runtime.answering import answered
+from fedsim.runtime.base import Answer, Call, Fold, Policy, pin_threads
 from fedsim.runtime.metrics import Metrics
 
 

@@ -6,11 +6,8 @@ methods. A participant is any object; method `m` of participant `i` is called as
 
 import abc
 import dataclasses
-import functools
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -90,9 +87,35 @@ class Traffic:
     up: int = 0
 
 
-class Call(Protocol):
-    """How the aggregator calls participants; one object a run, with its own count of what passed through it."""
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A host's answer for some participants: the folded (or plain) replies, and what passed the seam.
 
+    - `seconds`: what each participant's call took, `sum_seconds` the fold.
+    - `repeated`: those who were asked twice. - `out_of_memory`: the whole is to be asked again, by itself.
+    """
+
+    content: Any
+    traffic: Traffic
+    moved: int
+    seconds: Mapping[int, float]
+    sum_seconds: float
+    repeated: tuple[int, ...] = ()
+    out_of_memory: bool = False
+
+
+class Call(abc.ABC):
+    """How the aggregator calls participants; one object a run, with its own count of what passed through it.
+
+    `progress`: method, participants done, participants in all. `lost`: times that the aggregator was lost in the round
+    under way, with what it had counted.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self.reset()
+
+    @abc.abstractmethod
     def __call__(
         self,
         method: str,
@@ -107,36 +130,67 @@ class Call(Protocol):
         `fold([(id, reply), ...])`, computed where the replies are if they are in one place; without `fold` the list
         itself. The reply of a participant that raised is a `Failure`.
         """
-        ...
 
     def reset(self) -> None:
         """Start counting anew (a round begins)."""
-        ...
+        self._traffic: dict[str, Traffic] = {}
+        self._moved = self._retries = 0
+        self._places: dict[int, dict[str, Any]] = {}
+        self._spent: dict[str, dict[str, float]] = {}
+        self._folded = 0.0
+        self.progress: tuple[str, int, int] = ("", 0, 0)
+
+    def note(self, method: str, answer: Answer, moved: int, ids: Sequence[int], host: int, node: str) -> None:
+        """An answer for some participants has come from a host."""
+        before = self.traffic(method)
+        self._traffic[method] = Traffic(before.down + answer.traffic.down, before.up + answer.traffic.up)
+        self._moved += moved
+        for id_ in ids:
+            place = self._places.setdefault(id_, {"retries": 0})
+            place |= {"host": host, "node": node}
+        self.repeated(answer.repeated)
+        self.spend(host, compute=sum(answer.seconds.values()), sum=answer.sum_seconds)
+
+    def count_moved(self, moved: int) -> None:
+        """Bytes went from one process to another."""
+        self._moved += moved
+
+    def repeated(self, ids: Sequence[int]) -> None:
+        """Calls of these participants are repeated."""
+        self._retries += len(ids)
+        for id_ in ids:
+            self._places.setdefault(id_, {"host": None, "node": None, "retries": 0})["retries"] += 1
+
+    def spend(self, host: int, **seconds: float) -> None:
+        """A host spent so many seconds on some of the `PHASES`."""
+        spent = self._spent.setdefault(str(host), dict.fromkeys(PHASES, 0.0))
+        for phase, more in seconds.items():
+            spent[phase] += more
 
     def traffic(self, method: str) -> Traffic:
         """What participants received and sent in calls of `method` since the last reset."""
-        ...
+        return self._traffic.get(method, Traffic())
 
     def moved(self) -> int:
         """Bytes that physically went from one process to another since the last reset."""
-        ...
+        return self._moved
 
     def retries(self) -> int:
         """Calls that had to be repeated since the last reset: their host was lost, or the policy says so; and one for
         each time that the aggregator was lost, which calls everybody again."""
-        ...
+        return self._retries + self.lost
 
     def places(self) -> Mapping[int, Mapping[str, Any]]:
         """Participant -> `host`, `node` and `retries` of its last call."""
-        ...
+        return self._places
 
     def spent(self) -> Mapping[str, Mapping[str, float]]:
         """Host -> seconds since the last reset: `PHASES`, by name."""
-        ...
+        return self._spent
 
     def folded(self) -> float:
         """Seconds since the last reset in which chunks were folded in the aggregator's own process."""
-        ...
+        return self._folded
 
 
 class Runtime(abc.ABC):
@@ -188,171 +242,6 @@ class Runtime(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of everything this object started. Safe to call twice."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A host's answer for some participants: the folded (or plain) replies, and what passed the seam.
-
-    - `seconds`: what each participant's call took, `sum_seconds` the fold.
-    - `repeated`: those who were asked twice. - `out_of_memory`: the whole is to be asked again, by itself.
-    """
-
-    content: Any
-    traffic: Traffic
-    moved: int
-    seconds: Mapping[int, float]
-    sum_seconds: float
-    repeated: tuple[int, ...] = ()
-    out_of_memory: bool = False
-
-
-def answered(
-    participants: Mapping[int, Any],
-    method: str,
-    round: int,
-    payloads: Mapping[int, Any],
-    fold: Fold | None,
-    policy: Policy = PLAIN,
-    alone: bool = True,
-    done: Callable[[], None] = lambda: None,
-) -> Answer:
-    """Call a method of some participants, one after another or together, in the process that holds them.
-
-    - `alone`: nobody else computes meanwhile, so that asking again after a lack of memory is worth while now.
-    """
-
-    down = up = 0
-    repeated, seconds, replies = list[int](), dict[int, float](), list[tuple[int, Any]]()
-    calls = [functools.partial(getattr(participants[id_], method), round, payloads[id_]) for id_ in payloads]
-    received = {key: tensor_bytes(payload) for key, payload in {id(p): p for p in payloads.values()}.items()}
-    results = side_by_side(calls, policy.together) if policy.together else one_by_one(calls, policy.finish)
-    for id_, call, (reply, took) in zip(payloads, calls, results, strict=True):
-        down += received[id(payloads[id_])]
-        if isinstance(reply, Failure) and policy.again:
-            if reply.out_of_memory and not alone:
-                return Answer([], Traffic(), 0, {}, 0.0, out_of_memory=True)
-            if reply.out_of_memory and torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            repeated.append(id_)
-            reply, more = next(one_by_one([call], policy.finish))
-            took += more
-        replies.append((id_, reply))
-        seconds[id_] = took
-        up += tensor_bytes(reply)
-        done()
-    started = time.perf_counter()
-    content = replies if fold is None else fold(replies)
-    moved = up if fold is None else tensor_bytes(content)
-    return Answer(content, Traffic(down, up), moved, seconds, time.perf_counter() - started, tuple(repeated))
-
-
-def one_by_one(calls: Sequence[Callable[[], Any]], finish: Callable[[Any], Any]) -> Iterator[tuple[Any, float]]:
-    """Each call's reply, or the `Failure` that stands for it, and the seconds it took; made as they are asked for."""
-    for call in calls:
-        started = time.perf_counter()
-        try:
-            reply = finish(call())
-        except Exception as error:  # whatever it was: the aggregator's policy decides, and the text says it all
-            reply = failed(error)
-        yield reply, time.perf_counter() - started
-
-
-def side_by_side(calls: Sequence[Callable[[], Any]], together: Together) -> Iterator[tuple[Any, float]]:
-    """The same of calls that are made together; each is said to have taken an equal part of the time."""
-    started = time.perf_counter()
-    replies = together(calls)
-    each = (time.perf_counter() - started) / len(calls)
-    for reply in replies:
-        yield failed(reply) if isinstance(reply, Exception) else reply, each
-
-
-def failed(error: Exception) -> Failure:
-    """What stands for the reply of a participant that raised."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
-        cause = cause.__cause__
-    return Failure("".join(traceback.format_exception(error)), cause is not None)
-
-
-SCALARS = frozenset({str, int, float, bool, type(None)})
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors inside containers and dataclasses. Knows nothing of what they mean."""
-    kind = type(value)
-    if kind in SCALARS:
-        return 0
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if kind is list or kind is tuple:
-        return sum(map(tensor_bytes, value))
-    if hasattr(kind, "__dataclass_fields__"):
-        value = vars(value)
-    elif not isinstance(value, Mapping):
-        return 0
-    return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
-
-
-class Ledger:
-    """The counts a `Call` keeps."""
-
-    def __init__(self) -> None:
-        self.lost = 0  # times that the aggregator was lost in the round under way, with what it had counted
-        self.reset()
-
-    def reset(self) -> None:
-        self._traffic: dict[str, Traffic] = {}
-        self._moved = self._retries = 0
-        self._places: dict[int, dict[str, Any]] = {}
-        self._spent: dict[str, dict[str, float]] = {}
-        self._folded = 0.0
-        self.progress: tuple[str, int, int] = ("", 0, 0)
-
-    def note(self, method: str, answer: Answer, moved: int, ids: Sequence[int], host: int, node: str) -> None:
-        """An answer for some participants has come from a host."""
-        before = self._traffic.get(method, Traffic())
-        self._traffic[method] = Traffic(before.down + answer.traffic.down, before.up + answer.traffic.up)
-        self._moved += moved
-        for id_ in ids:
-            place = self._places.setdefault(id_, {"retries": 0})
-            place |= {"host": host, "node": node}
-        self.repeated(answer.repeated)
-        self.spend(host, compute=sum(answer.seconds.values()), sum=answer.sum_seconds)
-
-    def count_moved(self, moved: int) -> None:
-        """Bytes went from one process to another."""
-        self._moved += moved
-
-    def repeated(self, ids: Sequence[int]) -> None:
-        """Calls of these participants are repeated."""
-        self._retries += len(ids)
-        for id_ in ids:
-            self._places.setdefault(id_, {"host": None, "node": None, "retries": 0})["retries"] += 1
-
-    def spend(self, host: int, **seconds: float) -> None:
-        """A host spent so many seconds on some of the `PHASES`."""
-        spent = self._spent.setdefault(str(host), dict.fromkeys(PHASES, 0.0))
-        for phase, more in seconds.items():
-            spent[phase] += more
-
-    def traffic(self, method: str) -> Traffic:
-        return self._traffic.get(method, Traffic())
-
-    def moved(self) -> int:
-        return self._moved
-
-    def retries(self) -> int:
-        return self._retries + self.lost
-
-    def places(self) -> Mapping[int, Mapping[str, Any]]:
-        return self._places
-
-    def spent(self) -> Mapping[str, Mapping[str, float]]:
-        return self._spent
-
-    def folded(self) -> float:
-        return self._folded
 
 
 def chunks(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:

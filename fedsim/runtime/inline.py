@@ -7,22 +7,21 @@ from typing import Any
 import torch
 
 from fedsim.core.numerics import NATIVE, check, use
+from fedsim.runtime.answering import answered
 from fedsim.runtime.base import (
     PLAIN,
     Call,
     Fold,
-    Ledger,
     Policy,
     Resources,
     Runtime,
     Watch,
-    answered,
     chunks,
     pin_threads,
 )
 
 
-class InlineCall(Ledger):
+class InlineCall(Call):
     def __init__(self, participants: Mapping[int, Any], chunk: int) -> None:
         super().__init__()
         self.participants, self.chunk = participants, chunk

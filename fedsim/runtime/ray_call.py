@@ -14,7 +14,8 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fedsim.runtime.actors import WorkItem
-from fedsim.runtime.base import PLAIN, Answer, Fold, Ledger, Policy, Resources, chunks, tensor_bytes
+from fedsim.runtime.answering import tensor_bytes
+from fedsim.runtime.base import PLAIN, Answer, Call, Fold, Policy, Resources, chunks
 from fedsim.runtime.schedule import Durations, Unit, assigned, cut_where_it_pays, merged
 
 
@@ -24,7 +25,7 @@ MEET_SECONDS = 10.0  # in which a host answers that is up and idle
 BUSY_SECONDS = 3600  # in which one answers that may still be at what an aggregator asked for that was lost
 
 
-class RayCall(Ledger):
+class RayCall(Call):
     """Made by the driver, used by the aggregator in its own process.
 
     - `hosts`: actors; `requests`: what each asked for. - `resources`: of every participant.

@@ -27,9 +27,8 @@ from fedsim.runtime.base import Call, Resources, Runtime, Watch
 from fedsim.runtime.joining import expect_connected, join
 from fedsim.runtime.nodes import capacities, on_every_node
 from fedsim.runtime.placement import Capacity, Plan, grouped, part_of, plan
-from fedsim.runtime.private_ray import start_private
+from fedsim.runtime.private_ray import Prestart, is_for_us, start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
-from fedsim.runtime.ray_prestart import is_prestarted
 
 
 SOON_SECONDS, TELL_SECONDS = 60.0, 60.0  # when it is first said that hosts are waited for, and then again
@@ -46,6 +45,7 @@ class RayRuntime(Runtime):
     - `share`: runs at once on the same Ray; this one plans with an equal part of what there is.
     - `say`: told, in words, how participants were placed.
     - `numerics`: of the processes that Ray starts; this one may have computed with others before.
+    - `begun`: a private Ray that is coming up.
     - `wait`: seconds in which the autoscaler of a cluster that is joined may bring what is missing for `hosts`: these
       are then asked for without looking at what is there.
     """
@@ -60,13 +60,10 @@ class RayRuntime(Runtime):
         say: Callable[[str], None] = lambda text: None,
         wait: float = 0.0,
         numerics: str = NATIVE,
+        begun: Prestart | None = None,
     ) -> None:
         use(numerics)
-        if hosts is not None and hosts < 1:
-            raise ValueError(f"--hosts={hosts}: must be at least 1")
         self.address, self.hosts, self.num_gpus, self.share, self.say = address, hosts, num_gpus, share, say
-        if wait and (hosts is None or address is None):
-            raise ValueError(f"--wait={wait / 60:g}: needs --hosts, and a cluster to join (--address)")
         self.wait, self.patience = wait, max(wait, START_SECONDS)
         self.numerics = numerics
         self.actors: list[Any] = []
@@ -75,7 +72,7 @@ class RayRuntime(Runtime):
         self.plan: Plan | None = None
         self.connected = False  # by this object, which then also disconnects
         self.dashboard: str | None = None  # of a cluster that this object joined: HOST:PORT
-        self.private = address is None and (is_prestarted() or not ray.is_initialized())
+        self.private, self.begun = address is None and is_for_us(begun), begun
 
     def start(
         self,
@@ -232,7 +229,7 @@ class RayRuntime(Runtime):
             self.close()
         if self.connected:
             return
-        start_private(cpus, self.num_gpus)
+        start_private(cpus, self.num_gpus, self.begun)
         self.connected = True
         use_tensor_views()
 

@@ -5,6 +5,7 @@ object that it writes anew every few seconds. Who wants to write watches it for 
 """
 
 import contextlib
+import dataclasses
 import os
 import socket
 import threading
@@ -27,16 +28,18 @@ class LockLost(OSError):
 
 
 @contextlib.contextmanager
-def locked(directory: Place, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def locked(directory: Place, say: Callable[[str], None] = lambda text: None) -> Iterator[Place]:
     """Hold a results folder: one process at a time writes to it.
 
     - `say`: told if it takes time to find out whether somebody else holds it.
 
+    **Yields:** the folder, of which `check_held` can tell whether this process holds it still.
+
     **Raises:** `ValueError` if another process holds it, or it cannot be written to.
     """
     if isinstance(directory, Remote):
-        with _beating(directory, say):
-            yield
+        with _beating(directory, say) as heart:
+            yield dataclasses.replace(directory, holder=heart)
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -47,17 +50,17 @@ def locked(directory: Place, say: Callable[[str], None] = lambda text: None) -> 
     except OSError as error:
         raise ValueError(f"--out={str(directory)!r}: not a folder that can be written to ({error})") from error
     try:
-        yield
+        yield directory
     finally:
         lock.release()
 
 
-_held: dict[str, "LockHeartbeat"] = {}  # results folders in object stores that this process holds
-
-
 def check_held(directory: Place) -> None:
-    """**Raises:** `LockLost` if this process held a folder in an object store and somebody has taken it over."""
-    heart = _held.get(str(directory))
+    """- `directory`: as `locked` yields it.
+
+    **Raises:** `LockLost` if it is in an object store and somebody has taken it over from this process.
+    """
+    heart = directory.holder if isinstance(directory, Remote) else None
     if heart is not None and not heart.still_ours():
         raise LockLost(f"{directory}: another process has taken this folder over; this one was silent for too long")
 
@@ -69,6 +72,9 @@ class LockHeartbeat:
         self.lock, self.own = lock, f"{socket.gethostname()} process {os.getpid()} {uuid.uuid4().hex}"
         self.beats, self.last = 0, _now()
         self.lost, self.stopped = threading.Event(), threading.Event()
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a process that is handed the folder holds nothing: whoever handed it looks after it
 
     def beat(self) -> None:
         self.beats += 1
@@ -95,7 +101,7 @@ class LockHeartbeat:
 
 
 @contextlib.contextmanager
-def _beating(directory: Remote, say: Callable[[str], None]) -> Iterator[None]:
+def _beating(directory: Remote, say: Callable[[str], None]) -> Iterator[LockHeartbeat]:
     heart = LockHeartbeat(directory / ".lock")
     try:
         _wait_for_silence(heart.lock, directory, say)
@@ -108,11 +114,9 @@ def _beating(directory: Remote, say: Callable[[str], None]) -> Iterator[None]:
         raise _refused(directory)
     thread = threading.Thread(target=heart.run, daemon=True)
     thread.start()
-    _held[str(directory)] = heart
     try:
-        yield
+        yield heart
     finally:
-        del _held[str(directory)]
         heart.stopped.set()
         thread.join()
         with contextlib.suppress(OSError):  # it falls silent by itself

@@ -31,9 +31,13 @@ MISSING = pafs.FileType.NotFound
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Remote:
-    """A file or a folder in an object store. `url` ends without a slash."""
+    """A file or a folder in an object store.
+
+    - `url`: ends without a slash. - `holder`: of a results folder that this process holds (`fedsim.storage.locking`).
+    """
 
     url: str
+    holder: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
@@ -53,11 +57,8 @@ class Remote:
     def parent(self) -> "Remote":
         return Remote(self.url.rpartition("/")[0])
 
-    def with_name(self, name: str) -> "Remote":
-        return self.parent / name
-
     def with_suffix(self, suffix: str) -> "Remote":
-        return self.with_name(self.stem + suffix)
+        return self.parent / (self.stem + suffix)
 
     def absolute(self) -> "Remote":
         return self

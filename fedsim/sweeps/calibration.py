@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,101 +24,11 @@ from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost, Work
 from fedsim.learning.task import Task
 from fedsim.runtime.base import pin_threads
+from fedsim.sweeps.outline import SCORED, Line, Model, Outline, Part, Phase, Span, Stage
 
 
 SMALL = 2  # examples: a step is taken to be a straight line in the batch size, and this is one of two points on it
 LONG = 0.25  # seconds: batches that are expected to take longer are not timed
-SCORED = 256  # examples that `Task.score` takes at once
-
-Span = tuple[int, int]  # the first and the last round of a phase
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A quantity of a batch: a part for the batch and a part for each of its examples."""
-
-    fixed: float
-    each: float
-
-    @staticmethod
-    def through(one: tuple[int, float], other: tuple[int, float]) -> "Line":
-        """The line through two points (size, quantity), neither part below zero."""
-        (small, low), (large, high) = sorted((one, other))
-        each = max(0.0, (high - low) / (large - small)) if large > small else high / large
-        fixed = high - large * each
-        return Line(fixed, each) if fixed >= 0 else Line(0.0, high / large)
-
-    def total(self, examples: np.ndarray, batch_size: int) -> np.ndarray:
-        """Over all batches of shards of these sizes."""
-        return np.ceil(examples / batch_size) * self.fixed + examples * self.each
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One training on a participant's shard, and what a batch of it costs; no seconds where none were taken."""
-
-    epochs: int
-    batch_size: int
-    flops: Line
-    seconds: Line | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """Seconds it takes to make a model, and to score a batch with it."""
-
-    making: float
-    scoring: Line
-
-    def seconds(self, *splits: np.ndarray) -> np.ndarray:
-        """To make it once, and to score it on splits of these sizes."""
-        return sum((self.scoring.total(examples, SCORED) for examples in splits), np.array(self.making))
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What a participant does when it begins, or in a round.
-
-    - `sent`: bytes, in both directions. - `beside`: seconds it takes whatever there is to train on.
-    - `model`: what it deploys after the round.
-    """
-
-    stages: tuple[Stage, ...]
-    sent: int
-    beside: float
-    model: Model | None
-
-    def flops(self, examples: np.ndarray) -> np.ndarray:
-        """For shards of these sizes."""
-        return sum((each.epochs * each.flops.total(examples, each.batch_size) for each in self.stages), 0 * examples)
-
-    def seconds(self, examples: np.ndarray) -> np.ndarray:
-        """For shards of these sizes, on one core."""
-        timed = [(each, each.seconds) for each in self.stages if each.seconds]
-        return sum(
-            (each.epochs * line.total(examples, each.batch_size) for each, line in timed), self.beside + 0 * examples
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Rounds in which participants do the same: a part for each tier.
-
-    - `averaging`: seconds of the server, for each update. - `model`: the server's own, if it has one.
-    """
-
-    span: Span
-    parts: tuple[Part, ...]
-    averaging: float
-    model: Model | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Outline:
-    """A run: what participants of each tier do when they begin, and what they do in its rounds."""
-
-    begun: tuple[Part, ...]
-    phases: tuple[Phase, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +198,7 @@ def _method_key(experiment: Experiment) -> tuple:
     inputs = dataclasses.replace(experiment.task.inputs, num_classes=1)
     algorithm = experiment.algorithm
     method = (type(algorithm).__qualname__, algorithm.preset_name, experiment.precision, experiment.task.family)
-    return (*method, inputs, experiment.intermediate, experiment.target)
+    return (*method, inputs, experiment.middle, experiment.target)
 
 
 def _work_key(experiment: Experiment, work: Work) -> tuple:

@@ -1,20 +1,19 @@
 """Several runs at once, each in a process of its own. This process hands them out, listens, and tells an overview.
 
 A worker computes one run after another with the runtime it was handed. Whatever ends it (the out-of-memory killer, a
-crash in native code) ends the run it was computing and nothing else. A worker ends when this process does, however
-that happens: it reads from a pipe whose other end only this process holds.
+crash in native code) ends the run it was computing and nothing else: a pool of `concurrent.futures` would break as a
+whole. A worker ends when this process does, however that happens.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
-import queue
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -156,15 +155,14 @@ def _end(processes: Sequence[Any], patience: float) -> None:
 def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) -> None:
     """What a worker does: one run after another, until there is nothing left to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the process that hands out runs decides
-    inbox: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sender = Sender(connection)
-
-    def say(text: str) -> None:
-        sender.send("say", text)
-
-    with opened(replace(choice, say=say), out, say) as runtime:
-        while (pending_run := inbox.get()) is not None:
+    say = functools.partial(sender.send, "say")
+    with (
+        contextlib.suppress(EOFError),
+        opened(replace(choice, say=say), out, say) as runtime,
+    ):  # EOF: as the thread says
+        while (pending_run := connection.recv()) is not None:
             try:
                 attempt(compute, pending_run, out, runtime, sender, worker=True)
             except RunFailed as failure:
@@ -175,16 +173,12 @@ def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) 
                 sender.send("over", None)
 
 
-def _listen(connection: Connection, inbox: queue.SimpleQueue) -> None:
-    """Pass on what arrives. End this process, at once, when nothing can arrive any more."""
-    try:
-        while True:
-            inbox.put(connection.recv())
-    except (EOFError, OSError):
-        os._exit(0)  # whoever would have been told why is gone
-    except Exception:  # for example an algorithm from a module that cannot be imported here
-        traceback.print_exc()
-        os._exit(1)
+def _end_with_parent() -> None:
+    """End this process, at once, when the one that hands out runs has ended: nobody is left to be told anything."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
 
 
 class Sender(ProgressListener):

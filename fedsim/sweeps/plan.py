@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.terminal import say
 from fedsim.data.source import load
 from fedsim.engine.cohort import cohort_of, members, scored_in, tiers_of
 from fedsim.experiment import Experiment
@@ -18,7 +19,8 @@ from fedsim.learning.task import Task
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.storage.place import Place
-from fedsim.sweeps.calibration import Calibration, Outline
+from fedsim.sweeps.calibration import Calibration
+from fedsim.sweeps.outline import Outline
 from fedsim.sweeps.progress import label_of
 
 
@@ -189,25 +191,21 @@ def print_plan(
         finished = _finished(experiments, out)
         left = [experiment for experiment in experiments if experiment.run_id not in finished]
         before = f", {len(finished)} of them finished before" if finished else ""
-        console.print(f"suite {suite}: {len(experiments)} runs{before}", highlight=False)
+        say(console, f"suite {suite}: {len(experiments)} runs{before}")
         if left:
             console.print(_table(left, planner))
         for experiment in experiments:
             what = "finished before, run" if experiment.run_id in finished else "run"
             _, _, *where = _setting(experiment)
             setting = "{}, participants {}, alpha {}".format(*where)
-            _say(f"  {label_of(experiment)}, {setting}: {what} {experiment.run_id}", console)
-    _say("core hours: of training, scoring and averaging on one core, from steps timed on this machine", console)
-    _say(f"hours: core hours, divided by the processes at work ({machine})", console)
+            say(console, f"  {label_of(experiment)}, {setting}: {what} {experiment.run_id}")
+    say(console, "core hours: of training, scoring and averaging on one core, from steps timed on this machine")
+    say(console, f"hours: core hours, divided by the processes at work ({machine})")
     everything = [experiment for experiments in wanted.values() for experiment in experiments]
     if torch.cuda.is_available() and any(tier.num_gpus for each in everything for tier in each.tiers):
-        _say("Steps were timed on the CPU: participants that have a GPU will take less.", console)
+        say(console, "Steps were timed on the CPU: participants that have a GPU will take less.")
     for reason in planner.unknown:
-        _say(f"FLOPs and hours cannot be told without the data: {reason}", console)
-
-
-def _say(line: str, console: Console) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"FLOPs and hours cannot be told without the data: {reason}")
 
 
 def _finished(experiments: Sequence[Experiment], out: Place) -> set[str]:

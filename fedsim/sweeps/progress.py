@@ -1,6 +1,6 @@
-"""Live progress, drawn by the driver alone: a rich display on a terminal, plain lines elsewhere.
+"""Live progress, drawn by the driver alone: a table on a terminal, a row a run; plain lines elsewhere.
 
-A `ProgressListener` is told of one run; an `Overview` knows all runs of a sweep and has a progress for each.
+A `ProgressListener` is told of one run; an `Overview` knows all runs and has a listener for each.
 """
 
 import time
@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.live import Live as Screen
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bars
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.terminal import say
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 
 
 REDRAW_SECONDS = 0.1
+BAR_WIDTH = 12
 AROUND_ROWS = 6  # lines of a terminal that a table's head, its counts and the prompt take
 
 
@@ -62,90 +63,6 @@ def megabytes_of(row: dict[str, Any]) -> str:
     return f"{(row['bytes_up_total'] + row['bytes_down_total']) / 1e6:.2f}"
 
 
-def figures_of(row: dict[str, Any]) -> str:
-    """Accuracy and MB of a finished round."""
-    return f"accuracy {accuracy_of(row)}, {megabytes_of(row)} MB sent"
-
-
-class Lines(ProgressListener):
-    """One plain line a round, indented below the run's label.
-
-    - `label`: where runs take turns, what every line begins with instead.
-    """
-
-    def __init__(self, console: Console, label: str | None = None) -> None:
-        self.console, self.label = console, label
-        self.margin = "  " if label is None else f"{label}: "
-
-    def begin(self, experiment: Experiment, first: int) -> None:
-        self.rounds, self.clock = experiment.rounds, Clock(first, experiment.rounds)
-        resumed = f" (resumed at round {first})" if first else ""
-        self._print(f"{self.label or label_of(experiment)}: {experiment.rounds} rounds{resumed}")
-
-    def finished(self, row: dict[str, Any]) -> None:
-        line = f"{self.margin}round {row['round']}/{self.rounds}: {row['participants']} participants, {figures_of(row)}"
-        self._print(f"{line}, {self.clock.left(row['round'])} left")
-
-    def failed(self, reason: str) -> None:
-        self._print(reason if self.label is None else f"{self.margin}{reason}")
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=self.label is not None)
-
-
-class Live(ProgressListener):
-    """A bar for the rounds of a run and one for the participants of the round under way."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def begin(self, experiment: Experiment, first: int) -> None:
-        self.label, self.clock = label_of(experiment), Clock(first, experiment.rounds)
-        self.bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            transient=True,
-            refresh_per_second=1 / REDRAW_SECONDS,
-        )
-        self.rounds_bar: TaskID = self.bars.add_task(
-            self.label, total=experiment.rounds, completed=first, unit="rounds", note=""
-        )
-        self.clients_bar: TaskID = self.bars.add_task("", total=experiment.participants, unit="participants", note="")
-        self.bars.start()
-
-    def within(self, method: str, done: int, total: int) -> None:
-        if total:
-            self.bars.update(self.clients_bar, description=f"  {method}", completed=done, total=total)
-
-    def finished(self, row: dict[str, Any]) -> None:
-        note = f"{figures_of(row)}, {self.clock.left(row['round'])} left"
-        self.bars.update(self.rounds_bar, completed=row["round"], note=note)
-        self.last = row
-
-    def failed(self, reason: str) -> None:
-        self.bars.stop()
-        self.console.print(reason, highlight=False, markup=False)
-
-    def end(self) -> None:
-        self.bars.stop()
-        if hasattr(self, "last"):
-            self.console.print(f"{self.label}: {figures_of(self.last)}", highlight=False)
-
-    def close(self) -> None:
-        self.bars.stop()
-
-
-def progress_for(console: Console) -> ProgressListener:
-    """The display that suits where the output goes."""
-    return Live(console) if console.is_terminal else Lines(console)
-
-
-# several runs -------------------------------------------------------------------------------------------------------
-
-
 class Overview(Protocol):
     """What `fedsim.sweeps.runner.run_all` tells of its runs."""
 
@@ -162,77 +79,66 @@ class Overview(Protocol):
         ...
 
 
-class OneByOne:
-    """Each run has a display of its own while it is computed.
+def overview_for(console: Console) -> Overview:
+    """The display that suits where the output goes."""
+    return RunsTable(console) if console.is_terminal else Lines(console)
 
-    - `progress`: is told of all runs instead.
+
+def say_found(console: Console, label: str, experiment: Experiment, status: str) -> None:
+    """A line where a results folder holds something that decides what is done: all of a run, or other sources' runs."""
+    if status == "finished":
+        say(console, f"{label}: finished before, run {experiment.run_id}")
+    elif status == "outdated":
+        say(console, f"{label}: computed again, the code has changed")
+
+
+# plain lines ----------------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """One plain line a round, each with the label of its run: runs may take turns.
+
+    - `progress`: is told of every run instead.
     """
 
     def __init__(self, console: Console, progress: ProgressListener | None = None) -> None:
         self.console, self.progress = console, progress
 
     def begin(self, found: Sequence[tuple[Experiment, str]]) -> None:
-        for experiment, status in found:
-            say_found(self.console, label_of(experiment), experiment, status)
-
-    def of(self, run_id: str) -> ProgressListener:
-        return self.progress or progress_for(self.console)
-
-    def close(self) -> None:
-        """Each display closes itself."""
-
-
-class LabelledLines:
-    """Plain lines, each with the label of its run: runs may take turns."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def begin(self, found: Sequence[tuple[Experiment, str]]) -> None:
-        self.lines: dict[str, Lines] = {}
         labels = labels_of([experiment for experiment, _ in found])
+        self.runs = {run_id: self.progress or RunLines(self.console, label) for run_id, label in labels.items()}
         for experiment, status in found:
-            label = labels[experiment.run_id]
-            say_found(self.console, label, experiment, status)
-            self.lines[experiment.run_id] = Lines(self.console, label)
+            say_found(self.console, labels[experiment.run_id], experiment, status)
 
     def of(self, run_id: str) -> ProgressListener:
-        return self.lines[run_id]
+        return self.runs[run_id]
 
     def close(self) -> None:
         """Lines stay as they are."""
 
 
-class TableRow(ProgressListener):
-    """What the table of all runs shows of one. Cells are text; `changed` orders rows by their last change of status."""
+class RunLines(ProgressListener):
+    """The lines of one run."""
 
-    def __init__(self, console: Console, label: str, rounds: int, status: str) -> None:
-        self.console, self.label, self.rounds, self.status = console, label, rounds, status
-        self.round, self.now, self.accuracy, self.sent, self.left = "", "", "", "", ""
-        self.changed = 0.0
+    def __init__(self, console: Console, label: str) -> None:
+        self.console, self.label = console, label
 
     def begin(self, experiment: Experiment, first: int) -> None:
-        self.clock = Clock(first, experiment.rounds)
-        self.round = f"{first - 1}/{self.rounds}" if first else f"-/{self.rounds}"
-        self._becomes("running")
-
-    def within(self, method: str, done: int, total: int) -> None:
-        if total:
-            self.now = f"{method} {done}/{total}"
+        self.rounds, self.clock = experiment.rounds, Clock(first, experiment.rounds)
+        self._print(f"{experiment.rounds} rounds{f' (resumed at round {first})' if first else ''}")
 
     def finished(self, row: dict[str, Any]) -> None:
-        self.round, self.now = f"{row['round']}/{self.rounds}", ""
-        self.accuracy, self.sent, self.left = accuracy_of(row), megabytes_of(row), self.clock.left(row["round"])
+        figures = f"accuracy {accuracy_of(row)}, {megabytes_of(row)} MB sent, {self.clock.left(row['round'])} left"
+        self._print(f"round {row['round']}/{self.rounds}: {row['participants']} participants, {figures}")
 
     def failed(self, reason: str) -> None:
-        self._becomes("failed")
-        self.console.print(f"{self.label}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        self._print(reason)
 
-    def end(self) -> None:
-        self._becomes("finished")
+    def _print(self, text: str) -> None:
+        say(self.console, f"{self.label}: {text}")
 
-    def _becomes(self, status: str) -> None:
-        self.status, self.changed, self.now, self.left = status, time.monotonic(), "", ""
+
+# a table --------------------------------------------------------------------------------------------------------------
 
 
 STYLES: Mapping[str, str] = {
@@ -259,7 +165,7 @@ class RunsTable:
             self.rows[experiment.run_id] = row
             if not before:  # those are in the table, and they may be many
                 say_found(self.console, label, experiment, status)
-        self.screen = Screen(
+        self.screen = Live(
             console=self.console, get_renderable=self.table, refresh_per_second=1 / REDRAW_SECONDS, transient=False
         )
         self.screen.start(refresh=True)
@@ -277,29 +183,50 @@ class RunsTable:
         table = Table(caption=caption, caption_justify="left", pad_edge=False, box=None)
         table.add_column("run", no_wrap=True, overflow="ellipsis")
         table.add_column("status", no_wrap=True)
+        table.add_column("")
         for heading in ("round", "accuracy", "MB sent", "time left"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("now", no_wrap=True, style="dim")
         for row in self.shown(self.console.height - AROUND_ROWS):
             status = Text(row.status, style=STYLES[row.status])
-            table.add_row(Text(row.label), status, row.round, row.accuracy, row.sent, row.left, row.now)
+            bar = ProgressBar(row.rounds, row.done, width=BAR_WIDTH) if row.status == "running" else ""
+            table.add_row(Text(row.label), status, bar, row.round, row.accuracy, row.sent, row.left, row.now)
         return table
 
-    def shown(self, most: int) -> list[TableRow]:
+    def shown(self, most: int) -> "list[TableRow]":
         """At most so many rows, in order: first choice are those that run, then those that changed last."""
         rows = list(self.rows.values())
         chosen = sorted(rows, key=lambda row: (row.status != "running", -row.changed))[: max(1, most)]
         return [row for row in rows if row in chosen]
 
 
-def say_found(console: Console, label: str, experiment: Experiment, status: str) -> None:
-    """A line where a results folder holds something that decides what is done: all of a run, or other sources' runs."""
-    if status == "finished":
-        console.print(f"{label}: finished before, run {experiment.run_id}", highlight=False, soft_wrap=True)
-    elif status == "outdated":
-        console.print(f"{label}: computed again, the code has changed", highlight=False, soft_wrap=True)
+class TableRow(ProgressListener):
+    """What the table shows of one run. Cells are text; `changed` orders rows by their last change of status."""
 
+    def __init__(self, console: Console, label: str, rounds: int, status: str) -> None:
+        self.console, self.label, self.rounds, self.status = console, label, rounds, status
+        self.round, self.now, self.accuracy, self.sent, self.left = "", "", "", "", ""
+        self.done, self.changed = 0, 0.0
 
-def overview_for(console: Console) -> Overview:
-    """The overview of a sweep that suits where the output goes."""
-    return RunsTable(console) if console.is_terminal else LabelledLines(console)
+    def begin(self, experiment: Experiment, first: int) -> None:
+        self.clock, self.done = Clock(first, experiment.rounds), max(0, first - 1)
+        self.round = f"{first - 1}/{self.rounds}" if first else f"-/{self.rounds}"
+        self._becomes("running")
+
+    def within(self, method: str, done: int, total: int) -> None:
+        if total:
+            self.now = f"{method} {done}/{total}"
+
+    def finished(self, row: dict[str, Any]) -> None:
+        self.round, self.done, self.now = f"{row['round']}/{self.rounds}", row["round"], ""
+        self.accuracy, self.sent, self.left = accuracy_of(row), megabytes_of(row), self.clock.left(row["round"])
+
+    def failed(self, reason: str) -> None:
+        self._becomes("failed")
+        say(self.console, f"{self.label}: {reason}")
+
+    def end(self) -> None:
+        self._becomes("finished")
+
+    def _becomes(self, status: str) -> None:
+        self.status, self.changed, self.now, self.left = status, time.monotonic(), "", ""

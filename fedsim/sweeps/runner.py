@@ -9,20 +9,21 @@ from rich.console import Console
 
 from fedsim.core import environment
 from fedsim.core.numerics import in_force, settle
+from fedsim.core.terminal import say
 from fedsim.engine.cohort import check_checkpoints, members
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore, run_ids_in
-from fedsim.runtime import RUNTIMES, Choice
+from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.storage.locking import locked
 from fedsim.storage.place import Place, place
 from fedsim.sweeps.attempt import PendingRun, attempt, opened
 from fedsim.sweeps.jobs import run_at_once
-from fedsim.sweeps.progress import OneByOne, Overview, overview_for
+from fedsim.sweeps.progress import Lines, Overview, overview_for
 
 
 def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
@@ -71,8 +72,7 @@ def run_all(
 
     - `make_runtime`: with several jobs a `Choice`, which other processes can be handed. A script that asks for several
       must do so under `if __name__ == "__main__"`, for the processes import it.
-    - `progress`: is told of every run. - `overview`: is told of all runs instead. Without either, one job has one
-      display after another, and several have `overview_for(console)`.
+    - `progress`: is told of every run. - `overview`: is told of all runs instead; None: `overview_for(console)`.
     - `command`: what was typed, for the runs table. - `profile`: write the table `profile` as well.
     - `resume_anywhere`: go on with a run although the rounds to come would have other bits than its finished ones.
 
@@ -83,10 +83,11 @@ def run_all(
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: must be at least 1")
     choice, console = make_runtime, console or Console(quiet=True)
+    tell = functools.partial(say, console)
     if jobs > 1 and not isinstance(choice, Choice):
         raise ValueError(f"jobs={jobs}: the runtimes of several jobs are made from a fedsim.runtime.Choice")
     if overview is None:
-        overview = OneByOne(console, progress) if jobs == 1 or progress is not None else overview_for(console)
+        overview = overview_for(console) if progress is None else Lines(console, progress)
     compute = functools.partial(
         run,
         out=out,
@@ -109,12 +110,10 @@ def run_all(
                 stores[pending_run.experiment.run_id].check_numerics(in_force(choice.numerics), resume_anywhere)
         finished = [stores[one.run_id].finished_with() for one, status in found if status == "finished"]
         if others := sum(numerics != choice.numerics for numerics in finished):
-            text = f"finished runs that were not computed with {choice.numerics} numerics, kept as they are: {others}"
-            console.print(text, highlight=False)
+            tell(f"finished runs that were not computed with {choice.numerics} numerics, kept as they are: {others}")
     overview.begin(found)
     try:
         if isinstance(choice, Choice) and jobs > 1 and pending_runs:
-            say = functools.partial(console.print, highlight=False)
             return run_at_once(
                 pending_runs,
                 jobs=min(jobs, len(pending_runs)),
@@ -122,10 +121,10 @@ def run_all(
                 compute=compute,
                 out=out,
                 overview=overview,
-                say=say,
+                say=tell,
             )
         failures: list[RunFailed] = []
-        with opened(make_runtime, out, lambda text: console.print(text, highlight=False)) as runtime:
+        with opened(make_runtime, out, tell) as runtime:
             for pending_run in pending_runs:
                 try:
                     attempt(compute, pending_run, out, runtime, overview.of(pending_run.experiment.run_id))
@@ -159,11 +158,7 @@ def run_in(
     for each in experiments:
         if not isinstance(each, Experiment):
             raise ValueError(f"experiments: {each!r} must be an Experiment; a function that makes one is to be called")
-    if where["runtime"] not in RUNTIMES:
-        raise ValueError(f"runtime={where['runtime']!r}: must be one of {', '.join(RUNTIMES)}")
-    for name, least in (("hosts", 1), ("gpus", 0)):
-        if where[name] is not None and where[name] < least:
-            raise ValueError(f"{name}={where[name]!r}: must be at least {least}")
+    choice = Choice(where.pop("runtime"), **where)
     if seeds is not None:
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
         if not seeds:
@@ -171,11 +166,10 @@ def run_in(
         experiments = [dataclasses.replace(each, seed=seed) for seed in dict.fromkeys(seeds) for each in experiments]
     if not experiments:
         raise ValueError("experiments=[]: must be at least one")
-    here = where.get("runtime") == "inline" and jobs == 1
-    say = functools.partial(console.print, highlight=False, markup=False)
-    choice = Choice(where.pop("runtime"), **where, numerics=settle(numerics, here=here, say=say))
+    here, tell = choice.name == "inline" and jobs == 1, functools.partial(say, console)
+    choice = dataclasses.replace(choice, numerics=settle(numerics, here=here, say=tell))
     check_data(experiments, data_dir)
-    with locked(folder):
+    with locked(folder) as folder:
         if alone:
             check_folder(folder, experiments, resume=True)
         failures = run_all(

@@ -271,7 +271,7 @@ def test_a_machine_unlike_the_drivers_computes_nothing(tmp_path: Path, monkeypat
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nodes: dict[str, Callable[[Any], Any]] = {"10.0.0.1": lambda call: changed(call, open_files=-1)}
-    monkeypatch.setattr("fedsim.runtime.make_runtime", lambda name, **arguments: Joined(nodes))
+    monkeypatch.setattr("fedsim.runtime.Choice.__call__", lambda choice: Joined(nodes))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "the-secret")
     assert main(["doctor", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks.tune import best_of, grids_of, on_edge
 from fedsim.report.comparison import differences, holm, interval, reference_of, to_target
+from fedsim.report.notes import notes
 from fedsim.report.readings import best_validated, read
-from fedsim.report.tables import notes, summary
+from fedsim.report.tables import summary
 from fedsim.results.tables import SCHEMAS, load, write_table
 from tests.report.test_report import add_run, row_of
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,13 @@ import pytest
 from rich.console import Console
 
 from fedsim.cli import main
-from fedsim.report.document import html_report
-from fedsim.report.readings import finished_runs, last_within, sent_bytes
-from fedsim.report.tables import markdown, notes, print_summary, significant, summary
-from fedsim.results.tables import SCHEMAS, load, write_table
+from fedsim.report.document import content_of, write_report
+from fedsim.report.notes import notes
+from fedsim.report.page import rendered
+from fedsim.report.readings import finished_runs, last_within, read, sent_bytes
+from fedsim.report.tables import significant, summary
+from fedsim.report.terminal import print_summary
+from fedsim.results.tables import SCHEMAS, Results, load, write_table
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +84,17 @@ def add_quick(directory: Path, seed: int = 0, more: float = 0.0) -> None:
     add_run(directory, "fedavg", [0.1, 0.4, 0.8, 0.9], 250, seed=seed)
     add_run(directory, "heterofl", [0.2, 0.6, 0.7, 0.8], 500, seed=seed)
     add_run(directory, "local_only", [0.2, 0.3, 0.4, 0.5], 0, seed=seed)
+
+
+def html_report(results: Results, title: str) -> str:
+    """The page as HTML."""
+    return rendered("html", content_of(results, read(results), title))
+
+
+def markdown(directory: Path) -> str:
+    """The page of a results folder as Markdown."""
+    write_report(directory)
+    return (directory / "report.md").read_text()
 
 
 def row_of(table: pd.DataFrame, method: str) -> dict[str, Any]:
@@ -166,7 +181,7 @@ def test_without_fedavg_nothing_is_saved_and_without_fedgrow_the_first_method_is
     assert list(table["equal_bytes_accuracy"]) == [0.2] and list(table["saved"]) == [0.0]
     assert "than fedavg in its whole run" in notes(load(tmp_path / "b"))[0]
     for folder in ("a", "b"):
-        assert "| -" in markdown(load(tmp_path / folder))
+        assert "| -" in markdown(tmp_path / folder)
         assert "<img" in html_report(load(tmp_path / folder), "x")
 
 
@@ -191,7 +206,7 @@ def test_folder_in_which_nothing_finished(tmp_path: Path, status: str | None) ->
     assert len(notes(results)) == 1
     assert "No run has finished" in html_report(results, "x")
     print_summary(results, console=Console(file=io.StringIO()))
-    assert markdown(results).startswith("* ")
+    assert "No run has finished" in markdown(tmp_path) and f"\n* {notes(results)[0]}\n" in markdown(tmp_path)
 
 
 def test_runs_with_other_settings_are_told_apart(tmp_path: Path) -> None:
@@ -235,12 +250,17 @@ def test_terminal_table_on_an_ascii_terminal(tmp_path: Path) -> None:
     assert b"70.0 +- 10.0" in written.getvalue()
 
 
-def test_markdown_is_one_table_with_equal_numbers_of_cells(tmp_path: Path) -> None:
+def test_markdown_is_tables_with_equal_numbers_of_cells(tmp_path: Path) -> None:
     add_quick(tmp_path)
-    lines = [line for line in markdown(load(tmp_path)).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 5
-    assert {line.count("|") for line in lines} == {11}
+    add_run(tmp_path, "fed|prox", [0.1, 0.2], 250)
+    tables = re.findall(r"(?<=\n\n)(?:\|.*\n)+(?=\n)", markdown(tmp_path))
+    assert len(tables) == 6, "what it took to reach the target, too"
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
+    lines = tables[0].splitlines()
+    assert len(lines) == 2 + 6
     assert lines[2].startswith("| fedgrow (paper) | 70.0 ± 10.0 | 60.0 | 70.0 ± 10.0 | 3 |")
+    assert any(line.startswith("| fed\\|prox |") for line in lines)
 
 
 def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
@@ -252,6 +272,13 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert page.count("<img") == 7  # savings, three curves, differences, time, labels; no participant was scored
     assert page.count("<details>") == 10
     assert page == html_report(load(tmp_path), "results <&> more")
+
+
+def test_nothing_that_somebody_stored_is_markup(tmp_path: Path) -> None:
+    add_quick(tmp_path)
+    add_run(tmp_path, "<script>best</script>", [0.1, 0.99], 250, error="<b>", config={"x": "</pre><script>"})
+    page = html_report(load(tmp_path), "x")
+    assert "<script" not in page and "<b>&lt;script&gt;best&lt;/script&gt;</b> is best (99.0 %)" in page
 
 
 @pytest.mark.parametrize("out", [None, "elsewhere/page.html"])

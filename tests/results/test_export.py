@@ -389,7 +389,8 @@ def answers_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
     """What the card's code prints when it runs in the folder."""
-    code = card.snippet(dataclasses.replace(experiment, algorithm=FedAvg(), task=config))
+    readme = card.card(told(dataclasses.replace(experiment, algorithm=FedAvg(), task=config)))
+    code = readme.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(folder)
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})

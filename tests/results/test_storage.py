@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -153,15 +154,17 @@ def test_versions_of_a_tree(bucket: Remote) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_one_process_at_a_time(bucket: Remote) -> None:
-    with locked(bucket / "out"):
+    with locked(bucket / "out") as out:
         with pytest.raises(ValueError, match="another process is writing to this folder"), locked(bucket / "out"):
             raise AssertionError("two hold it")
-        with locked(bucket / "other"):
-            check_held(bucket / "other")
-        check_held(bucket / "out")
+        with locked(bucket / "other") as other:
+            check_held(other)
+        check_held(out)
     assert (bucket / "out").files() == []
-    with locked(bucket / "out"):
-        check_held(bucket / "out")
+    with locked(bucket / "out") as out:
+        check_held(out)
+        assert isinstance(out, Remote) and out == bucket / "out" and out.holder is not None
+        assert pickle.loads(pickle.dumps(out)).holder is None, "another process holds nothing"
 
 
 @pytest.mark.usefixtures("impatient")
@@ -178,13 +181,13 @@ def test_a_dead_holder_is_followed(bucket: Remote) -> None:
 def test_a_holder_that_slept_looks_before_it_writes(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     """A laptop that was closed: its heart has not beaten since, nor noticed that another took over."""
     monkeypatch.setattr(locking.LockHeartbeat, "run", lambda heart: None)
-    with locked(bucket / "out"):
-        check_held(bucket / "out")
+    with locked(bucket / "out") as out:
+        check_held(out)
         write_atomically(bucket / "out/.lock", b"somewhere process 2 def 1")
-        check_held(bucket / "out")  # it was heard of just now: nobody else can hold it
+        check_held(out)  # it was heard of just now: nobody else can hold it
         monkeypatch.setattr(locking, "_now", lambda: time.monotonic() + 10**6)
         with pytest.raises(LockLost, match="taken this folder over"):
-            check_held(bucket / "out")
+            check_held(out)
     assert (bucket / "out/.lock").exists(), "it is the other's"
 
 
@@ -198,17 +201,19 @@ def test_a_holder_that_was_taken_over_notices_and_writes_no_more(bucket: Remote,
                 write_atomically(bucket / "out/.lock", b"somewhere process 2 def 1")
                 taken.set()
                 end = time.monotonic() + 30
-                while not locking._held[str(bucket / "out")].lost.is_set():
+                assert isinstance(out, Remote)
+                while not out.holder.lost.is_set():
                     assert time.monotonic() < end
                     time.sleep(0.05)
             return super().ask(method, *args, watch=watch)
 
-    with locked(bucket / "out"), pytest.raises(RunFailed, match="taken this folder over"):
-        run(tiny_experiment, runtime=Taken(), out=bucket / "out")
+    with locked(bucket / "out") as out, pytest.raises(RunFailed, match="taken this folder over"):
+        run(tiny_experiment, runtime=Taken(), out=out)
     assert taken.is_set() and (bucket / "out/.lock").read_bytes() == b"somewhere process 2 def 1"
-    with pytest.raises(LockLost), locked(bucket / "third"):
-        locking._held[str(bucket / "third")].lost.set()
-        check_held(bucket / "third")
+    with pytest.raises(LockLost), locked(bucket / "third") as third:
+        assert isinstance(third, Remote)
+        third.holder.lost.set()
+        check_held(third)
     assert set(fedsim.load(bucket / "out").rounds["round"]) == {0}, "a round was written after that"
     assert fedsim.load(bucket / "out").runs.empty
 

@@ -17,7 +17,7 @@ from fedsim.cli import main
 from fedsim.experiment import Experiment
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.sweeps.profile import print_profile
-from fedsim.sweeps.progress import OneByOne
+from fedsim.sweeps.progress import overview_for
 from fedsim.sweeps.runner import run_all
 from fedsim.sweeps.tensorboard import SCALARS, Boards
 from tests.support.disturbed import small
@@ -30,7 +30,7 @@ PHASES = [f"{phase}_seconds" for phase in ("broadcast", "compute", "sum", "write
 def observed(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder of a run that was asked for everything there is."""
     out, console = tmp_path_factory.mktemp("observed"), Console(quiet=True)
-    overview = Boards(OneByOne(console), out)
+    overview = Boards(overview_for(console), out)
     assert run_all([tiny_experiment], out=out, make_runtime=InlineRuntime, profile=True, overview=overview) == []
     return out
 

@@ -40,7 +40,7 @@ def test_several_runs_share_them() -> None:
 def test_hosts_that_do_not_come_are_waited_for_once(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from fedsim.runtime import ray_runtime
+    from fedsim.runtime import Choice, ray_runtime
 
     for name, seconds in (("START_SECONDS", 2.0), ("SOON_SECONDS", 0.2), ("TELL_SECONDS", 0.2)):
         monkeypatch.setattr(ray_runtime, name, seconds)
@@ -55,7 +55,7 @@ def test_hosts_that_do_not_come_are_waited_for_once(cluster: None, monkeypatch: 
     runtime.close()
     for arguments in ({"hosts": 2, "wait": 1.0}, {"address": address, "wait": 1.0}):
         with pytest.raises(ValueError, match=r"--wait=0\.0166667: needs --hosts, and a cluster to join"):
-            ray_runtime.RayRuntime(**arguments)
+            Choice("ray", **arguments)
 
 
 class Counting:

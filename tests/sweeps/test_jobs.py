@@ -25,7 +25,7 @@ from fedsim.runtime import Choice
 from fedsim.runtime.base import Resources
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.placement import Capacity, misfit, most_cpus, part_of
-from fedsim.sweeps.progress import LabelledLines, Overview, RunsTable, label_of, labels_of, overview_for
+from fedsim.sweeps.progress import Lines, Overview, RunsTable, label_of, labels_of, overview_for
 from fedsim.sweeps.runner import run_all
 from tests.support.sweeping import (
     Sweep,
@@ -320,7 +320,7 @@ def test_a_terminal_shows_one_row_a_run(tmp_path: Path) -> None:
     Console(file=page, width=120).print(overview.table())
     lines = [" ".join(line.split()) for line in page.getvalue().splitlines()]
     assert "fedavg, seed 0 finished before" in lines
-    assert "fedavg, seed 1 running 1/2 50.0 % 2.00 0:00 score 1/3" in lines
+    assert f"fedavg, seed 1 running {6 * '━'} 1/2 50.0 % 2.00 0:00 score 1/3" in lines
     assert "fedavg, seed 2 failed 1/2 50.0 % 2.00" in lines
     assert "fedavg, seed 3 waiting" in lines
     assert lines[-1] == "1 running, 2 waiting, 1 finished before, 1 failed"
@@ -342,7 +342,7 @@ def test_more_runs_than_the_terminal_has_lines_are_counted() -> None:
 def test_other_outputs_get_lines_that_say_which_run_they_are_of() -> None:
     page = io.StringIO()
     overview = overview_for(Console(file=page, width=60))
-    assert isinstance(overview, LabelledLines)
+    assert isinstance(overview, Lines)
     alike = [averaging(rounds) for rounds in (2, 3)]
     labels = labels_of([*alike, growing()])
     assert len(set(labels.values())) == 3 and labels[growing().run_id] == label_of(growing())

@@ -35,7 +35,8 @@ from fedsim.models import Form
 from fedsim.results.tables import load
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
-from fedsim.sweeps.calibration import LONG, SMALL, Calibration, Line, Model, Outline, Part, Phase, Stage, phases
+from fedsim.sweeps.calibration import LONG, SMALL, Calibration, phases
+from fedsim.sweeps.outline import Line, Model, Outline, Part, Phase, Stage
 from fedsim.sweeps.plan import Estimate, Machine, Planner, print_plan
 from fedsim.sweeps.suites import experiments_of as selected
 from fedsim.sweeps.suites import suites_in

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from fedsim.runtime import Choice, private_ray, ray_prestart
+from fedsim.runtime import Choice, private_ray
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,36 +40,32 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     result, before = Pretended(), signal.getsignal(signal.SIGTERM)
-    for module in (private_ray, ray_prestart):
-        monkeypatch.setattr(module, "connect_private", result.start)
+    monkeypatch.setattr(private_ray, "connect_private", result.start)
     monkeypatch.setattr(ray, "shutdown", result.end)
     yield result
     signal.signal(signal.SIGTERM, before)
-    assert not ray_prestart.is_prestarted(), "nothing is left for the next test"
 
 
 def test_who_needs_a_ray_takes_the_one_that_was_begun(pretended: Pretended) -> None:
     pretended.may_start.clear()
-    ray_prestart.prestart(4, None)
-    assert ray_prestart.is_prestarted() and pretended.events == [], "nobody waits"
+    begun = private_ray.Prestart(4, None)
+    assert private_ray.is_for_us(begun) and pretended.events == [], "nobody waits"
     pretended.may_start.set()
-    private_ray.start_private(3, None)
+    private_ray.start_private(3, None, begun)
     assert pretended.events == [(4, None)]
-    ray_prestart.cancel()
+    begun.cancel()
     assert pretended.events == [(4, None)], "it is theirs who took it"
 
 
 @pytest.mark.parametrize("asked", [(5, None), (4, 1)])
 def test_one_that_does_not_do_is_ended_and_another_started(pretended: Pretended, asked: tuple) -> None:
-    ray_prestart.prestart(4, None)
-    private_ray.start_private(*asked)
+    private_ray.start_private(*asked, begun=private_ray.Prestart(4, None))
     assert pretended.events == [(4, None), "end", asked]
 
 
 def test_what_failed_is_tried_again_by_whoever_needs_it(pretended: Pretended) -> None:
     pretended.failing = True
-    ray_prestart.prestart(4, None)
-    private_ray.start_private(2, None)
+    private_ray.start_private(2, None, private_ray.Prestart(4, None))
     assert pretended.events == [(4, None), (2, None)]
 
 
@@ -89,8 +85,8 @@ def test_a_request_to_end_ends_ray_as_well(pretended: Pretended) -> None:
 
 def test_only_a_private_ray_is_begun(pretended: Pretended) -> None:
     for choice in (Choice("inline"), Choice("ray", address="somewhere:1")):
-        with choice.ahead():
-            assert not ray_prestart.is_prestarted()
+        with choice.ahead() as ahead:
+            assert ahead.begun is None
     assert pretended.events == []
 
 

@@ -1,0 +1,52 @@
+"""The summary of a results folder on the terminal."""
+
+import textwrap
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedsim.report.notes import notes
+from fedsim.report.readings import by_setting, read, records
+from fedsim.report.tables import COMPACT, cells, summary
+from fedsim.results.tables import Results
+from fedsim.storage.place import Place
+
+
+def print_summary(
+    results: Results,
+    *,
+    directory: Place | None = None,
+    report: Place | None = None,
+    console: Console | None = None,
+    reference: str | None = None,
+) -> None:
+    """The summary on the terminal, in 120 columns, then the notes and where the tables and the report lie."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 120
+    readings = read(results, reference=reference)
+    for setting, rows in by_setting(records(summary(readings))).items():
+        grid = Table(title=setting, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", title_style="bold")
+        grid.add_column("method", overflow="fold")
+        for heading in list(COMPACT)[1:]:
+            narrow = "\n".join(textwrap.wrap(heading, 8, break_long_words=False))
+            grid.add_column(_text(narrow, console), justify="right", no_wrap=True)
+        for row in cells(rows):
+            grid.add_row(*(_text(cell, console) for cell in row))
+        console.print(grid)
+    for note in notes(results, readings):
+        console.print(_text(note, console), style="red" if note.startswith("Failed") else None)
+    if directory is not None:
+        folders = "  ".join(str(directory / name) for name in ("runs", "rounds", "clients"))
+        console.print(_text(f"Tables (Parquet): {folders}", console), soft_wrap=True)
+    if report is not None:
+        console.print(_text(f"Report: {report}", console), soft_wrap=True)
+
+
+def _text(line: str, console: Console) -> Text:
+    """Without markup (labels may hold brackets), and printable on terminals that know ASCII only."""
+    if not console.encoding.lower().startswith("utf"):
+        line = line.replace("±", "+-").encode("ascii", "replace").decode()
+    return Text(line)

@@ -1,0 +1,98 @@
+"""How a process that holds participants answers for them: calls, failures, sums, and the bytes that passed."""
+
+import functools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fedsim.runtime.base import PLAIN, Answer, Failure, Fold, Policy, Together, Traffic
+
+
+def answered(
+    participants: Mapping[int, Any],
+    method: str,
+    round: int,
+    payloads: Mapping[int, Any],
+    fold: Fold | None,
+    policy: Policy = PLAIN,
+    alone: bool = True,
+    done: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Call a method of some participants, one after another or together, in the process that holds them.
+
+    - `alone`: nobody else computes meanwhile, so that asking again after a lack of memory is worth while now.
+    """
+
+    down = up = 0
+    repeated, seconds, replies = list[int](), dict[int, float](), list[tuple[int, Any]]()
+    calls = [functools.partial(getattr(participants[id_], method), round, payloads[id_]) for id_ in payloads]
+    received = {key: tensor_bytes(payload) for key, payload in {id(p): p for p in payloads.values()}.items()}
+    results = side_by_side(calls, policy.together) if policy.together else one_by_one(calls, policy.finish)
+    for id_, call, (reply, took) in zip(payloads, calls, results, strict=True):
+        down += received[id(payloads[id_])]
+        if isinstance(reply, Failure) and policy.again:
+            if reply.out_of_memory and not alone:
+                return Answer([], Traffic(), 0, {}, 0.0, out_of_memory=True)
+            if reply.out_of_memory and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            repeated.append(id_)
+            reply, more = next(one_by_one([call], policy.finish))
+            took += more
+        replies.append((id_, reply))
+        seconds[id_] = took
+        up += tensor_bytes(reply)
+        done()
+    started = time.perf_counter()
+    content = replies if fold is None else fold(replies)
+    moved = up if fold is None else tensor_bytes(content)
+    return Answer(content, Traffic(down, up), moved, seconds, time.perf_counter() - started, tuple(repeated))
+
+
+def one_by_one(calls: Sequence[Callable[[], Any]], finish: Callable[[Any], Any]) -> Iterator[tuple[Any, float]]:
+    """Each call's reply, or the `Failure` that stands for it, and the seconds it took; made as they are asked for."""
+    for call in calls:
+        started = time.perf_counter()
+        try:
+            reply = finish(call())
+        except Exception as error:  # whatever it was: the aggregator's policy decides, and the text says it all
+            reply = failed(error)
+        yield reply, time.perf_counter() - started
+
+
+def side_by_side(calls: Sequence[Callable[[], Any]], together: Together) -> Iterator[tuple[Any, float]]:
+    """The same of calls that are made together; each is said to have taken an equal part of the time."""
+    started = time.perf_counter()
+    replies = together(calls)
+    each = (time.perf_counter() - started) / len(calls)
+    for reply in replies:
+        yield failed(reply) if isinstance(reply, Exception) else reply, each
+
+
+def failed(error: Exception) -> Failure:
+    """What stands for the reply of a participant that raised."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+        cause = cause.__cause__
+    return Failure("".join(traceback.format_exception(error)), cause is not None)
+
+
+SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors inside containers and dataclasses. Knows nothing of what they mean."""
+    kind = type(value)
+    if kind in SCALARS:
+        return 0
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if kind is list or kind is tuple:
+        return sum(map(tensor_bytes, value))
+    if hasattr(kind, "__dataclass_fields__"):
+        value = vars(value)
+    elif not isinstance(value, Mapping):
+        return 0
+    return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
