@@ -36,6 +36,7 @@ class Federation:
     - `algorithm`: the method.
     - `forms`: of the clients' small models. - `intermediate`, `target`: the two larger forms.
     - `sizes`: examples of each client, taken one after another from the training set of `task`; digits by default.
+    - `shards`: the clients' data, instead.
 
     `server`: the server's state; a test may put another there. `private`: the clients' states, as far as there are any.
     `work`: the accounts of each client's last call; `deployed` is one.
@@ -49,30 +50,36 @@ class Federation:
         intermediate: Form = MIDDLE,
         sizes: Sequence[int] = SIZES,
         task: Task | None = None,
+        shards: Sequence[Split] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.algorithm, self.target, self.intermediate = algorithm, target, intermediate
+        self.algorithm, self.target, self.intermediate, self.seed = algorithm, target, intermediate, seed
         self.task = task or load_task(TaskConfig(digits(limit=sum(sizes)), patch_size=4), None)
-        assert self.task.dataset is not None
-        index = torch.arange(sum(sizes)).split(list(sizes))
-        self.shards = [subset(self.task.dataset.train, part.numpy()) for part in index]
+        self.shards = shards or self._dealt(sizes)
         self.clients = [
-            ClientInfo(id_, "phone", form, size) for id_, (form, size) in enumerate(zip(forms, sizes, strict=True))
+            ClientInfo(id_, "phone", form, len(shard.labels))
+            for id_, (form, shard) in enumerate(zip(forms, self.shards, strict=True))
         ]
         algorithm.check(self.task, forms, intermediate, target)
         self.server = ordered(algorithm.server_init(self.at_server(0)))
         self.private: dict[int, State] = {}
         self.work: dict[int, Meter] = {}
 
+    def _dealt(self, sizes: Sequence[int]) -> list[Split]:
+        assert self.task.dataset is not None
+        index = torch.arange(sum(sizes)).split(list(sizes))
+        return [subset(self.task.dataset.train, part.numpy()) for part in index]
+
     # contexts -------------------------------------------------------------------------------------------------------
 
     def at_server(self, round: int) -> ServerContext:
-        return ServerContext(0, round, self.task, self.intermediate, self.target, self.clients)
+        return ServerContext(self.seed, round, self.task, self.intermediate, self.target, self.clients)
 
     def at_client(self, round: int, client: int, device: str = "cpu", empty: bool = False) -> ClientContext:
         """A client's context; `empty`: without data, as where a run is only being counted."""
         self.work[client] = Meter({})
         return ClientContext(
-            seed=0,
+            seed=self.seed,
             round=round,
             task=self.task,
             intermediate=self.intermediate,

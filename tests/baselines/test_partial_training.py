@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import fedsim.testing
 from baselines.fedavg import FedAvg
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
@@ -18,19 +19,19 @@ from baselines.fedrolex import FedRolex
 from baselines.fjord import FjORD
 from baselines.heterofl import HeteroFL, heterofl_clean
 from benchmarks.suites import tiny
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
+from fedsim.algorithm import Algorithm, ClientUpdate
 from fedsim.core.submodel import Cut, ScatterMean, join_fused, split_fused, split_specs
 from fedsim.core.tree import Tree, nbytes, numel, sha256
 from fedsim.data.config import Split, digits
 from fedsim.data.text import BYTE_END, BYTE_MASK, BYTE_PADDING, IGNORED
 from fedsim.engine.cohort import cohort_of, federation_sha256, members
 from fedsim.learning.coverage import covered_of, model_of, start
-from fedsim.learning.meter import Meter, StepCost
+from fedsim.learning.meter import StepCost
 from fedsim.learning.rates import cut_at, sub_form
 from fedsim.learning.server_opt import AVERAGE
 from fedsim.learning.task import Batch, Task, TaskConfig, load_task, subset
 from fedsim.models import Form
-from tests.support.clients import asked_of, client_update
+from tests.support.clients import asked_of
 from tests.support.cutting import Kept, assert_aligned, kept_by, shapes_of
 from tests.support.family_rows import ROWS, batch_of, examples, random_tree
 
@@ -65,8 +66,8 @@ def _uncounted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 
-class Federation:
-    """Participants of some rates, run by hand. On digits they have 6, 12 and 18 images in turn."""
+class Federation(fedsim.testing.Federation):
+    """Participants of some rates, whose own forms are those of their sub-models. Shards of 6, 12, 18 digits in turn."""
 
     def __init__(
         self,
@@ -77,54 +78,16 @@ class Federation:
         shards: Sequence[Split] | None = None,
         seed: int = 0,
     ) -> None:
-        self.algorithm, self.target, self.rates, self.seed = algorithm, target, rates, seed
-        self.task = task or load_task(VIT, None)
-        self.shards = shards or shards_of_digits(self.task, len(rates))
-        self.forms = [sub_form(self.task, target, rate) for rate in rates]
-        self.clients = [
-            ClientInfo(id_, "phone", form, len(shard.labels))
-            for id_, (form, shard) in enumerate(zip(self.forms, self.shards, strict=True))
-        ]
-        self.server = algorithm.server_init(self.at_server(0))
-        self.work: dict[int, Meter] = {}
-
-    def at_server(self, round: int) -> ServerContext:
-        return ServerContext(self.seed, round, self.task, self.target, self.target, self.clients)
-
-    def at_client(self, round: int, client: int, **changes: Any) -> ClientContext:
-        self.work[client] = Meter({})
-        context = ClientContext(
-            seed=self.seed,
-            round=round,
-            task=self.task,
-            intermediate=self.target,
-            target=self.target,
-            info=self.clients[client],
-            train=self.shards[client],
-            device=torch.device("cpu"),
-            meter=self.work[client],
-        )
-        return dataclasses.replace(context, **changes)
+        task = task or load_task(VIT, None)
+        self.rates, self.forms = rates, [sub_form(task, target, rate) for rate in rates]
+        shards = shards or shards_of_digits(task, len(rates))
+        super().__init__(algorithm, self.forms, target, target, task=task, shards=shards, seed=seed)
 
     def payloads(self, round: int, cohort: Sequence[int] | None = None, state: Tree | None = None) -> dict[int, Tree]:
         chosen = [self.clients[id_] for id_ in (range(len(self.clients)) if cohort is None else cohort)]
         server = self.server if state is None else state
         sent = self.algorithm.server_broadcast(server, chosen, self.at_server(round))
         return {id_: dict(payload) for id_, payload in sent.items()}
-
-    def update(self, round: int, client: int) -> ClientUpdate:
-        payload = self.payloads(round, [client])[client]
-        return client_update(self.algorithm, payload, {}, self.at_client(round, client))[0]
-
-    def aggregate(self, round: int, updates: Sequence[ClientUpdate]) -> None:
-        self.server = self.algorithm.server_aggregate(self.server, iter(updates), self.at_server(round))
-
-    def run(self, round: int, cohort: Sequence[int] | None = None) -> list[ClientUpdate]:
-        """One round; what was sent to the server."""
-        cohort = range(len(self.clients)) if cohort is None else cohort
-        updates = [self.update(round, client) for client in cohort]
-        self.aggregate(round, updates)
-        return updates
 
     def model(self) -> Tree:
         return model_of(self.server)
@@ -146,7 +109,7 @@ class Federation:
         """A round in which all that a client sends is one number."""
         sent = self.payloads(round, [*values])
         trees = {id_: {name: torch.full_like(t, values[id_]) for name, t in sent[id_].items()} for id_ in values}
-        self.aggregate(round, [ClientUpdate(id_, trees[id_], self.weight(id_)) for id_ in values])
+        self.server = self.aggregate(round, [ClientUpdate(id_, trees[id_], self.weight(id_)) for id_ in values])
 
     def weight(self, client: int) -> int:
         """In a mean: examples, but for the methods whose papers count participants."""
@@ -683,7 +646,7 @@ def test_a_broadcast_of_weight_1_makes_all_blocks_equal(n: int) -> None:
     before = sha256(federation.model())
     trained = federation.payloads(2)
     updates = [ClientUpdate(id_, tree, 1.0) for id_, tree in trained.items()]
-    federation.aggregate(2, updates)
+    federation.server = federation.aggregate(2, updates)
     assert sha256(federation.model()) == before, "broadcasting equal blocks changes nothing"
 
 
@@ -694,7 +657,7 @@ def test_equal_blocks_stay_equal_under_any_broadcast(lam: float) -> None:
     made.run(1)
     federation = Federation(FedBRBLike(**LOCAL, broadcast=lam, clock="spread"), (1 / 4, 1 / 4, 1 / 2, 1 / 4))
     federation.server = made.server
-    federation.aggregate(3, [ClientUpdate(id_, tree, 1.0) for id_, tree in federation.payloads(3).items()])
+    federation.server = federation.aggregate(3, [ClientUpdate(id_, tree, 1.0) for id_, tree in federation.payloads(3).items()])
     assert sha256(federation.model()) == sha256(made.model())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import fedsim.testing
 from baselines.fedavg import FedAvg
 from benchmarks.suites import quick, released_ladder, tiny
 from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
@@ -18,24 +19,25 @@ from fedgrow_algo.joint import FedGrowJoint, JointLoss
 from fedgrow_algo.ligo import Operator
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedgrow_algo.rounds import aggregated, payloads, stage_of
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate
 from fedsim.core.tree import State, Tree, clone, mapped, nbytes, numel, sha256, tensors
-from fedsim.data.config import Split, digits
+from fedsim.data.config import Split
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment, with_settings
 from fedsim.learning.meter import Meter, StepCost, step_cost
 from fedsim.learning.objectives import TaskLoss
 from fedsim.learning.server_opt import AVERAGE
-from fedsim.learning.task import Task, TaskConfig, load_task, subset
+from fedsim.learning.task import Task
 from fedsim.models import Form
 from fedsim.models.pretrained import Checkpoint
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
+from fedsim.testing import MIDDLE, SMALL
 from tests.support import small_federation
 from tests.support.clients import client_init, client_update
 
 
-SMALL, MIDDLE, TARGET = Form(8, 1, heads=2), Form(12, 2, heads=2), Form(16, 3, heads=2)
+TARGET = Form(16, 3, heads=2)
 ROUND: dict[str, Any] = {"lr": 1e-2, "small_lr": 1e-2, "small_epochs": 1, "local_lr": 1e-2, "batch_size": 8}
 FINETUNED: dict[str, Any] = {"finetune_after": 1, "finetune_lr": 1e-2}
 
@@ -68,66 +70,15 @@ def _uncounted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *arguments: StepCost((0, 0), (1, 1))))
 
 
-class Federation:
-    """Three participants of one form with shards of 6, 12 and 18 digits, run by hand."""
+class Federation(fedsim.testing.Federation):
+    """Three participants of one form with shards of 6, 12 and 18 digits."""
 
     def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm = algorithm
-        self.task = load_task(TaskConfig(digits(limit=36), patch_size=4), None)
-        assert self.task.dataset is not None
-        index = torch.arange(36).numpy()
-        self.shards = [subset(self.task.dataset.train, part) for part in (index[:6], index[6:18], index[18:])]
-        self.clients = [ClientInfo(id_, "phone", SMALL, len(shard.labels)) for id_, shard in enumerate(self.shards)]
-        self.server = algorithm.server_init(self.at_server(0))
-        self.private: dict[int, State] = {}
-        self.work: dict[int, Meter] = {}
-
-    def at_server(self, round: int) -> ServerContext:
-        return ServerContext(0, round, self.task, MIDDLE, TARGET, self.clients)
-
-    def at_client(self, round: int, client: int, **changes: Any) -> ClientContext:
-        self.work[client] = Meter({})
-        context = ClientContext(
-            seed=0,
-            round=round,
-            task=self.task,
-            intermediate=MIDDLE,
-            target=TARGET,
-            info=self.clients[client],
-            train=self.shards[client],
-            device=torch.device("cpu"),
-            meter=self.work[client],
-        )
-        return dataclasses.replace(context, **changes)
-
-    def state(self, client: int) -> State:
-        if client not in self.private:
-            self.private[client] = client_init(self.algorithm, self.at_client(0, client))
-        return self.private[client]
-
-    def payload(self, round: int, client: int) -> State:
-        return dict(self.algorithm.server_broadcast(self.server, [self.clients[client]], self.at_server(round))[client])
-
-    def update(self, round: int, client: int, **changes: Any) -> ClientUpdate:
-        state, payload = self.state(client), self.payload(round, client)
-        context = self.at_client(round, client, **changes)
-        update, self.private[client] = client_update(self.algorithm, payload, state, context)
-        return update
-
-    def run(self, round: int, cohort: Sequence[int] = (0, 1, 2)) -> list[ClientUpdate]:
-        """One round; what was sent to the server."""
-        updates = [self.update(round, client) for client in cohort]
-        combined = self.algorithm.combine(updates)
-        arriving = iter(updates if combined is None else [combined])
-        self.server = self.algorithm.server_aggregate(self.server, arriving, self.at_server(round))
-        return updates
+        super().__init__(algorithm, target=TARGET)
 
     def model(self, round: int, client: int) -> Tree:
         """Weights of what a client would deploy after a round."""
-        context = self.at_client(round, client)
-        return dict(
-            self.algorithm.client_model(self.payload(round, client), self.state(client), context).named_parameters()
-        )
+        return dict(self.deployed(round, client).named_parameters())
 
 
 def shared_operator(task: Task):
@@ -198,7 +149,7 @@ def test_nothing_but_operators_has_a_gradient(algorithm: Algorithm, precision: s
     payload, state = federation.payload(2, 0), federation.state(0)
     hook = register_optimizer_step_pre_hook(note)
     try:
-        context = federation.at_client(2, 0, precision=precision)
+        context = dataclasses.replace(federation.at_client(2, 0), precision=precision)
         update, kept = client_update(algorithm, payload, state, context)
     finally:
         hook.remove()
@@ -610,6 +561,6 @@ def test_what_a_participant_makes_is_on_its_device(procedure: Any) -> None:
     if procedure is staged:
         algorithms.append(dataclasses.replace(algorithms[0], federate=False))
     for algorithm in algorithms:
-        context = Federation(algorithm).at_client(0, 0, device=torch.device("meta"))
+        context = Federation(algorithm).at_client(0, 0, device="meta")
         state = client_init(algorithm, context)
         assert {tensor.device.type for tensor in tensors(state)} == {"meta"}
