@@ -657,7 +657,8 @@ def test_equal_blocks_stay_equal_under_any_broadcast(lam: float) -> None:
     made.run(1)
     federation = Federation(FedBRBLike(**LOCAL, broadcast=lam, clock="spread"), (1 / 4, 1 / 4, 1 / 2, 1 / 4))
     federation.server = made.server
-    federation.server = federation.aggregate(3, [ClientUpdate(id_, tree, 1.0) for id_, tree in federation.payloads(3).items()])
+    sent = [ClientUpdate(id_, tree, 1.0) for id_, tree in federation.payloads(3).items()]
+    federation.server = federation.aggregate(3, sent)
     assert sha256(federation.model()) == sha256(made.model())
 
 
