@@ -163,7 +163,7 @@ def test_nothing_is_decorated_as_an_actor(path: Path) -> None:
 def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
     text = path.read_text()
     lines = len(text.splitlines())
-    assert lines <= 400
+    assert lines <= (380 if path.name == "ligo.py" else 350)  # ligo.py is one class, the operator
     if path.parent.name == "baselines":
         assert lines < 150
     if path.name == "inline.py":
