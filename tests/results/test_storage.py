@@ -198,12 +198,12 @@ def test_a_holder_that_was_taken_over_notices_and_writes_no_more(bucket: Remote,
     class Taken(InlineRuntime):
         def ask(self, method, *args, watch=None):
             if args[0] == 1:
-                write_atomically(bucket / "out/.lock", b"somewhere process 2 def 1")
                 taken.set()
                 end = time.monotonic() + 30
                 assert isinstance(out, Remote)
                 while not out.holder.lost.is_set():
                     assert time.monotonic() < end
+                    write_atomically(bucket / "out/.lock", b"somewhere process 2 def 1")  # its heart beats, too
                     time.sleep(0.05)
             return super().ask(method, *args, watch=watch)
 
