@@ -25,9 +25,11 @@ from fedsim.algorithm import (
     ClientInfo,
     ClientUpdate,
     LocalTraining,
+    OptimizerName,
     Partial,
     Payload,
     ServerContext,
+    State,
     Steps,
     TaskLoss,
     Training,
@@ -35,9 +37,7 @@ from fedsim.algorithm import (
     weighted_sum,
 )
 from fedsim.core.fields import refuse
-from fedsim.core.tree import State
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.learning.training import OptimizerName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FedNova(LocalTraining):
         super().__post_init__()
         for name, value in {"optimizer": "sgd", "nesterov": False, "schedule": "constant", "lr_warmup": 0}.items():
             if getattr(self, name) != value:
-                refuse(f"algorithm.{name}", getattr(self, name), f"{value!r}: what |a_i| is known for")
+                refuse(f"algorithm.{name}", getattr(self, name), f"{value!r}: the formula for |a_i| assumes it")
         if self.momentum == 1:
             refuse("algorithm.momentum", self.momentum, "below 1")
 

@@ -21,25 +21,26 @@ from torch import Tensor, nn
 
 from fedsim.algorithm import (
     LATER,
+    Batch,
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Frozen,
     LocalTraining,
+    OptimizerName,
     Partial,
     Payload,
     ServerContext,
+    State,
     Steps,
     TaskLoss,
     Training,
+    Tree,
     weighted_sum,
     whole_sum,
 )
 from fedsim.core.fields import refuse
-from fedsim.core.tree import State, Tree
-from fedsim.learning.objectives import Frozen
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.learning.task import Batch
-from fedsim.learning.training import OptimizerName
 
 
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": None, "schedule": "constant", "lr_warmup": 0}
@@ -47,7 +48,7 @@ PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": None,
 
 @dataclasses.dataclass(frozen=True)
 class Scaffold(LocalTraining):
-    """SCAFFOLD of the target, with plain SGD alone: c_i is computed from it.
+    """SCAFFOLD of the target. Plain SGD only, for c_i is computed from its steps.
 
     - `server`: what the server makes of the mean.
     """
@@ -95,8 +96,7 @@ class Scaffold(LocalTraining):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> State:
-        model = ctx.task.fresh(ctx.target, ctx.derive("target"))
-        return {name: torch.zeros_like(tensor, device=ctx.device) for name, tensor in model.items()}
+        return {name: torch.zeros_like(tensor) for name, tensor in ctx.task.fresh(ctx.target, 0).items()}
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         x, c = payload["model"], payload["control"]

@@ -61,7 +61,7 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-MIDDLE, OWN = "middle", "global"  # parts of a participant's private state: M_i, and Global where nobody averages it
+MIDDLE, GLOBAL = "middle", "global"  # parts of a participant's private state: M_i, and Global where nobody averages it
 
 
 def intermediate_model(
@@ -178,7 +178,7 @@ class FedGrow(LocalTraining):
         )
         if self.federate:
             return {MIDDLE: middle}
-        return {MIDDLE: middle, OWN: to(first_global(self.preset, ctx), ctx.device)}
+        return {MIDDLE: middle, GLOBAL: to(first_global(self.preset, ctx), ctx.device)}
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
@@ -193,13 +193,13 @@ class FedGrow(LocalTraining):
         )
         if self.federate:
             return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
-        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | {OWN: trained.parameters}
+        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | {GLOBAL: trained.parameters}
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
 
     def _global(self, payload: Payload, state: State) -> Tree:
-        return dict(payload) if self.federate else state[OWN]
+        return dict(payload) if self.federate else state[GLOBAL]
 
     def _target(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(M_i)."""

@@ -64,6 +64,7 @@ __all__ = [
     "Frozen",
     "LocalTraining",
     "Objective",
+    "OptimizerName",
     "Partial",
     "Payload",
     "ServerContext",
@@ -180,7 +181,11 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        """What each client of the cohort downloads. Give several clients the same object and it is put only once."""
+        """What each of these clients downloads. Give several clients the same object and it is put only once.
+
+        Called for the cohort before it trains, and again, with the next state, for those who are then scored (in round
+        0 as well): its result depends on its arguments alone.
+        """
 
     @abc.abstractmethod
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
@@ -215,7 +220,7 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
-        """What this client would deploy: the model that is scored."""
+        """What this client would deploy: the model that is scored. `payload`: what the server then sends."""
 
 
 # Marks a field that came after runs had been recorded: their identity leaves it out while it has its default.

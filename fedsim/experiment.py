@@ -199,7 +199,7 @@ class Experiment:
 
     @property
     def run_id(self) -> str:
-        """Hash of the canonical JSON: equal for two experiments exactly if their numbers are."""
+        """Hash of the canonical JSON: experiments with one id compute the same numbers."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
 
     def canonical_json(self) -> str:

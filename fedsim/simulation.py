@@ -7,7 +7,7 @@ from fedsim.core.numerics import PORTABLE, in_force
 from fedsim.engine.aggregator import Aggregator
 from fedsim.engine.clients import ParticipantError
 from fedsim.engine.cohort import Member, federation_sha256, label_histograms, members, round_cohort_of, scored_in
-from fedsim.engine.cost import Cost, cost_of, too_small
+from fedsim.engine.cost import cost_of, too_small
 from fedsim.engine.gpu import with_gpu_fractions
 from fedsim.engine.participant import Inbox, Participant, last_line
 from fedsim.engine.progress import ProgressListener
@@ -63,14 +63,19 @@ def run(
     **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
     `RunFailed` for a run that broke, with everything finished so far on disk and a row saying why.
     """
-    progress, counted = progress or ProgressListener(), {} if counted is None else counted
+    progress = progress or ProgressListener()
+    counted = {} if counted is None else counted
     experiment = with_gpu_fractions(experiment, runtime.probe)
-    task, numerics = load_task(experiment.task, data_dir), in_force(runtime.numerics)
+    numerics = in_force(runtime.numerics)
+    task = load_task(experiment.task, data_dir)
     population = members(experiment, task)
     store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm))
     if resume:
         store.check_numerics(numerics, resume_anywhere)
-    cost = _place(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted)
+    if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
+        too_small(experiment, cost_of(experiment, counted))
+    _start(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted)
+    cost = cost_of(experiment, counted)  # hosts come up meanwhile
     tiers_left_out = too_small(experiment, cost)
     excluded_ids = {member.info.id for member in population if member.info.tier in tiers_left_out}
 
@@ -94,7 +99,7 @@ def run(
         for round in range(first, experiment.rounds + 1):
             cohort = round_cohort_of(experiment, round, excluded_ids)
             scored = scored_in(experiment, round, excluded_ids)
-            report = runtime.ask("run_round", round, cohort, scored, watch=progress.within)
+            report = runtime.ask("run_round", round, cohort, scored, watch=progress.within)  # Aggregator.run_round
             progress.finished(recorder.round(round, cohort, report))
     except Exception as error:
         reason = error.text if isinstance(error, ParticipantError) else last_line(error)
@@ -111,7 +116,7 @@ def run(
     return experiment.run_id
 
 
-def _place(
+def _start(
     experiment: Experiment,
     population: list[Member],
     runtime: Runtime,
@@ -119,24 +124,21 @@ def _place(
     data_dir: str | None,
     numerics: dict,
     counted: dict[tuple, StepCost],
-) -> Cost:
-    """Have the runtime place aggregator and participants. **Returns:** the cost, counted while hosts come up."""
+) -> None:
+    """Have the runtime place the aggregator and the participants."""
     bits = numerics["fingerprint"] if numerics["name"] == PORTABLE else None
     environment, inbox = SameEnvironment.here(str(folder / "private"), bits), Inbox()
     make_participants = {
         member.info.id: functools.partial(_participant, environment, experiment, member, data_dir, counted, inbox)
         for member in population
     }
-    resources = {member.info.id: _asked_by(member) for member in population}
+    resources = {member.info.id: _resources_of(member) for member in population}
     infos = [member.info for member in population]
     make_aggregator = functools.partial(_aggregator, environment, experiment, infos, data_dir, str(folder))
-    if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
-        too_small(experiment, cost_of(experiment, counted))
     runtime.start(make_aggregator, make_participants, resources, experiment.chunk)
-    return cost_of(experiment, counted)
 
 
-def _asked_by(member: Member) -> Resources:
+def _resources_of(member: Member) -> Resources:
     tier = member.tier
     size = float(member.info.num_examples)
     return Resources(tier.num_cpus, tier.num_gpus, tier.memory_mb, tier.resources, kind=tier.name, size=size)

@@ -8,6 +8,7 @@
 Everything happens in this process, at once, on tensors that a test can hold against numbers of its own.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -119,7 +120,7 @@ class Federation:
         found: Any = yield from asking(context, self.algorithm.client_update(payload, state, context))
         update, kept = found
         self.private[client] = clone(kept)
-        return ClientUpdate(client, clone(update.tree), update.weight)
+        return dataclasses.replace(update, tree=clone(update.tree))
 
     def aggregate(self, round: int, updates: Sequence[ClientUpdate], chunk: int = 2) -> State:
         """The server's next state; as on the platform, updates are first added up in chunks, where they can be."""

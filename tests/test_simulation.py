@@ -565,6 +565,9 @@ def test_a_participant_that_raises_is_dropped_from_the_round(
     assert (last.bytes_up > 0).tolist() == [True, False, True]
     assert last.accuracy.notna().all(), "it is scored with what it has"
     assert results.rounds.bytes_up.iloc[1] == last.bytes_up.sum()
+    assert results.rounds.bytes_down.iloc[1] == results.rounds.seam_bytes_down.iloc[1], "who then raised received, too"
+    assert last.outcome.tolist() == ["in_time", "failed", "in_time"]
+    assert last.error.isna().tolist() == [True, False, True] and "ArithmeticError" in last.error[1]
 
     # The state is the mean over the others, added up in the experiment's chunks of two: (0), then (2).
     assert [update.client for update in updates[1]] == [0, 2]

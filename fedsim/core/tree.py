@@ -1,8 +1,8 @@
-"""Verbs on trees.
+"""Functions on trees.
 
 A `Tree` is flat, tensors by name: a model, an operator. A `State` may be nested, `{"model": {...}, "momentum": {...}}`:
 what server and clients keep, what is sent, what is trained. It is flattened where it is written, hashed or added up.
-Verbs take both. A part without tensors is as good as absent (`ordered` drops it): read it with `.get(name, {})`.
+Functions take both. A part without tensors is as good as absent (`ordered` drops it): read it with `.get(name, {})`.
 """
 
 import hashlib
@@ -19,16 +19,22 @@ PATH = "::"  # between the names of parts and of tensors, where a state is flat
 PIECE = 2**16  # elements
 
 
-def flat(state: Mapping[str, Any], joint: str = PATH) -> Tree:
-    """`{"a": {"b": t}}` -> `{"a::b": t}`. **Raises:** `ValueError` for a name that has "::" in it."""
+def flat(state: Mapping[str, Any], separator: str = PATH) -> Tree:
+    """`{"a": {"b": t}}` -> `{"a::b": t}`.
+
+    **Raises:** `ValueError` for a name that has "::" in it, or two tensors that would have one name.
+    """
     found: Tree = {}
     for name, value in state.items():
         if PATH in name:
             raise ValueError(f"{name!r}: a name in a state must not contain {PATH!r}")
-        if isinstance(value, Mapping):
-            found |= {f"{name}{joint}{inner}": tensor for inner, tensor in flat(value, joint).items()}
-        else:
-            found[name] = value
+        inner = flat(value, separator) if isinstance(value, Mapping) else {}
+        part = {f"{name}{separator}{path}": tensor for path, tensor in inner.items()} if inner else {}
+        if not isinstance(value, Mapping):
+            part = {name: value}
+        if not found.keys().isdisjoint(part):
+            raise ValueError(f"{min(found.keys() & part)!r}: two tensors of a state have this name, written flat")
+        found |= part
     return found
 
 
@@ -59,7 +65,7 @@ def mapped(function: Callable[[Tensor], Tensor], state: Mapping[str, Any]) -> St
 
 
 def numel(state: Mapping[str, Any]) -> int:
-    """Number of parameters; sets and indices, which are not floating point, are none."""
+    """Number of parameters: of floating-point tensors only, for masks and indices are none."""
     return sum(tensor.numel() for tensor in tensors(state) if tensor.is_floating_point())
 
 
@@ -137,7 +143,7 @@ def _check_same_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -
 
 
 def sha256(state: Mapping[str, Any]) -> str:
-    """Hash of names, dtypes, shapes and bits, in order of name: equal hashes mean equal states."""
+    """Hash of names, dtypes, shapes and bits, in order of name: equal hashes mean equal tensors of equal names."""
     digest, tree = hashlib.sha256(), flat(state, ".")
     for name in sorted(tree):
         tensor = tree[name].detach().cpu().contiguous()

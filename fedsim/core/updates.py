@@ -32,7 +32,8 @@ class Partial:
     weight: float
 
     def mean(self, like: State) -> State:
-        """The sum over its weight, once. `like` gives the dtypes; empty: all float32. Uses up the sum's memory."""
+        """The sum over its weight. `like` gives the dtypes; empty: all float32. Takes the sum's memory: only once."""
+        assert self.tree or not trees.flat(like), "the mean of a sum that was used up"
         dtypes = trees.flat(like) or dict.fromkeys(self.tree, torch.empty(0))
         return trees.nested(trees.quotient(self.tree, self.weight, dtypes))
 

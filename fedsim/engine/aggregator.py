@@ -49,7 +49,7 @@ class Aggregator:
             self.clients.begin({*cohort.takes_part, *scored})
         else:
             payloads = self._broadcast(cohort.reached, ctx)
-            updates = self.clients.train(round, cohort, payloads)
+            updates = self.clients.train(round, cohort, payloads)  # lazy: they train while the server aggregates
             self.state = self._aggregate(updates, ctx)
         accuracy_global = self._score(scored, ctx)
         state_sha256 = self._save(round)
@@ -61,17 +61,17 @@ class Aggregator:
         """Start the accounts anew, and hold the state of the round before."""
         self.call.reset()
         self.clock.reset()
-        self.clients.reports = {}
-        if round == 0:
-            self.clients.private = {}
-        elif self.round != round - 1:
+        private = self.clients.private if round else {}
+        if round and self.round != round - 1:
             found = self.versions.load(round)
             if found is None or found[0] != round - 1:
                 raise RuntimeError(f"{self.versions.folder}: no server state of round {round - 1} to go on from")
             _, self.state, metadata = found
-            self.clients.private = {int(id_): sha for id_, sha in json.loads(metadata["private"]).items()}
-        each = self.experiment
-        return ServerContext(each.seed, round, Task(each.task), each.middle, each.target, self.infos)
+            private = {int(id_): sha for id_, sha in json.loads(metadata["private"]).items()}
+        self.clients.open(private)
+        experiment = self.experiment
+        task = Task(experiment.task)
+        return ServerContext(experiment.seed, round, task, experiment.middle, experiment.target, self.infos)
 
     def _broadcast(self, ids: Collection[int], ctx: ServerContext) -> Mapping[int, Payload]:
         with self.clock.phase("broadcast"):

@@ -19,6 +19,9 @@ from fedsim.learning.steps import run_alone, run_batched
 from fedsim.runtime.base import Call, Failure, Policy
 
 
+NOTHING: Mapping[int, Payload] = {}
+
+
 class ParticipantError(RuntimeError):
     """A participant raised and the policy is to stop. `client` is its id; the text ends in its traceback."""
 
@@ -31,15 +34,15 @@ class ParticipantError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What is left of the replies of a chunk of consecutive participants once their updates are added up."""
+class ChunkSum:
+    """The summed updates of a chunk of consecutive participants, and its replies without them."""
 
     updates: list[ClientUpdate | Partial]
     replies: list[tuple[int, Reply | Failure]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Fold:
+class SumChunk:
     """Adds up the updates of one chunk, where they are. Picklable: it travels to the hosts.
 
     - `devices`: by participant. - `deadline`: simulated seconds after which an update is left out; None: none is.
@@ -49,15 +52,15 @@ class Fold:
     devices: Mapping[int, Device | None] = dataclasses.field(default_factory=dict)
     deadline: float | None = None
 
-    def __call__(self, replies: Sequence[tuple[int, Any]]) -> Chunk:
-        replies = [(id_, self._in_time(id_, reply)) for id_, reply in replies]
-        updates = [reply.update for _, reply in replies if isinstance(reply, Reply) and reply.update is not None]
+    def __call__(self, replies: Sequence[tuple[int, Any]]) -> ChunkSum:
+        in_time = [(id_, self._in_time(id_, reply)) for id_, reply in replies]
+        updates = [reply.update for _, reply in in_time if isinstance(reply, Reply) and reply.update is not None]
         partial = self.algorithm.combine(updates) if updates else None
         stripped = [
             (id_, dataclasses.replace(reply, update=None) if isinstance(reply, Reply) else reply)
-            for id_, reply in replies
+            for id_, reply in in_time
         ]
-        return Chunk([partial] if partial is not None else list(updates), stripped)
+        return ChunkSum([partial] if partial is not None else list(updates), stripped)
 
     def _in_time(self, id_: int, reply: Any) -> Any:
         """A reply without its update if that came too late."""
@@ -86,6 +89,10 @@ class Clients:
         self.private: dict[int, str] = {}
         self.reports: dict[int, ClientReport] = {}
 
+    def open(self, private: Mapping[int, str]) -> None:
+        """A round begins, before which private states have these hashes."""
+        self.private, self.reports = dict(private), {}
+
     def begin(self, ids: Collection[int]) -> None:
         """Have private states made."""
         nothing: Payload = {}
@@ -102,14 +109,14 @@ class Clients:
             self.reports[id_] = ClientReport(outcome="dropped_out", bytes_down=trees.nbytes(payloads[id_]))
         payloads = {id_: payloads[id_] for id_ in cohort.takes_part}
         conditions = self.experiment.conditions
-        fold = Fold(self.experiment.algorithm, self.devices, conditions.deadline)
+        sum_chunk = SumChunk(self.experiment.algorithm, self.devices, conditions.deadline)
         if conditions.over_selection:
             replies = list(self.clock.awaited(self.call("train", round, payloads, policy=self.policy)))
-            chunks = map(fold, self._first(replies))
+            chunks = map(sum_chunk, self._first(replies))
         else:
-            chunks = self.clock.awaited(self.call("train", round, payloads, fold, self.policy))
+            chunks = self.clock.awaited(self.call("train", round, payloads, sum_chunk, self.policy))
         for chunk in chunks:
-            self._note(chunk.replies)
+            self._note(chunk.replies, payloads)
             yield from chunk.updates
 
     def score(self, round: int, payloads: Mapping[int, Payload]) -> None:
@@ -135,13 +142,15 @@ class Clients:
 
     # parts ----------------------------------------------------------------------------------------------------------
 
-    def _note(self, replies: Sequence[tuple[int, Reply | Failure]]) -> None:
+    def _note(self, replies: Sequence[tuple[int, Reply | Failure]], payloads: Mapping[int, Payload] = NOTHING) -> None:
+        """Take down what participants answered. `payloads`: what they had received, where that counts."""
         for id_, reply in replies:
             before = self.reports.get(id_, ClientReport())
             if isinstance(reply, Failure):
                 if self.experiment.on_error != "drop":
                     raise ParticipantError(id_, reply.text)
-                self.reports[id_] = before.failed(reply.text.strip().splitlines()[-1])
+                received = ClientReport(bytes_down=trees.nbytes(payloads[id_]) if payloads else 0)
+                self.reports[id_] = before.then(received).failed(reply.text.strip().splitlines()[-1])
                 continue
             report = reply.report
             if self.experiment.batched and report.train_seconds:  # all took the time that they took together

@@ -1,6 +1,7 @@
 """What a round knows of each participant, and what it tells the driver: numbers, never tensors."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -16,8 +17,9 @@ Outcome = Literal["in_time", "late", "dropped_out", "excluded", "failed"]
 class ClientReport:
     """A participant's part in a round. Every call of it makes one; those of a round are merged (`then`).
 
-    None stands for what is not known or does not apply; `outcome` is None where it was only scored. The meaning of each
-    field is that of the column of the same name (`fedsim.results.columns`); `weight` is that of the update.
+    None stands for what is not known or does not apply; `outcome` is None where it was only scored. Most fields are
+    columns of table `clients`, which says what they mean (`fedsim.results.columns`). `weight` is that of the update,
+    `init_flops` the part of `flops` that made the private state.
     """
 
     outcome: Outcome | None = None
@@ -61,12 +63,13 @@ class ClientReport:
         merged = {}
         for name, combine in _COMBINE.items():
             first, second = getattr(self, name), getattr(later, name)
-            merged[name] = first if second is None else second if first is None else combine(first, second)
+            known = [value for value in (first, second) if value is not None]
+            merged[name] = functools.reduce(combine, known) if known else None
         return ClientReport(**merged)
 
     def failed(self, error: str) -> "ClientReport":
-        """The same of a participant that then raised. An update that was late stays late."""
-        return dataclasses.replace(self, outcome="late" if self.outcome == "late" else "failed", error=error)
+        """The same of a participant that then raised. What became of its update before that stays."""
+        return dataclasses.replace(self, outcome=self.outcome or "failed", error=error)
 
     def client_round_seconds(self, device: Device | None) -> float | None:
         """Simulated seconds from the payload to the update; None if the device is unknown.
@@ -98,7 +101,7 @@ _COMBINE: dict[str, Callable[[Any, Any], Any]] = (
 
 @dataclasses.dataclass(frozen=True)
 class RoundReport:
-    """A finished round, as the aggregator saw it. Fields as the columns of `rounds`.
+    """A finished round, as the aggregator saw it.
 
     - `clients`: who was called, dropped out or was excluded, by id. - `traffic`: of training, by the runtime's count.
     - `spent`: seconds by place and phase, for the table `profile`.

@@ -32,92 +32,113 @@ class Column:
         return pa.field(self.name, TYPES[self.kind.rstrip("?")], nullable=self.kind.endswith("?"))
 
 
-OF_RUN = (
-    Column("run_id", "str", "run.run_id", "hash of the experiment"),
-    Column("algorithm", "str", "run.experiment.algorithm.name", "the method"),
-    Column("seed", "int", "run.experiment.seed", "the experiment's seed"),
-)
-OF_METHOD = (
-    Column("preset", "str?", "run.preset", "the growth preset; null where nothing is grown"),
-    Column("method", "str?", "run.method", "algorithm and preset as one label"),
-)
+RUN_ID = Column("run_id", "str", "run.run_id", "hash of the experiment")
+ALGORITHM = Column("algorithm", "str", "run.experiment.algorithm.name", "the method")
+SEED = Column("seed", "int", "run.experiment.seed", "the experiment's seed")
+PRESET = Column("preset", "str?", "run.preset", "the growth preset; null where nothing is grown")
+METHOD = Column("method", "str?", "run.method", "algorithm and preset as one label")
+OF_RUN = (RUN_ID, ALGORITHM, SEED)
 
 RUNS = (
-    Column("run_id", "str", "run.run_id", "hash of the experiment"),
+    RUN_ID,
     Column("suite", "str", "run.suite", "the suite it was computed in"),
-    Column("algorithm", "str", "run.experiment.algorithm.name", "the method"),
-    Column("preset", "str?", "run.preset", "the growth preset; null where nothing is grown"),
+    ALGORITHM,
+    PRESET,
     Column("dataset", "str", "run.experiment.task.data.name", "name of the data"),
     Column("family", "str", "run.experiment.task.family", "the models' Hugging Face family"),
     Column("partition", "str", "run.experiment.partition.scheme", "how the training data are dealt"),
     Column("alpha", "float?", "run.alpha", "concentration of the partition; null where it has none"),
     Column("participants", "int", "run.experiment.participants", "size of the population"),
-    Column("cohort", "int", "run.cohort", "size of a round's cohort"),
+    Column("cohort", "int", "run.cohort", "updates wanted in a round"),
     Column("rounds", "int", "run.experiment.rounds", "federated rounds"),
-    Column("seed", "int", "run.experiment.seed", "the experiment's seed"),
+    SEED,
     Column("target_params", "int?", "run.cost.target_params", "parameters of the target", "scalars"),
-    Column("trainable_params", "float?", "trainable_params", "mean over participants", "scalars"),
-    Column("upload_params", "float?", "upload_params", "of an upload, mean over participants", "scalars"),
+    Column("trainable_params", "float?", "trainable_params", "trained by a participant, mean", "scalars"),
+    Column("upload_params", "float?", "upload_params", "in a participant's upload, mean", "scalars"),
     Column("status", "str", "status", "finished or failed"),
     Column("wall_seconds", "float?", "wall_seconds", "of all rounds, across resumes", "s"),
     Column("git_commit", "str?", "git_commit", "of the checkout, + where it has changes; null outside of one"),
     Column("code_sha256", "str", "run.code_sha256", "of the sources that decide the numbers"),
     Column("versions", "str", "versions", "JSON: versions of the packages"),
     Column("hardware", "str", "hardware", "JSON: the driver's machine and the numerics"),
-    Column("config", "str", "config", "JSON: the experiment, canonical"),
+    Column("config", "str", "config", "JSON: the experiment; some fields under older names (core/canonical.py)"),
     Column("bytes_per_upload", "int?", "bytes_per_upload", "of one participant in a federated round, mean", "bytes"),
     Column("model", "str?", "model", "the target form, for example 128x4"),
     Column("federation_sha256", "str?", "run.federation_sha256", "of shards, small forms and cohorts: equal for all "
            "methods that met the same federation"),
     Column("error", "str?", "error", "which participant, and the traceback's last line; null unless it failed"),
     Column("labels", "str?", "run.labels", "JSON: label histograms of participants; null in large populations"),
-    Column("held_bytes", "int?", "held_bytes", "private state and download of the participant with most, by count",
+    Column("held_bytes", "int?", "held_bytes", "largest private state and download of any participant, by count",
            "bytes"),
-    Column("peak_bytes", "int?", "peak_bytes", "the same in a training step, with gradients, moments and activations",
+    Column("peak_bytes", "int?", "peak_bytes", "largest memory of any participant in a training step, by count",
            "bytes"),
     Column("command", "str?", "run.command", "what was typed to start it"),
+    METHOD,
 )  # fmt: skip
 
 ROUNDS = (
     *OF_RUN,
     Column("round", "int", "round", "0: the state before any federated round"),
     Column("stage", "str", "stage", "local (round 0, and where nothing is shared), federated or finetune"),
-    Column("accuracy_mean", "float?", "over.accuracy.mean", "on the global test set, over the participants scored"),
-    Column("accuracy_std", "float?", "over.accuracy.std", "the same: spread over participants"),
-    Column("accuracy_min", "float?", "over.accuracy.min", "the same: worst participant"),
-    Column("accuracy_local_mean", "float?", "over.accuracy_local.mean", "weighted by each participant's own label mix"),
-    Column("accuracy_local_std", "float?", "over.accuracy_local.std", "the same: spread over participants"),
-    Column("accuracy_local_min", "float?", "over.accuracy_local.min", "the same: worst participant"),
-    Column("accuracy_val_mean", "float?", "over.accuracy_val.mean", "on participants' own validation data: for tuning"),
+    Column("accuracy_mean", "float?", "scores.accuracy.mean", "on the global test set, over the participants scored"),
+    Column("accuracy_std", "float?", "scores.accuracy.std", "the same: spread over participants"),
+    Column("accuracy_min", "float?", "scores.accuracy.min", "the same: worst participant"),
+    Column(
+        "accuracy_local_mean",
+        "float?",
+        "scores.accuracy_local.mean",
+        "weighted by each label mix; tokens: accuracy_val",
+    ),
+    Column("accuracy_local_std", "float?", "scores.accuracy_local.std", "the same: spread over participants"),
+    Column("accuracy_local_min", "float?", "scores.accuracy_local.min", "the same: worst participant"),
+    Column("accuracy_val_mean", "float?", "scores.accuracy_val.mean", "on own validation data: for tuning"),
     Column("accuracy_global", "float?", "report.accuracy_global", "of the server's own model; null where it has none"),
-    Column("loss_mean", "float?", "over.loss.mean", "on the global test set, over the participants scored"),
-    Column("train_loss", "float?", "over.train_loss.mean", "over the last local epoch, over participants"),
+    Column("loss_mean", "float?", "scores.loss.mean", "on the global test set, over the participants scored"),
+    Column("train_loss", "float?", "scores.train_loss.mean", "over the last local epoch, over participants"),
     Column("bytes_up", "int", "bytes_up", "sent by the cohort, by numel x itemsize", "bytes"),
-    Column("bytes_down", "int", "bytes_down", "received by the cohort", "bytes"),
+    Column(
+        "bytes_down",
+        "int",
+        "bytes_down",
+        "received, also by those who then raised or dropped out",
+        "bytes",
+    ),
     Column("bytes_up_total", "int", "bytes_up_total", "sent since round 0", "bytes"),
     Column("bytes_down_total", "int", "bytes_down_total", "received since round 0", "bytes"),
     Column("flops", "int?", "flops", "of the cohort's training, forward and backward, by count"),
     Column("wall_seconds", "float", "wall_seconds", "without writing the tables", "s"),
     Column("retries", "int", "report.retries", "calls that were repeated"),
-    Column("participants", "int", "participants", "size of this round's cohort"),
+    Column("participants", "int", "participants", "sampled in this round, over-selection included"),
     Column("state_sha256", "str", "report.state_sha256", "of the server's state and all private states"),
     Column("bytes_moved", "int?", "report.bytes_moved", "that physically moved inside the cluster", "bytes"),
     Column("seam_bytes_up", "int?", "report.traffic.up", "bytes_up by the runtime's own count", "bytes"),
     Column("seam_bytes_down", "int?", "report.traffic.down", "bytes_down by the runtime's own count", "bytes"),
-    Column("accuracy_val_std", "float?", "over.accuracy_val.std", "accuracy_val: spread over participants"),
-    Column("accuracy_val_min", "float?", "over.accuracy_val.min", "accuracy_val: worst participant"),
-    Column("failed", "int", "failed", "participants dropped from this round"),
-    Column("precision_mean", "float?", "over.precision.mean", "of entities; null unless token classes tag entities"),
-    Column("recall_mean", "float?", "over.recall.mean", "of entities"),
-    Column("f1_mean", "float?", "over.f1.mean", "of entities"),
+    Column("accuracy_val_std", "float?", "scores.accuracy_val.std", "accuracy_val: spread over participants"),
+    Column("accuracy_val_min", "float?", "scores.accuracy_val.min", "accuracy_val: worst participant"),
+    Column("failed", "int", "failed", "participants that raised, in training or in scoring, where the run goes on"),
+    Column("precision_mean", "float?", "scores.precision.mean", "of entities; null unless token classes tag entities"),
+    Column("recall_mean", "float?", "scores.recall.mean", "of entities"),
+    Column("f1_mean", "float?", "scores.f1.mean", "of entities"),
     Column("coverage", "float?", "report.coverage", "share of the target trained so far; null where all is, always"),
-    Column("coverage_min", "float?", "report.coverage_min", "the same, of the matrix with the least"),
-    Column("simulated_seconds", "float?", "report.simulated_seconds", "that the server waited, by devices", "s"),
+    Column("coverage_min", "float?", "report.coverage_min", "the smallest coverage of any matrix"),
+    Column(
+        "simulated_seconds",
+        "float?",
+        "report.simulated_seconds",
+        "simulated time the server waits in this round",
+        "s",
+    ),
     Column("late", "int?", "late", "of the cohort: updates that came when the round was over"),
     Column("dropped_out", "int?", "dropped_out", "received what was sent and were not heard of again"),
     Column("excluded", "int?", "excluded", "whose device is too small for the method"),
-    Column("metrics", "str?", "metrics", "JSON: what clients reported (ClientUpdate.metrics), means by weight"),
-    *OF_METHOD,
+    Column(
+        "metrics",
+        "str?",
+        "metrics",
+        "JSON: means, by weight, of ClientUpdate.metrics in time",
+    ),
+    PRESET,
+    METHOD,
 )
 
 CLIENTS = (
@@ -128,7 +149,7 @@ CLIENTS = (
     Column("num_examples", "int", "info.num_examples", "training examples it holds"),
     Column("num_test_examples", "int?", "report.num_test_examples", "it was scored on"),
     Column("accuracy", "float?", "report.accuracy", "of the model it would deploy, on the global test set"),
-    Column("accuracy_local", "float?", "report.accuracy_local", "the same, weighted by its own label mix"),
+    Column("accuracy_local", "float?", "report.accuracy_local", "weighted by its label mix; tokens: accuracy_val"),
     Column("accuracy_val", "float?", "report.accuracy_val", "on its own validation data: for tuning"),
     Column("loss", "float?", "report.loss", "on the global test set"),
     Column("train_loss", "float?", "report.train_loss", "over the last local epoch"),
@@ -144,7 +165,7 @@ CLIENTS = (
     Column("stage", "str", "stage", "as in rounds"),
     Column("model", "str?", "model", "its small form, for example 64x2"),
     Column("trainable_params", "int?", "report.trainable_params", "trained in this round", "scalars"),
-    Column("upload_params", "int?", "report.upload_params", "it sent", "scalars"),
+    Column("upload_params", "int?", "report.upload_params", "in its upload", "scalars"),
     Column("precision", "float?", "report.precision", "of entities, on the global test set"),
     Column("recall", "float?", "report.recall", "of entities"),
     Column("f1", "float?", "report.f1", "of entities"),
@@ -154,7 +175,9 @@ CLIENTS = (
     Column("outcome", "str?", "report.outcome", "in_time, late, dropped_out, excluded or failed; null where it was "
            "only scored"),
     Column("metrics", "str?", "metrics", "JSON: what its method reported (ClientUpdate.metrics)"),
-    *OF_METHOD,
+    PRESET,
+    METHOD,
+    Column("error", "str?", "report.error", "the traceback's last line, where it raised and the run went on"),
 )  # fmt: skip
 
 PROFILE = (
@@ -181,7 +204,8 @@ TABLES: Mapping[str, pa.Schema] = {
     table: pa.schema([column.field for column in columns], metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
     for table, columns in COLUMNS.items()
 }
-SCHEMAS = {table: schema for table, schema in TABLES.items() if table != "profile"}  # written only when asked for
+SCHEMAS = {table: schema for table, schema in TABLES.items() if table != "profile"}  # which only `--profile` writes
+# Of what participants would deploy at the end: read without the rest of `clients`.
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
 _GETTERS = {table: {c.name: attrgetter(c.source) for c in columns} for table, columns in COLUMNS.items()}
 
@@ -199,10 +223,10 @@ def columns_of(table: str, records: Sequence[Any]) -> dict[str, list]:
 def reference() -> str:
     """The page of the docs about the tables."""
     about = {
-        "runs": "One row a run that finished or failed.",
-        "rounds": "One row a round, round 0 included.",
-        "clients": "One row a participant and round in which it was called.",
-        "profile": "One row a place and round: where the time went. Written with `--profile`.",
+        "runs": "One row for every run that finished or failed.",
+        "rounds": "One row for every round, round 0 included.",
+        "clients": "One row for every participant and round in which it was sampled or scored.",
+        "profile": "One row for every place and round: where the time went. Written with `--profile`.",
     }
     lines = [
         "# Tables",

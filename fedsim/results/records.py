@@ -138,23 +138,23 @@ class RoundRecord:
         return self.run.stage(self.round)
 
     @functools.cached_property
-    def clients(self) -> Mapping[str, Sequence[Any]]:
+    def by_field(self) -> Mapping[str, Sequence[Any]]:
         """The reports of the participants, field by field."""
         reports = self.report.clients.values()
         return {f.name: [getattr(report, f.name) for report in reports] for f in dataclasses.fields(ClientReport)}
 
     @functools.cached_property
-    def over(self) -> SimpleNamespace:
+    def scores(self) -> SimpleNamespace:
         """`Statistics` of every score and loss."""
-        return SimpleNamespace(**{name: statistics(self.clients[name]) for name in SCORES})
+        return SimpleNamespace(**{name: statistics(self.by_field[name]) for name in SCORES})
 
     @property
     def bytes_up(self) -> int:
-        return sum(self.clients["bytes_up"])
+        return sum(self.by_field["bytes_up"])
 
     @property
     def bytes_down(self) -> int:
-        return sum(self.clients["bytes_down"])
+        return sum(self.by_field["bytes_down"])
 
     @property
     def bytes_up_total(self) -> int:
@@ -166,7 +166,7 @@ class RoundRecord:
 
     @property
     def flops(self) -> int:
-        return sum(flops or 0 for flops in self.clients["flops"])
+        return sum(flops or 0 for flops in self.by_field["flops"])
 
     @property
     def participants(self) -> int:
@@ -174,11 +174,11 @@ class RoundRecord:
 
     @property
     def failed(self) -> int:
-        return sum(error is not None for error in self.clients["error"])
+        return sum(error is not None for error in self.by_field["error"])
 
     @property
     def late(self) -> int:
-        return self.clients["outcome"].count("late")
+        return self.by_field["outcome"].count("late")
 
     @property
     def dropped_out(self) -> int:
@@ -230,9 +230,9 @@ class ProfileRecord:
 
 
 def mean_metrics(reports: Sequence[ClientReport]) -> str | None:
-    """JSON of each metric's mean over those who reported it, by the weights of their updates; None if nobody did."""
+    """JSON of each metric's mean over updates in time, by their weights; None if there is nothing."""
     totals: dict[str, list[float]] = {}
-    for report in reports:
+    for report in [each for each in reports if each.outcome == "in_time"]:
         for name, value in (report.metrics or {}).items():
             total = totals.setdefault(name, [0.0, 0.0])
             total[0], total[1] = total[0] + report.weight * value, total[1] + report.weight

@@ -89,14 +89,17 @@ def test_reports_of_one_round_add_up() -> None:
 
 
 def test_who_fails_after_being_late_was_late() -> None:
-    late, failed = ClientReport(outcome="late").failed("KeyError: 1"), ClientReport(outcome="in_time").failed("x")
-    assert (late.outcome, late.error, failed.outcome) == ("late", "KeyError: 1", "failed")
+    late, in_time = ClientReport(outcome="late").failed("KeyError: 1"), ClientReport(outcome="in_time").failed("x")
+    assert (late.outcome, late.error) == ("late", "KeyError: 1")
+    assert (in_time.outcome, in_time.error) == ("in_time", "x"), "its update counted; its scoring raised"
+    assert ClientReport().failed("x").outcome == "failed"
 
 
 def test_metrics_are_averaged_by_weight() -> None:
     reports = [
-        ClientReport(metrics={"drift": 1.0, "steps": 4.0}, weight=1.0),
-        ClientReport(metrics={"drift": 4.0}, weight=2.0),
+        ClientReport(outcome="in_time", metrics={"drift": 1.0, "steps": 4.0}, weight=1.0),
+        ClientReport(outcome="in_time", metrics={"drift": 4.0}, weight=2.0),
+        ClientReport(outcome="late", metrics={"drift": 9.0}, weight=9.0),
         ClientReport(),
     ]
     assert mean_metrics(reports) == '{"drift": 3.0, "steps": 4.0}' and mean_metrics(reports[2:]) is None

@@ -22,7 +22,7 @@ COLUMNS = {
         trainable_params double, upload_params double, status string, wall_seconds double, git_commit string,
         code_sha256 string, versions string, hardware string, config string, bytes_per_upload int64, model string,
         federation_sha256 string, error string, labels string, held_bytes int64, peak_bytes int64,
-        command string
+        command string, method string
     """,
     "rounds": """
         run_id string, algorithm string, seed int64, round int64, stage string, accuracy_mean double,
@@ -41,7 +41,7 @@ COLUMNS = {
         train_loss double, bytes_up int64, bytes_down int64, train_seconds double, flops int64,
         peak_memory_bytes int64, host string, node string, retries int64, stage string, model string,
         trainable_params int64, upload_params int64, precision double, recall double, f1 double, small_sha256 string,
-        simulated_seconds double, outcome string, metrics string, preset string, method string
+        simulated_seconds double, outcome string, metrics string, preset string, method string, error string
     """,
 }
 SAMPLE = {"string": "x", "int64": 1, "double": 0.5}
