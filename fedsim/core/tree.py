@@ -22,12 +22,12 @@ PIECE = 2**16  # elements
 def flat(state: Mapping[str, Any], separator: str = PATH) -> Tree:
     """`{"a": {"b": t}}` -> `{"a::b": t}`.
 
-    **Raises:** `ValueError` for a name that has "::" in it, or two tensors that would have one name.
+    **Raises:** `ValueError` for a name that could not be told apart, or two tensors that would have one name.
     """
     found: Tree = {}
     for name, value in state.items():
-        if PATH in name:
-            raise ValueError(f"{name!r}: a name in a state must not contain {PATH!r}")
+        if PATH in name or name[:1] == ":" or name[-1:] == ":":
+            raise ValueError(f"{name!r}: a name in a state must not contain {PATH!r}, nor begin or end with ':'")
         inner = flat(value, separator) if isinstance(value, Mapping) else {}
         part = {f"{name}{separator}{path}": tensor for path, tensor in inner.items()} if inner else {}
         if not isinstance(value, Mapping):
@@ -77,8 +77,11 @@ def nbytes(state: Mapping[str, Any]) -> int:
 def ordered(state: Mapping[str, Any]) -> State:
     """The same tensors in order of name. Order decides sums over tensors (gradient norms), and files forget it."""
     parts = ((name, state[name]) for name in sorted(state))
-    kept = ((name, ordered(value) if isinstance(value, Mapping) else value) for name, value in parts)
-    return {name: value for name, value in kept if isinstance(value, Tensor) or value}
+    kept = {name: ordered(value) if isinstance(value, Mapping) else value for name, value in parts}
+    for name, value in kept.items():
+        if not isinstance(value, Tensor | Mapping):
+            raise TypeError(f"{name!r} in a state is {value!r}: must be a tensor, or tensors by name")
+    return {name: value for name, value in kept.items() if isinstance(value, Tensor) or value}
 
 
 def clone(state: Mapping[str, Any]) -> State:

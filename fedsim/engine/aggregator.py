@@ -134,4 +134,4 @@ def coverage(covered: Tree | None) -> tuple[float | None, float | None]:
     share = {name: float(mask.float().mean(dtype=torch.float64)) for name, mask in covered.items()}
     total = sum(mask.numel() for mask in covered.values())
     of_all = sum(share[name] * mask.numel() for name, mask in covered.items()) / total
-    return of_all, min(share[name] for name, mask in covered.items() if mask.ndim > 1)
+    return of_all, min((share[name] for name, mask in covered.items() if mask.ndim > 1), default=None)

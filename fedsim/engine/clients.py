@@ -178,10 +178,12 @@ class Clients:
         """Note every participant's simulated time. **Returns:** how long the server waited; None if any is unknown."""
         waited = []
         for id_, report in self.reports.items():
-            if round and not report.trained:
-                continue  # scored, or not heard of
             device = self.devices[id_]
             init, busy = report.init_seconds(device), report.client_round_seconds(device)
+            if round and not report.trained:  # scored, or not heard of: nobody waits for it
+                if report.init_flops:
+                    self.reports[id_] = dataclasses.replace(report, simulated_seconds=init)
+                continue
             total = None if init is None or busy is None else init + busy
             self.reports[id_] = dataclasses.replace(report, simulated_seconds=total)
             waited.append((init if round == 0 else busy, report.outcome == "late"))

@@ -139,12 +139,12 @@ class DryRun:
 
         - `timed`: tiers whose participants take the time of a step.
         """
-        server = self.experiment.algorithm.server_init(self.server(0))
+        server = trees.ordered(self.experiment.algorithm.server_init(self.server(0)))
         calls = []
         for info in self.infos:
             meter, started = self._meter(info.tier in timed), time.perf_counter()
             context = self.client(info, 0, meter)
-            state = run_client(context, self.experiment.algorithm.client_init(context))
+            state = trees.ordered(run_client(context, self.experiment.algorithm.client_init(context)))
             calls.append(Call(tuple(meter.work), {}, None, state, time.perf_counter() - started))
         return DryRunState(server, tuple(call.state for call in calls)), calls
 
@@ -154,7 +154,8 @@ class DryRun:
         payloads = algorithm.server_broadcast(held.server, self.infos, self.server(round))
         for info, private in zip(self.infos, held.private, strict=True):
             meter, started = self._meter(info.tier in timed), time.perf_counter()
-            payload, private = trees.to(payloads[info.id], self.device), trees.to(private, self.device)
+            payload = trees.to(trees.ordered(payloads[info.id]), self.device)
+            private = trees.to(trees.ordered(private), self.device)
             context = self.client(info, round, meter)
             update, state = run_client(context, algorithm.client_update(payload, private, context))
             calls.append(Call(tuple(meter.work), payload, update, state, time.perf_counter() - started))
@@ -166,7 +167,7 @@ class DryRun:
         updates = [call.update for call in calls if call.update is not None]
         partial = algorithm.combine(updates)
         arriving = iter(updates if partial is None else [partial])
-        server = algorithm.server_aggregate(held.server, arriving, self.server(round))
+        server = trees.ordered(algorithm.server_aggregate(held.server, arriving, self.server(round)))
         return DryRunState(server, tuple(call.state for call in calls))
 
     def server(self, round: int) -> ServerContext:

@@ -128,9 +128,9 @@ class Participant:
         def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round, round, meter)
             context = self._context(round, meter)
-            steps = self.experiment.algorithm.client_update(received, self.state, context)
+            steps = self.experiment.algorithm.client_update(received, trees.mapped(_same, self.state), context)
             update, state = yield from asking(context, steps)
-            if state is not self.state:
+            if not _same_tensors(state, self.state):
                 self._keep(round, trees.to(state, self.device))
             sent = _own(trees.to(update.tree, "cpu"), received, self.state)
             noted = {"outcome": "in_time", "bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
@@ -259,6 +259,12 @@ class Participant:
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _same_tensors(state: State, other: State) -> bool:
+    """Whether both are made of the very same tensors, by the same names."""
+    one, two = trees.flat(state), trees.flat(other)
+    return one.keys() == two.keys() and all(one[name] is two[name] for name in one)
 
 
 def _own(state: State, *others: State) -> State:

@@ -76,6 +76,12 @@ class Training:
         object.__setattr__(self, "start", _constant(self.start, "start"))
         object.__setattr__(self, "frozen", _constant(self.frozen, "frozen"))
         check_settings(self, "Training")
+        for part, rate in self.lr_of.items():
+            if not isinstance(self.start.get(part), Mapping):
+                parts = [name for name, value in self.start.items() if isinstance(value, Mapping)]
+                refuse("Training.lr_of", part, f"a part of the nested start: {', '.join(parts) or 'it has none'}")
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+                refuse(f"Training.lr_of[{part!r}]", rate, "a finite number, at least 0")
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from fedsim.core.tree import State, Tree, flat, nested
+from fedsim.core.tree import State, Tree, flat, nested, ordered
 from fedsim.storage.place import Place, Remote, fetched, place, write_atomically
 
 
@@ -46,7 +46,7 @@ class Versions:
     def save(self, version: int, state: State, metadata: Mapping[str, str] | None = None) -> None:
         """Write a version, then delete those nobody can ask for any more."""
         path = self.path(version)
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in flat(state).items()}
+        contiguous = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in flat(state).items()})
         # Neither tensors nor metadata: given as an empty dict, they make a file that nobody can read.
         about = dict(metadata) if metadata else None
         if isinstance(path, Remote):
@@ -70,9 +70,19 @@ class Versions:
                 with safe_open(here, framework="pt") as file:
                     # Copies: mapped memory is not aligned, and aligned vector code may round differently.
                     tree = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-                    return versions[-1], nested(tree), dict(file.metadata() or {})
+                    return versions[-1], ordered(nested(tree)), dict(file.metadata() or {})
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def _apart(tree: Tree) -> Tree:
+    """The same tensors, none of which shares memory with another: two parts of a state may be one."""
+    seen, found = set[int](), {}
+    for name, tensor in tree.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def _save_file(path: Path, tensors: Tree, metadata: dict[str, str] | None) -> None:

@@ -39,6 +39,18 @@ def same(one: Any, other: Any) -> bool:
     return torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", [":a", "a:", "::"])
+def test_names_that_could_not_be_told_apart_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="nor begin or end with ':'"):
+        flat({"part": {name: torch.ones(1)}})
+
+
+@pytest.mark.parametrize("value", [0, None, False, [], 3.0, "x"])
+def test_what_is_no_tensor_is_refused_and_never_dropped(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"'n' in a state is .*: must be a tensor, or tensors by name"):
+        ordered({"part": {"n": value}})
+
+
 @given(states)
 def test_flat_and_nested_are_inverse(state: State) -> None:
     assert same(nested(flat(state)), state)

@@ -264,6 +264,22 @@ def test_a_part_may_have_a_learning_rate_of_its_own(ctx: ClientContext) -> None:
     assert sha256(other) != sha256(same)
 
 
+@pytest.mark.parametrize(
+    "rates, message",
+    [
+        ({"heads": 0.1}, r"Training\.lr_of='heads': must be a part of the nested start: body, head"),
+        ({"head::classifier.bias": 0.1}, r"Training\.lr_of='head::classifier\.bias': must be a part"),
+        ({"head": -1.0}, r"Training\.lr_of\['head'\]=-1\.0: must be a finite number, at least 0"),
+        ({"head": math.nan}, r"Training\.lr_of\['head'\]=nan"),
+        ({"head": "x"}, r"Training\.lr_of\['head'\]='x'"),
+    ],
+)
+def test_rates_of_parts_that_cannot_be_are_refused(ctx: ClientContext, rates: dict[str, Any], message: str) -> None:
+    start = in_parts(ctx.task.fresh(FORM, 0))
+    with pytest.raises(ValueError, match=message):
+        Training(InParts(loss_in(ctx)), start, **SETTINGS, lr_of=rates)
+
+
 def test_parts_change_nothing_else(ctx: ClientContext) -> None:
     """Nested or flat, the same tensors are trained to the same bits."""
     start, loss = ctx.task.fresh(FORM, 0), loss_in(ctx)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsim.core.tree import Tree, sha256
+from fedsim.core.tree import Tree, flat, ordered, sha256
 from fedsim.storage.checkpoint import Versions, read_json, write_atomically
 
 
@@ -17,6 +17,25 @@ def tree(value: float) -> Tree:
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_nested_state_comes_back_in_the_order_it_had(tmp_path: Path) -> None:
+    """Sums over parts go by their order: "1" before "10", as in memory, and not as the names in the file."""
+    state = ordered({"last": {str(n): tree(n) for n in range(12)}, "a": tree(1), "a.c": torch.ones(1), "n": {"m": {}}})
+    versions = Versions(tmp_path, "server")
+    versions.save(0, state)
+    found = versions.load(before=1)
+    assert found is not None and list(flat(found[1])) == list(flat(state)) and sha256(found[1]) == sha256(state)
+    assert list(found[1]["last"]) == list(state["last"])
+
+
+def test_parts_that_are_one_in_memory_are_two_in_the_file(tmp_path: Path) -> None:
+    model = tree(3.0)
+    versions = Versions(tmp_path, "server")
+    versions.save(0, {"model": model, "first": model, "row": model["w"][1], "both": model["w"]})
+    found = versions.load(before=1)
+    assert found is not None and torch.equal(found[1]["row"], model["w"][1])
+    assert sha256(found[1]["model"]) == sha256(found[1]["first"]) == sha256(model)
 
 
 # versions -------------------------------------------------------------------------------------------------------------

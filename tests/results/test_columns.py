@@ -93,6 +93,7 @@ def test_who_fails_after_being_late_was_late() -> None:
     assert (late.outcome, late.error) == ("late", "KeyError: 1")
     assert (in_time.outcome, in_time.error) == ("in_time", "x"), "its update counted; its scoring raised"
     assert ClientReport().failed("x").outcome == "failed"
+    assert ClientReport(outcome="dropped_out").failed("x").outcome == "dropped_out", "simulated time goes by it"
 
 
 def test_metrics_are_averaged_by_weight() -> None:
