@@ -40,7 +40,6 @@ from tests.support.small_federation import (
     distance,
     mean,
     weights_of,
-    without_counting,
 )
 
 
@@ -49,11 +48,6 @@ EXITED = ROWS | {
     "gpt2-by-number": Row(TaskConfig(NEXT_TOKEN, "gpt2", settings=(("scale_attn_by_inverse_layer_idx", True),)))
 }
 DEPTHS = (1, 3, 5)  # of the rows' `deeper`; between them lie one block, two, and two
-
-
-@pytest.fixture(autouse=True)
-def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
 
 
 # where a model may be left --------------------------------------------------------------------------------------------

@@ -53,17 +53,11 @@ from tests.support.small_federation import (
     drawn_like,
     mean,
     weights_of,
-    without_counting,
 )
 
 
 RANK, ALPHA = 4, 6.0
 SCALE = ALPHA / RANK
-
-
-@pytest.fixture(autouse=True)
-def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
 
 
 # adapters -------------------------------------------------------------------------------------------------------------
