@@ -2,9 +2,11 @@
 
 import gc
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -81,6 +83,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Note every attempt to reach the network: libraries swallow what they meet there, so raising is not enough."""
+    attempts: list[Any] = []
+
+    def refuse_to(*address: Any, **_: Any) -> None:
+        attempts.append(address)
+        raise OSError("tests touch no network")
+
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse_to)
+    yield
+    assert not attempts
 
 
 @pytest.fixture(scope="session")
