@@ -2,9 +2,7 @@
 
 import pytest
 
-from tests.support.small_federation import without_counting
-
 
 @pytest.fixture(autouse=True)
-def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
+def _quick(one_thread: None, uncounted: None) -> None:
+    """Models this small only lose time to a second thread, and to counting."""

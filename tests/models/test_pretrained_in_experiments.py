@@ -28,15 +28,9 @@ from fedsim.learning.task import load_task, subset
 from fedsim.models.pretrained import Checkpoint
 from tests.support.checkpoints import built, read, same, saved, with_task
 from tests.support.family_rows import ROWS, Row
-from tests.support.small_federation import without_counting
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_network")
-
-
-@pytest.fixture
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
 
 
 def checkpoint_of(experiment: Experiment, tier: int, folder: Path, seed: int = 1) -> Checkpoint:
