@@ -1,14 +1,17 @@
-"""The participant that tests of local training train: it has all the data."""
+"""Whom tests of learning train: one participant that has all the data, or three that have little."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from baselines.fedavg import FedAvg
 from fedsim.algorithm import ClientContext, ClientInfo
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.task import load_task
 from tests.support.one_participant import CONFIG, FORM
+from tests.support.small_federation import Federation
+from tests.support.small_trainings import SLOW
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +39,8 @@ def ctx(counted: dict[tuple, StepCost]) -> ClientContext:
 @pytest.fixture
 def bf16(ctx: ClientContext) -> ClientContext:
     return dataclasses.replace(ctx, precision="bf16", meter=Meter(ctx.meter.counted))
+
+
+@pytest.fixture
+def federation(uncounted: None) -> Federation:
+    return Federation(FedAvg(**SLOW))
