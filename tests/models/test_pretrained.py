@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from fedsim.core.seeding import derive
 from fedsim.models.pretrained import Checkpoint
-from tests.support.checkpoints import SEED, built, parameters, read, same, saved, with_task
+from tests.support.checkpoints import SEED, built, read, same, saved, with_task
 from tests.support.family_rows import ROWS, TEXTS, batch_of, model_inputs, real
+from tests.support.small_federation import weights_of
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_network")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_network")
 def test_a_checkpoint_computes_what_its_model_does(name: str, tmp_path: Path) -> None:
     row, module = ROWS[name], built(ROWS[name])
     tree = read(row, saved(module, tmp_path))
-    assert same(tree, parameters(module))
+    assert same(tree, weights_of(module))
     assert tree.keys() == row.task.specs(row.small).keys()
 
     batch = model_inputs(batch_of(row.task))
@@ -40,7 +41,7 @@ def test_a_checkpoint_computes_what_its_model_does(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
 def test_every_precision_is_read_as_fp32(name: str, precision: torch.dtype, tmp_path: Path) -> None:
     row, module = ROWS[name], built(ROWS[name])
-    rounded = {key: tensor.to(precision).float() for key, tensor in parameters(module).items()}
+    rounded = {key: tensor.to(precision).float() for key, tensor in weights_of(module).items()}
     tree = read(row, saved(module.to(precision), tmp_path))
     assert {tensor.dtype for tensor in tree.values()} == {torch.float32}
     assert same(tree, rounded)
@@ -56,7 +57,7 @@ def test_layouts_of_weight_files(name: str, layout: str, tmp_path: Path) -> None
         torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
     else:
         assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert same(read(row, checkpoint), parameters(module))
+    assert same(read(row, checkpoint), weights_of(module))
 
 
 def test_constants_that_older_versions_saved_are_passed_over(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_constants_that_older_versions_saved_are_passed_over(tmp_path: Path) -> 
     checkpoint = saved(module, tmp_path)
     more = {f"transformer.h.0.attn.{name}": torch.ones(1, 1, 4, 4) for name in ("bias", "masked_bias")}
     save_file(load_file(tmp_path / "model.safetensors") | more, tmp_path / "model.safetensors", {"format": "pt"})
-    assert same(read(row, checkpoint), parameters(module))
+    assert same(read(row, checkpoint), weights_of(module))
 
 
 def test_everyone_in_a_process_holds_the_same_tensors(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_everyone_in_a_process_holds_the_same_tensors(tmp_path: Path) -> None:
 
     other = built(row, seed=2)
     saved(other, tmp_path / "a")
-    assert same(read(row, checkpoint), parameters(other)), "a folder that has changed is read again"
+    assert same(read(row, checkpoint), weights_of(other)), "a folder that has changed is read again"
 
 
 def test_reading_leaves_the_global_random_stream_alone(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_a_missing_head_is_drawn_from_the_seed(of: str, wanted: str, tmp_path: P
         module = built(with_task(ROWS[of], settings=(("vocab_size", 259),)))
     checkpoint = saved(module.base_model if of == wanted else module, tmp_path)
     tree = read(row, checkpoint)
-    held = {name.removeprefix(f"{module.base_model_prefix}."): tensor for name, tensor in parameters(module).items()}
+    held = {name.removeprefix(f"{module.base_model_prefix}."): tensor for name, tensor in weights_of(module).items()}
     drawn = {name for name in tree if name.startswith(tuple(f"{entry}." for entry in ENTRIES[of, wanted]))}
     assert len(drawn) >= len(ENTRIES[of, wanted])
     for name in tree.keys() - drawn:
@@ -137,7 +138,7 @@ def test_a_head_of_another_number_of_classes_is_drawn(tmp_path: Path) -> None:
     module = built(row)
     checkpoint = saved(module, tmp_path)
     fewer = with_task(row, data=dataclasses.replace(TEXTS, num_classes=2))
-    tree, held = read(fewer, checkpoint), parameters(module)
+    tree, held = read(fewer, checkpoint), weights_of(module)
     fresh = fewer.task.fresh(row.small, derive(SEED, "head"))
     for name in tree:
         assert torch.equal(tree[name], (fresh if name.startswith("classifier.") else held)[name])

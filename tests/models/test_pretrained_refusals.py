@@ -18,8 +18,9 @@ from fedsim.data.config import pydoc
 from fedsim.learning.starts import check_start
 from fedsim.models import get_family
 from fedsim.models.pretrained import Checkpoint, form_of
-from tests.support.checkpoints import SEED, built, edited, parameters, read, same, saved, with_task
+from tests.support.checkpoints import SEED, built, edited, read, same, saved, with_task
 from tests.support.family_rows import LENGTH, ROWS, TEXTS
+from tests.support.small_federation import weights_of
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_network")
@@ -199,7 +200,7 @@ def test_an_epsilon_of_the_checkpoints_own_must_be_said(tmp_path: Path) -> None:
     checkpoint = saved(module, tmp_path)
     with pytest.raises(ValueError, match=r"form\.norm_eps=None: must be 1e-05.*None stands for 0\.00048"):
         read(row, checkpoint)
-    assert same(read(row, checkpoint, said), parameters(module))
+    assert same(read(row, checkpoint, said), weights_of(module))
 
 
 def test_a_constant_that_differs_is_refused_with_its_remedy(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_constant_that_differs_is_refused_with_its_remedy(tmp_path: Path) -> N
     assert "tie_word_embeddings is True, here it is False" in str(error.value)
     remedy = str(error.value).partition("task.settings=")[2].partition(" gives")[0]
     assert dict(eval(remedy)) == dict(row.config.settings)
-    assert same(read(with_task(plain, settings=eval(remedy)), checkpoint), parameters(module))
+    assert same(read(with_task(plain, settings=eval(remedy)), checkpoint), weights_of(module))
 
 
 def test_settings_that_do_not_differ_stay_in_the_remedy(tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_positions_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
     shorter = with_task(row, data=pydoc(max_length=LENGTH - 1))
     with pytest.raises(ValueError, match=rf"n_positions is {LENGTH}, here it is {LENGTH - 1}.*'n_positions', {LENGTH}"):
         read(shorter, checkpoint)
-    assert same(read(with_task(shorter, settings=(("n_positions", LENGTH),)), checkpoint), parameters(module))
+    assert same(read(with_task(shorter, settings=(("n_positions", LENGTH),)), checkpoint), weights_of(module))
 
 
 def test_rotary_positions_have_no_table_but_an_end(tmp_path: Path) -> None:

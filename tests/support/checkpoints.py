@@ -32,10 +32,6 @@ def saved(module: Any, folder: Path, **settings: Any) -> Checkpoint:
     return Checkpoint(str(folder))
 
 
-def parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
