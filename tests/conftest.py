@@ -1,24 +1,31 @@
 """Fixtures that several test modules share."""
 
 import gc
+import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
 from benchmarks.suites import tiny
+from fedgrow_algo.fedgrow import FedGrow
+from fedsim.data.source import load
 from fedsim.experiment import Experiment, with_settings
 from fedsim.learning.meter import StepCost
 from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.simulation import run
 from fedsim.sweeps.runner import run_all
 from tests.support.counting import count_once
 from tests.support.disturbed import TINY_SETTINGS, Lent, small, without_federation
+from tests.support.inline_runs import inline
+from tests.support.small_federation import without_counting
 
 
 # Commands in this process, which has computed before, and those it starts give the same bits.
@@ -68,10 +75,34 @@ def tiny_experiment() -> Experiment:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder with a finished, undisturbed run of `tiny_experiment`, computed inline. Do not write to it."""
-    out, runtime = tmp_path_factory.mktemp("tiny_run"), InlineRuntime()
-    run(tiny_experiment, runtime=runtime, out=out)
-    runtime.close()
+    out = tmp_path_factory.mktemp("tiny_run")
+    inline(tiny_experiment, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def alone(tiny_experiment: Experiment) -> Experiment:
+    """The same growth without federation: participants keep private state that changes in every round."""
+    assert isinstance(tiny_experiment.algorithm, FedGrow)
+    return replace(tiny_experiment, algorithm=replace(tiny_experiment.algorithm, federate=False))
+
+
+@pytest.fixture(scope="session")
+def alone_run(alone: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with a finished, undisturbed run of `alone`. Do not write to it."""
+    out = tmp_path_factory.mktemp("alone_run")
+    inline(alone, out)
+    return out
+
+
+@pytest.fixture(params=["fedgrow", "fedgrow_no_federation"])
+def undisturbed(
+    request: pytest.FixtureRequest, tiny_experiment: Experiment, alone: Experiment
+) -> tuple[Experiment, Path]:
+    """An experiment and the results of its run."""
+    if request.param == "fedgrow":
+        return tiny_experiment, request.getfixturevalue("tiny_run")
+    return alone, request.getfixturevalue("alone_run")
 
 
 @pytest.fixture
@@ -81,6 +112,48 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are not counted, which takes longer than trainings of the tests' size."""
+    without_counting(monkeypatch)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Note every attempt to reach the network: libraries swallow what they meet there, so raising is not enough."""
+    attempts: list[Any] = []
+
+    def refuse_to(*address: Any, **_: Any) -> None:
+        attempts.append(address)
+        raise OSError("tests touch no network")
+
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse_to)
+    yield
+    assert not attempts
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What `transformers` warns of; it has a logger of its own, so the warnings filter does not see it."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger, ear = logging.getLogger("transformers"), Ear(logging.WARNING)
+    logger.addHandler(ear)
+    yield heard
+    logger.removeHandler(ear)
+
+
+@pytest.fixture
+def read_again(no_network: None) -> None:
+    """Data are read from files in this test, which may have the names of others."""
+    load.cache_clear()
 
 
 @pytest.fixture(scope="session")

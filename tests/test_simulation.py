@@ -1,127 +1,33 @@
-"""Inline runs: their tables, their accounts, and that a run that was cut goes on as if it had not been."""
+"""Inline runs: their tables, their accounts, and participants that raise."""
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Mapping
-from io import StringIO
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 
 import fedsim
 import fedsim.results.store
 import fedsim.simulation
 import fedsim.sweeps.runner
-from fedgrow_algo.fedgrow import FedGrow
-from fedsim.algorithm import ClientContext, ClientUpdate, Steps, weighted_mean, weighted_sum
-from fedsim.core.tree import Tree, sha256, sha256_of_text
-from fedsim.engine.cohort import cohort_of, members
+from fedsim.algorithm import ClientUpdate, weighted_mean, weighted_sum
+from fedsim.core.tree import sha256, sha256_of_text
+from fedsim.engine.cohort import cohort_of
 from fedsim.engine.cost import cost_of
-from fedsim.engine.participant import Inbox, Participant, Reply
-from fedsim.engine.progress import ProgressListener
+from fedsim.engine.participant import Participant, Reply
 from fedsim.experiment import Experiment
-from fedsim.learning.steps import Asking, run_alone
-from fedsim.learning.task import load_task
+from fedsim.learning.steps import Asking
 from fedsim.results.provenance import code_sha256
-from fedsim.results.recorder import Recorder
-from fedsim.results.records import Row
-from fedsim.results.store import RunStore
-from fedsim.results.tables import SCHEMAS, Results, load
-from fedsim.runtime.base import Runtime
+from fedsim.results.tables import SCHEMAS, load
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.simulation import RunFailed, run
+from fedsim.simulation import RunFailed
 from fedsim.storage.checkpoint import Versions, private_of
-from fedsim.sweeps.runner import check_folder, run_all
-
-
-# What may differ between two computations of the same numbers.
-INCIDENTAL = ["wall_seconds", "retries", "train_seconds", "peak_memory_bytes", "host", "node"]
-
-
-class Interrupted(BaseException):
-    """What Ctrl-C looks like: no `Exception`, so nothing on the way may swallow it."""
-
-
-class Cut(ProgressListener):
-    """Stops a run right after a round was finished."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def finished(self, row: dict[str, Any]) -> None:
-        if row["round"] == self.after:
-            raise Interrupted
-
-
-class Told(ProgressListener):
-    """Remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.rounds: list[int] = []
-        self.first: int | None = None
-        self.within_calls: list[tuple[str, int, int]] = []
-
-    def begin(self, experiment: Experiment, first: int) -> None:
-        self.first = first
-
-    def within(self, method: str, done: int, total: int) -> None:
-        self.within_calls.append((method, done, total))
-
-    def finished(self, row: dict[str, Any]) -> None:
-        self.rounds.append(row["round"])
-
-
-def inline(experiment: Experiment, out: Path, **fields: Any) -> str:
-    runtime = InlineRuntime()
-    try:
-        return run(experiment, runtime=runtime, out=out, **fields)
-    finally:
-        runtime.close()
-
-
-def numbers(results: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
-    rounds, clients = (frame.drop(columns=INCIDENTAL, errors="ignore") for frame in (results.rounds, results.clients))
-    return rounds, clients
-
-
-def assert_same_numbers(one: Path, other: Path) -> None:
-    for left, right in zip(numbers(load(one)), numbers(load(other)), strict=True):
-        assert len(left)
-        pd.testing.assert_frame_equal(left, right, check_exact=True)
-    first, second = (load(path).runs.drop(columns=["wall_seconds"]) for path in (one, other))
-    pd.testing.assert_frame_equal(first, second)
-
-
-@pytest.fixture(scope="session")
-def alone(tiny_experiment: Experiment) -> Experiment:
-    """The same growth without federation: participants keep private state that changes in every round."""
-    assert isinstance(tiny_experiment.algorithm, FedGrow)
-    return dataclasses.replace(
-        tiny_experiment, algorithm=dataclasses.replace(tiny_experiment.algorithm, federate=False)
-    )
-
-
-@pytest.fixture(scope="session")
-def alone_run(alone: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("alone_run")
-    inline(alone, out)
-    return out
-
-
-@pytest.fixture(params=["fedgrow", "fedgrow_no_federation"])
-def undisturbed(
-    request: pytest.FixtureRequest, tiny_experiment: Experiment, alone: Experiment
-) -> tuple[Experiment, Path]:
-    """An experiment and the results of its run."""
-    if request.param == "fedgrow":
-        return tiny_experiment, request.getfixturevalue("tiny_run")
-    return alone, request.getfixturevalue("alone_run")
+from fedsim.sweeps.runner import run_all
+from tests.support.inline_runs import Told, assert_same_numbers, inline, numbers
 
 
 # tables ---------------------------------------------------------------------------------------------------------------
@@ -286,218 +192,6 @@ def test_nothing_is_sent_without_federation(alone_run: Path) -> None:
     rounds = load(alone_run).rounds
     for column in ("bytes_up", "bytes_down", "bytes_up_total", "bytes_down_total", "seam_bytes_up", "seam_bytes_down"):
         assert list(rounds[column]) == [0, 0, 0]
-
-
-# cut and resumed ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_run_cut_after_a_round_goes_on_as_if_it_had_not_been(
-    undisturbed: tuple[Experiment, Path], after: int, tmp_path: Path
-) -> None:
-    experiment, out = undisturbed
-    with pytest.raises(Interrupted):
-        inline(experiment, tmp_path, progress=Cut(after))
-    store = RunStore(tmp_path, experiment.run_id, code_sha256(experiment.algorithm))
-    assert store.status() == "unfinished"
-    readable = load(tmp_path)
-    assert list(readable.rounds["round"]) == list(range(after + 1)) and not len(readable.runs)
-
-    progress = Told()
-    inline(experiment, tmp_path, resume=True, progress=progress)
-    assert (progress.first, progress.rounds) == (after + 1, list(range(after + 1, 3)))
-    assert store.status() == "finished"
-    assert_same_numbers(out, tmp_path)
-
-
-def cut_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last participant of round 2 never answers; the others' private state of round 2 is on disk."""
-    real = Participant.train
-
-    def train(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
-        if (round, self.member.info.id) == (2, 2):
-            raise Interrupted
-        return real(self, round, payload)
-
-    monkeypatch.setattr(Participant, "train", train)
-
-
-def cut_in_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The round is aggregated, but neither scored nor saved by the server."""
-    real = Participant.score
-
-    def score(self: Participant, round: int, payload: Mapping[str, torch.Tensor]) -> Asking[Reply]:
-        if (round, self.member.info.id) == (2, 0):
-            raise Interrupted
-        return real(self, round, payload)
-
-    monkeypatch.setattr(Participant, "score", score)
-
-
-def cut_before_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything of round 2 is on disk but what vouches for it."""
-    real = Recorder.round
-
-    def recorded(self: Recorder, round: int, *more: Any) -> Row:
-        if round == 2:
-            raise Interrupted
-        return real(self, round, *more)
-
-    monkeypatch.setattr(Recorder, "round", recorded)
-
-
-def cut_between_rows_and_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of round 2 are on disk, the manifest still says 1."""
-    real = fedsim.results.store.write_atomically
-
-    def write_atomically(path: Path, data: bytes) -> None:
-        if json.loads(data)["round"] == 2:
-            raise Interrupted
-        real(path, data)
-
-    monkeypatch.setattr(fedsim.results.store, "write_atomically", write_atomically)
-
-
-@pytest.mark.parametrize(
-    "cut", [cut_in_training, cut_in_scoring, cut_before_the_manifest, cut_between_rows_and_manifest]
-)
-def test_a_run_cut_within_a_round_repeats_that_round(
-    undisturbed: tuple[Experiment, Path],
-    cut: Callable[[pytest.MonkeyPatch], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    experiment, out = undisturbed
-    with monkeypatch.context() as patched:
-        cut(patched)
-        with pytest.raises(Interrupted):
-            inline(experiment, tmp_path)
-    progress = Told()
-    inline(experiment, tmp_path, resume=True, progress=progress)
-    assert progress.rounds == [2]
-    assert_same_numbers(out, tmp_path)
-
-
-def test_resume_with_nothing_finished_starts_from_the_beginning(
-    tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment
-) -> None:
-    progress = Told()
-    inline(tiny_experiment, tmp_path, resume=True, progress=progress)
-    assert progress.first == 0
-    assert_same_numbers(tiny_run, tmp_path)
-
-
-def test_a_resumed_run_reads_private_state_from_disk(
-    tmp_path: Path, alone: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(Interrupted):
-        inline(alone, tmp_path, progress=Cut(0))
-    real = FedGrow.client_init
-
-    def client_init(self: FedGrow, ctx: ClientContext) -> Steps[Tree]:
-        assert not len(ctx.train), "made again"  # without data it is only being counted
-        return real(self, ctx)
-
-    monkeypatch.setattr(FedGrow, "client_init", client_init)
-    inline(alone, tmp_path, resume=True)
-    assert list(load(tmp_path).rounds["round"]) == [0, 1, 2]
-
-
-def test_a_repeated_call_gives_the_same_answer(tmp_path: Path, alone: Experiment) -> None:
-    """As after the aggregator was lost: the participant has done round 1, and is asked for round 1 once more."""
-    member = members(alone, load_task(alone.task, None))[0]
-    participant = Participant(alone, member, None, str(tmp_path), {}, Inbox())
-    run_alone(participant.begin(0, {}))
-    hashes = [run_alone(participant.train(round, {})).state_sha256 for round in (1, 1, 2, 1, 2)]
-    assert hashes[0] == hashes[1] == hashes[3]
-    assert hashes[2] == hashes[4] != hashes[0]
-
-
-def test_nobody_can_write_into_what_was_sent(
-    tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = FedGrow.client_update
-
-    def rude(
-        self: FedGrow, payload: Mapping[str, torch.Tensor], state: Tree, ctx: ClientContext
-    ) -> Steps[tuple[ClientUpdate, Tree]]:
-        outcome = yield from real(self, payload, state, ctx)
-        for tensor in payload.values():
-            tensor.zero_()
-        return outcome
-
-    monkeypatch.setattr(FedGrow, "client_update", rude)
-    inline(tiny_experiment, tmp_path)
-    assert_same_numbers(tiny_run, tmp_path)
-
-
-def test_a_checkpoint_that_was_cut_in_half_is_named(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    with pytest.raises(Interrupted):
-        inline(tiny_experiment, tmp_path, progress=Cut(1))
-    path = Versions(tmp_path / "checkpoints" / tiny_experiment.run_id, "server").path(1)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises((RunFailed, ValueError)) as error:
-        inline(tiny_experiment, tmp_path, resume=True)
-    assert str(path) in str(error.value)
-    assert list(load(tmp_path).rounds["round"]) == [0, 1], "what was finished stays readable"
-
-
-# not computed twice ---------------------------------------------------------------------------------------------------
-
-
-def refuses_to_start() -> Runtime:
-    raise AssertionError("a runtime was asked for, though everything is finished")
-
-
-def test_a_finished_run_is_not_computed_again(tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(tiny_run, out)
-    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-    check_folder(out, [tiny_experiment], resume=False)
-    said = StringIO()
-    console = Console(file=said, width=200)
-    assert run_all([tiny_experiment], out=out, make_runtime=refuses_to_start, console=console) == []
-    assert "finished before" in said.getvalue() and tiny_experiment.run_id in said.getvalue()
-    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
-
-
-def test_only_what_is_missing_of_several_runs_is_computed(
-    tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment
-) -> None:
-    out, progress = tmp_path / "out", Told()
-    shutil.copytree(tiny_run, out)
-    both = [tiny_experiment, dataclasses.replace(tiny_experiment, seed=1)]
-    assert run_all(both, out=out, make_runtime=InlineRuntime, progress=progress) == []
-    assert progress.rounds == [0, 1, 2]
-    assert sorted(load(out).runs.seed) == [0, 1]
-
-
-def test_results_of_other_sources_are_computed_again_and_that_is_said(
-    tmp_path: Path, tiny_run: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, progress, said = tmp_path / "out", Told(), StringIO()
-    shutil.copytree(tiny_run, out)
-    for module in (fedsim.sweeps.runner, fedsim.simulation):
-        monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
-    assert RunStore(out, tiny_experiment.run_id, "other sources").status() == "outdated"
-    console = Console(file=said, width=200)
-    assert run_all([tiny_experiment], out=out, make_runtime=InlineRuntime, progress=progress, console=console) == []
-    assert progress.rounds == [0, 1, 2]
-    assert "computed again" in said.getvalue()
-    assert list(load(out).runs.code_sha256) == ["other sources"]
-    assert list(load(out).rounds.state_sha256) == list(load(tiny_run).rounds.state_sha256)
-
-
-def test_an_unfinished_run_of_other_sources_is_not_resumed(
-    tmp_path: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(Interrupted):
-        inline(tiny_experiment, tmp_path, progress=Cut(1))
-    progress = Told()
-    for module in (fedsim.sweeps.runner, fedsim.simulation):
-        monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
-    run_all([tiny_experiment], out=tmp_path, make_runtime=InlineRuntime, progress=progress)
-    assert progress.rounds == [0, 1, 2]
 
 
 # participants that raise ----------------------------------------------------------------------------------------------

@@ -45,17 +45,11 @@ from tests.support.small_federation import (
     drawn_like,
     mean,
     weights_of,
-    without_counting,
 )
 
 
 ALONE: dict[str, Any] = {"small_lr": 1e-2, "small_epochs": 1}
 ABLE = 0.5  # a share that MEDIUM and TARGET have, and SMALL has not
-
-
-@pytest.fixture(autouse=True)
-def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
 
 
 def updates_of(trees: list[Tree], weights: list[float]) -> list[ClientUpdate]:

@@ -13,17 +13,12 @@ from fedsim.core.tree import Tree
 from fedsim.learning.objectives import TaskLoss
 from fedsim.learning.training import Training, train
 from tests.support.clients import client_update
-from tests.support.small_federation import SIZES, TARGET, Federation, assert_close, assert_same_bits, without_counting
+from tests.support.small_federation import SIZES, TARGET, Federation, assert_close, assert_same_bits
 
 
 LOCAL: dict[str, Any] = {"lr": 0.05, "epochs": 1, "batch_size": 6}  # shards of 6, 12 and 18: 1, 2 and 3 steps
 ONE_STEP: dict[str, Any] = {"lr": 0.05, "epochs": 1, "batch_size": 18}
 SGD: dict[str, Any] = {"optimizer": "sgd", "clip": None}
-
-
-@pytest.fixture(autouse=True)
-def _calm(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
 
 
 def plus(left: Tree, right: Tree, factor: float = 1.0) -> Tree:

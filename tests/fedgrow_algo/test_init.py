@@ -17,15 +17,10 @@ from fedsim.experiment import with_settings
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
 from tests.support.clients import client_init
-from tests.support.small_federation import ALIKE, LOCAL, MIDDLE, SMALL, Federation, without_counting
+from tests.support.small_federation import ALIKE, LOCAL, MIDDLE, SMALL, Federation
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_thread", "uncounted")
 
 
 def staged(init: str, **more) -> FedGrow:

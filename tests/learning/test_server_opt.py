@@ -37,13 +37,10 @@ from tests.support.small_federation import (
     assert_same_bits,
     distance,
     drawn_like,
-    without_counting,
 )
 
 
-@pytest.fixture(autouse=True)
-def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_counting(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_thread", "uncounted")
 
 
 def scalar(x: float) -> Tensor:

@@ -2,37 +2,27 @@
 
 import dataclasses
 import json
-import logging
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
-from hypothesis import HealthCheck, assume, example, given, settings
-from hypothesis import strategies as st
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
 
-from baselines.fedavg import FedAvg
 from fedgrow_algo.dual_ligo import grown, operator_between
-from fedsim.algorithm import ClientInfo
 from fedsim.cli import main
 from fedsim.data import text, vision
-from fedsim.data.byte_tokenizer import END, MASK, PADDING, byte_characters, byte_tokenizer
-from fedsim.data.config import DataConfig, Split, cifar10, digits, sst2
+from fedsim.data.byte_tokenizer import byte_characters
+from fedsim.data.config import DataConfig, Split, cifar10, digits
 from fedsim.experiment import Experiment
 from fedsim.learning.task import Task, TaskConfig, load_task
 from fedsim.models import families
-from fedsim.models.pretrained import Checkpoint
 from fedsim.results import card, export
 from fedsim.results.tables import load, read_table, rows_of, write_table
 from fedsim.storage.checkpoint import Versions, private_of
+from tests.support.exported import picture, random_model, task_of, word_pieces, written
 from tests.support.family_rows import (
     LENGTH,
     MASKED_TOKEN,
@@ -55,50 +45,13 @@ EXPORTED = ROWS | {
     "gpt2-lm-untied": Row(TaskConfig(NEXT_TOKEN, "gpt2", settings=UNTIED)),
     "modernbert-mlm-untied": Row(TaskConfig(MASKED_TOKEN, "modernbert", settings=UNTIED)),
 }
-ONE_OF_A_KIND = {"image": digits(), "text": TEXTS, "tokens": TAGS, "lm": NEXT_TOKEN, "mlm": MASKED_TOKEN}
 ALWAYS = {"README.md", "config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 BESIDE = {"image": {"preprocessor_config.json"}, "lm": TOKENIZER | {"generation_config.json"}}
-WORDS = ["good", "bad", "##ly", "[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What `transformers` warns of; it has a logger of its own, so the warnings filter does not see it."""
-    heard: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
-
-    logger, ear = logging.getLogger("transformers"), Ear(logging.WARNING)
-    logger.addHandler(ear)
-    yield heard
-    logger.removeHandler(ear)
-
-
-def random_model(row: Row) -> Any:
-    """A model of the row's small form in which nothing is what it starts as."""
-    generator = torch.Generator().manual_seed(0)
-    fresh = row.task.fresh(row.small, 0)
-    tree = {name: 0.4 * torch.randn(tensor.shape, generator=generator) for name, tensor in fresh.items()}
-    return row.task.module(row.small, tree)
-
-
-def written(config: TaskConfig, to: Path, readme: str = "") -> Any:
-    """Write a random model for some data; the model."""
-    model = random_model(Row(config))
-    export.write(model, config.data, readme, to)
-    return model
 
 
 def loaded(config: TaskConfig, folder: Path) -> Any:
     return getattr(transformers, card.AUTO_CLASSES[config.data.kind]).from_pretrained(folder)
-
-
-def task_of(data: DataConfig) -> TaskConfig:
-    """Data with a family that has a model for them."""
-    return TaskConfig(data, {"image": "vit", "lm": "gpt2"}.get(data.kind, "bert"))
 
 
 # the model ------------------------------------------------------------------------------------------------------------
@@ -174,93 +127,7 @@ def test_nothing_of_the_machine_is_in_the_folder(tmp_path: Path) -> None:
         assert str(tmp_path) not in path.read_text(), path.name
 
 
-# the "bytes" tokenizer ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One for each kind of text, as a user loads it."""
-    folder, tokenizers = tmp_path_factory.mktemp("bytes"), {}
-    for kind in ("text", "tokens", "lm", "mlm"):
-        byte_tokenizer(kind, LENGTH).save_pretrained(folder / kind)
-        tokenizers[kind] = AutoTokenizer.from_pretrained(folder / kind)
-    return tokenizers
-
-
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=2 * LENGTH)  # surrogates have no UTF-8
-FEW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def test_bytes_are_written_as_the_library_writes_them() -> None:
-    from tokenizers import pre_tokenizers
-
-    assert sorted(byte_characters()) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    assert byte_characters()[ord("a")] == "a" and byte_characters()[ord(" ")] == "\u0120"
-    assert not {PADDING, END, MASK} & {*byte_characters()}
-
-
-@given(ANY_TEXT)
-@example("")
-@example(END + PADDING + MASK)
-@example(" \n\t\r\u0000\ufeff\u00a0 ")
-@example("\U0010ffff\ue000")
-@FEW
-def test_tokens_are_those_that_training_saw(byte_tokenizers: dict[str, Any], some: str) -> None:
-    expected = text.byte_ids(some).tolist()
-    for kind, tokenizer in byte_tokenizers.items():
-        if kind == "mlm" and any(sign in some for sign in (PADDING, END, MASK)):
-            continue
-        given_ids = tokenizer(some, verbose=False)["input_ids"]
-        if kind in ("text", "tokens") and not some:
-            assert given_ids == []  # the one text whose end cannot be told
-            continue
-        assert given_ids == expected, kind
-        assert tokenizer.decode(given_ids, skip_special_tokens=True) == some
-
-
-@given(st.lists(ANY_TEXT.filter(bool), min_size=1, max_size=3))
-@example(["a" * LENGTH, "a" * (LENGTH - 1), "\u00e9" * LENGTH])
-@FEW
-def test_texts_are_cut_and_padded_as_in_training(byte_tokenizers: dict[str, Any], some: list[str]) -> None:
-    expected = text.tokens(some, "bytes", LENGTH, hub=False)
-    for kind in ("text", "tokens"):
-        batch = byte_tokenizers[kind](some, truncation=True, padding="max_length", return_tensors="pt")
-        assert {*batch} == {*expected}
-        assert all(torch.equal(batch[name], expected[name]) for name in expected)
-
-
-@given(ANY_TEXT)
-@FEW
-def test_a_prompt_is_the_text_without_its_end(byte_tokenizers: dict[str, Any], some: str) -> None:
-    assume(not any(sign in some for sign in (PADDING, END, MASK)))
-    for kind in ("lm", "mlm"):
-        ids = byte_tokenizers[kind](some, add_special_tokens=False, verbose=False)["input_ids"]
-        assert ids == text.byte_ids(some)[:-1].tolist()
-        pieces = text.pieces([some], "bytes", LENGTH)[0]["input_ids"]
-        closed = torch.tensor([*ids, text.BYTE_END])
-        alone = len(closed) % LENGTH == 1  # a last piece of one token, which leaves nothing to predict
-        assert torch.equal(pieces[pieces != text.BYTE_PADDING], closed[: len(closed) - alone])
-
-
-def test_special_tokens_have_the_ids_of_training(byte_tokenizers: dict[str, Any]) -> None:
-    for kind, tokenizer in byte_tokenizers.items():
-        assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == text.special_ids("bytes", False)
-        assert tokenizer.mask_token_id == (text.mask_id("bytes", False) if kind == "mlm" else None)
-        assert len(tokenizer) == task_of(ONE_OF_A_KIND[kind]).inputs.vocab_size
-        assert tokenizer.model_max_length == LENGTH
-    marked = byte_tokenizers["mlm"](f"a{MASK}c")["input_ids"]
-    assert marked == [97, text.BYTE_MASK, 99, text.BYTE_END]
-
-
 # tokenizers of checkpoints --------------------------------------------------------------------------------------------
-
-
-def word_pieces(folder: Path) -> str:
-    """BERT's tokenizer with few words: texts are framed, and tokens have types."""
-    tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
-    tokenizer.save_pretrained(folder)
-    assert "token_type_ids" in AutoTokenizer.from_pretrained(folder)("good")
-    return str(folder)
 
 
 def byte_pairs(folder: Path) -> str:
@@ -307,14 +174,6 @@ def test_a_tokenizer_that_is_gone_is_named(tmp_path: Path) -> None:
 # the image processor --------------------------------------------------------------------------------------------------
 
 
-def picture(mode: str, width: int, height: int) -> Image.Image:
-    """Noise, every value of a byte among it."""
-    shape = (height, width) if mode == "L" else (height, width, len(mode))
-    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    values.flat[:256] = np.arange(256)
-    return Image.fromarray(values)
-
-
 @pytest.mark.parametrize("data", [digits(), cifar10(image_size=16)], ids=["grey", "colour"])
 @pytest.mark.parametrize("size", [(16, 16), (40, 23), (8, 32)], ids=str)
 def test_images_become_what_training_saw(data: DataConfig, size: tuple[int, int], tmp_path: Path) -> None:
@@ -342,147 +201,6 @@ def test_grey_and_transparent_images_for_a_model_of_colour(tmp_path: Path) -> No
     assert not torch.equal(theirs[1], ours[1]), "transparency is laid on white, unless the image is converted first"
     converted = processor(images[1].convert("RGB"), return_tensors="pt")["pixel_values"]
     assert torch.equal(converted[0], ours[1])
-
-
-# the card -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ONE_OF_A_KIND)
-def test_the_code_of_the_card_runs_where_the_card_lies(
-    kind: str,
-    tmp_path: Path,
-    tiny_experiment: Experiment,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    said: list[str],
-) -> None:
-    config = task_of(ONE_OF_A_KIND[kind])
-    written(config, tmp_path)
-    picture("RGB", 30, 20).save(tmp_path / "image.png")
-    answers = answers_of(config, tiny_experiment, tmp_path, capsys, monkeypatch)
-    if kind == "image":
-        assert re.fullmatch(r"LABEL_\d", answers)
-    elif kind == "text":
-        assert re.fullmatch(r"\['LABEL_\d', 'LABEL_\d'\]", answers)
-    elif kind == "tokens":
-        assert re.fullmatch(r"\[\('Ada', 'LABEL_\d'\), \('met', 'LABEL_\d'\), \('Bob', 'LABEL_\d'\)\]", answers)
-    elif kind == "lm":
-        assert answers.startswith("The")
-    assert not said
-
-
-def test_the_code_of_the_card_finds_words_in_word_pieces(
-    tmp_path: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = dataclasses.replace(TAGS, tokenizer=word_pieces(tmp_path / "words"), max_length=4)
-    config = task_of(data)
-    written(config, tmp_path)
-    answers = answers_of(config, tiny_experiment, tmp_path, capsys, monkeypatch)
-    assert re.fullmatch(r"\[\('Ada', 'LABEL_\d'\), \('met', 'LABEL_\d'\)\]", answers), "the third word was cut off"
-
-
-def answers_of(
-    config: TaskConfig,
-    experiment: Experiment,
-    folder: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> str:
-    """What the card's code prints when it runs in the folder."""
-    readme = card.card(told(dataclasses.replace(experiment, algorithm=FedAvg(), task=config)))
-    code = readme.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(folder)
-    capsys.readouterr()
-    exec(compile(code, "README.md", "exec"), {})
-    return capsys.readouterr().out.strip()
-
-
-def told(experiment: Experiment, **changes: Any) -> card.Deployed:
-    """What there is to tell of a model, made up."""
-    row = {name: None for name in card.SCORES} | {"round": 0, "num_test_examples": 40}
-    row |= {"bytes_up": 0, "bytes_down": 0, "upload_params": None}
-    trained = {"round": 1, "bytes_up": 8_000, "bytes_down": 12_000, "upload_params": 2_000}
-    scored = {"round": 2, "accuracy": 0.5, "loss": 1.25, "precision": 0.25, "recall": 0.75, "f1": 0.375}
-    made_up = {
-        "experiment": experiment,
-        "form": experiment.target,
-        "info": ClientInfo(1, "phone", experiment.tiers[0].form, 1234),
-        "round": experiment.rounds,
-        "run": {"versions": '{"torch": "2.0"}', "code_sha256": "abc", "git_commit": None},
-        "clients": [row | {"accuracy": 0.1}, row | trained, row | scored],
-        "received": {"width.embed": torch.zeros(20, 10), "depth.norm": torch.zeros(3, 2)},
-        "private": {"middle.classifier.bias": torch.zeros(7)},
-    }
-    return card.Deployed(**made_up | changes)
-
-
-def front_matter(readme: str) -> dict[str, Any]:
-    assert readme.startswith("---\n")
-    return yaml.safe_load(readme.split("---\n")[1])
-
-
-def test_the_front_matter_is_what_model_cards_have(tiny_experiment: Experiment) -> None:
-    assert front_matter(card.card(told(tiny_experiment))) == {
-        "library_name": "transformers",
-        "pipeline_tag": "image-classification",
-        "tags": ["federated-learning", "model-growth", "fedgrow"],
-    }
-    known = dataclasses.replace(tiny_experiment, algorithm=FedAvg(), task=TaskConfig(sst2(), "bert"))
-    checkpoint = Checkpoint("someone/small: 'bert'", hub=True)
-    info = ClientInfo(0, "phone", tiny_experiment.tiers[0].form, 5, checkpoint)
-    assert front_matter(card.card(told(known, info=info))) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": ["federated-learning", "fedavg"],
-        "datasets": ["stanfordnlp/sst2"],
-        "base_model": "someone/small: 'bert'",
-    }
-
-
-def test_the_card_tells_how_the_model_was_grown(tiny_experiment: Experiment) -> None:
-    readme = card.card(told(tiny_experiment))
-    for expected in (
-        "vit 20x3, fedgrow, participant 1",
-        "Method: `fedgrow`, preset `paper`.",
-        "Small model: 8x1 (width x depth; 4 heads of 2, feed-forward width 8); trained on the participant's own data",
-        "Intermediate form: 16x2",
-        "This model: 20x3 (width x depth; 4 heads of 5, feed-forward width 20), after round 2 of 2, seed 0.",
-        "Rounds: 0 local, 1 to 2 federated.",
-        "Federation: 3 participants, 3 in each round.",
-        "`digits`, dealt to the participants by `dirichlet, alpha 0.5`",
-        "sent at most 2,000 parameters (0.008 MB) in a round, and received at most 0.012 MB",
-        "206 parameters (0.001 MB): `depth`, `width`",
-        "7 parameters (0.000 MB): `middle`",
-        "1,234 training examples",
-        "After round 2; accuracies are shares of examples. The test set holds 40 examples.",
-        "| accuracy | 0.5000 |",
-        "| loss | 1.2500 |",
-        "| precision | 0.2500 |",
-        "| f1 | 0.3750 |",
-        "research simulation",
-        f"Run `{tiny_experiment.run_id}`, sources `abc`.",
-        "torch 2.0",
-    ):
-        assert expected in readme, expected
-    assert "accuracy_val |" not in readme, "a score that is not known has no row"
-    settings_told = readme.split("```json\n")[1].split("```")[0]
-    assert json.loads(settings_told) == json.loads(tiny_experiment.canonical_json())
-    assert "http" not in readme
-
-
-def test_the_card_tells_where_a_small_model_came_from(tiny_experiment: Experiment) -> None:
-    checkpoint = Checkpoint("someone/small", hub=True, revision="v2")
-    info = ClientInfo(1, "phone", tiny_experiment.tiers[0].form, 5, checkpoint)
-    readme = card.card(told(tiny_experiment, info=info, clients=[], received={}))
-    assert "from the checkpoint `someone/small` at revision `v2`" in readme
-    assert "sent nothing" in readme and "the server sends, after the last round, nothing." in readme
-    assert "never scored" in readme
-
-
-def test_the_card_of_a_model_that_was_not_grown_says_so(tiny_experiment: Experiment) -> None:
-    readme = card.card(told(dataclasses.replace(tiny_experiment, algorithm=FedAvg())))
-    assert "no small model was grown" in readme
-    assert "Intermediate form" not in readme and "preset" not in readme.partition("```json")[0]
 
 
 # the command ----------------------------------------------------------------------------------------------------------

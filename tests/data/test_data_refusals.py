@@ -1,0 +1,187 @@
+"""Data that are refused, by name: files and folders that do not hold what is asked for, and settings that cannot be."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from fedsim.data import text
+from fedsim.data.source import DataConfig, cifar10, digits, load, pydoc, sst2
+from tests.support.data_files import csv_file, picture
+
+
+pytestmark = pytest.mark.usefixtures("read_again")
+
+
+def test_tokens_outside_the_promised_vocabulary_are_refused(tmp_path, monkeypatch):
+    name = csv_file(tmp_path, "data.csv", ["text,label", "a,0", "b,1"])
+    monkeypatch.setattr(text, "vocabulary", lambda tokenizer, hub: 100)
+    with pytest.raises(ValueError, match=r"task\.data\.tokenizer='bytes'.* size, 100; it gave 257"):
+        load(DataConfig(name=name, text=("text",), num_classes=2), None)
+
+
+@pytest.mark.parametrize("column", ["text", "sentence"])
+def test_text_taken_for_images_is_refused_with_the_remedy(tmp_path, column):
+    name = csv_file(tmp_path, "train.csv", [f"{column},label", "a,0", "b,1"])
+    config = DataConfig(name=name, num_classes=2)
+    with pytest.raises(ValueError, match=rf"task\.data\.text=\(\): must be .*--set task\.data\.text={column} "):
+        load(config, None)
+    assert load(replace(config, text=(column,)), None).kind == "text"
+
+
+def test_images_taken_for_text_are_refused(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"img": [picture(0), picture(9)], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    config = DataConfig(name=str(tmp_path), text=("img",), num_classes=2)
+    with pytest.raises(ValueError, match=r"task\.data\.text='img': must be a column of texts; it holds Image"):
+        load(config, None)
+    with pytest.raises(ValueError, match=r"task\.data\.text=\(\): must be the text columns.*\['img', 'label'\]"):
+        load(replace(config, text=(), objective="next_token"), None)
+    assert load(replace(config, text=()), None).kind == "image"
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "words"),
+    [
+        (["text,label", "a,0", "b,2"], {}, r"task\.data\.num_classes=2: label 2 less task\.data\.label_offset=0 is 2"),
+        (["text,label", "a,1", "b,0"], {"label_offset": 1}, "label 0 less .*label_offset=1 is -1"),
+        (["text,label", "a,0", "b,pos"], {}, r"task\.data\.label='label'.*it holds 'pos'"),
+        (["text,label", "a,0", "b,1.5"], {}, "whole numbers; it holds '1.5'"),
+        (["text,label", "a,0", "b,"], {}, "whole numbers; it holds ''"),
+        (["text,label", "a,0", "b,1"], {"text": ("body",)}, r"task\.data\.text='body'.*\['text', 'label'\]"),
+        (["text,label", "a,0", "b,1"], {"text": (2,)}, r"task\.data\.text=2.*\['text', 'label'\]"),
+        (["text,label", "a,0", "b,1"], {"label": "class"}, r"task\.data\.label='class'.*\['text', 'label'\]"),
+        (
+            ["text,label", "a,0", "b,1"],
+            {"image": "text", "text": ()},
+            r"task\.data\.image='text': a cell of this column is not",
+        ),
+        (["text,kind", "a,0", "b,1"], {}, r"task\.data\.label=None.*\['text', 'kind'\]"),
+        (["body,label", "a,0", "b,1"], {"text": ()}, r"task\.data\.text=\(\).*text=COLUMN.*\['body', 'label'\]"),
+        (["text,label", "a,0", "b,1"], {"group": "by"}, r"task\.data\.group='by': no such column.*\['text', 'label'\]"),
+        (["text,label", "a,0"], {}, "it holds 1"),
+        (["text,label"], {}, "no data"),
+        (["text,label", "a,0", "b,1,3"], {}, "could not be read as csv"),
+        (["text,label", "a,0,9", "b,1,3"], {}, "could not be read as csv"),
+        ([""], {}, "could not be read as csv"),
+    ],
+)
+def test_wrong_files_are_refused_by_name(tmp_path, lines, settings, words):
+    name = csv_file(tmp_path, "data.csv", lines)
+    with pytest.raises(ValueError, match=words):
+        load(DataConfig(**{"name": name, "num_classes": 2, "text": ("text",), **settings}), None)
+
+
+def test_wrong_folders_are_refused_by_name(tmp_path):
+    csv_file(tmp_path, "train.csv", ["text,label", "a,0", "b,1"])
+    config = DataConfig(name=str(tmp_path), text=("text",), num_classes=2)
+    assert len(load(config, None).test) == 1
+    with pytest.raises(ValueError, match=r"task\.data\.test_split='dev': must be a split of .*\['train\.csv'\]"):
+        load(replace(config, test_split="dev"), None)
+    with pytest.raises(ValueError, match=r"task\.data\.train_split='big'"):
+        load(replace(config, train_split="big"), None)
+    csv_file(tmp_path, "train.tsv", ["text\tlabel", "a\t0"])
+    load.cache_clear()
+    with pytest.raises(ValueError, match=r"\['train\.csv', 'train\.tsv'\]"):
+        load(config, None)
+    (tmp_path / "train.tsv").rename(tmp_path / "test.tsv")
+    with pytest.raises(ValueError, match=r"in one format, not \['csv', 'tsv'\]"):
+        load(config, None)
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"ends in one of \.parquet, \.csv, \.tsv"):
+        load(replace(config, name=str(tmp_path / "notes.txt")), None)
+    (tmp_path / "bad.parquet").write_text("not parquet")
+    with pytest.raises(ValueError, match="could not be read as parquet"):
+        load(replace(config, name=str(tmp_path / "bad.parquet")), None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", None),
+        ("hub", 1),
+        ("config_name", 3),
+        ("train_split", ""),
+        ("test_split", "train"),
+        ("test_share", 0),
+        ("test_share", 1.0),
+        ("test_share", float("nan")),
+        ("test_share", "0.2"),
+        ("test_share", True),
+        ("image", True),
+        ("image", -1),
+        ("image", 0.0),
+        ("text", "sentence"),
+        ("text", ["sentence"]),
+        ("text", (1.5,)),
+        ("text", (None,)),
+        ("text", (-1,)),
+        ("text", ("",)),
+        ("group", -1),
+        ("group", 1.0),
+        ("group", ""),
+        ("objective", "words"),
+        ("objective", None),
+        ("config_name", ""),
+        ("max_length", float("nan")),
+        ("label", True),
+        ("label", -2),
+        ("label_offset", 0.5),
+        ("header", "no"),
+        ("limit", 0),
+        ("limit", 2.0),
+        ("limit", True),
+        ("image_size", 0),
+        ("channels", 2),
+        ("num_classes", 0),
+        ("num_classes", None),
+        ("class_names", "O"),
+        ("class_names", ("O",)),
+        ("class_names", (*"ABCDEFGHI", "")),
+        ("class_names", (*"ABCDEFGHII",)),
+        ("tokenizer", ""),
+        ("tokenizer", None),
+        ("max_length", 1),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(field, value):
+    with pytest.raises(ValueError) as caught:
+        DataConfig(**{"name": "some.csv", field: value})
+    assert str(caught.value).startswith(f"task.data.{field}={value!r}: must be ")
+
+
+def test_settings_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match=r"task\.data\.text=\('a',\)"):
+        DataConfig(name="some.csv", image="img", text=("a",))
+    with pytest.raises(ValueError, match=r"task\.data\.name='digits'"):
+        digits(label="label")
+    with pytest.raises(ValueError, match=r"task\.data\.name='pydoc'.*group"):
+        pydoc(group="topic")
+    for config in (digits(), cifar10(), DataConfig(name="a.csv", image="img")):
+        with pytest.raises(ValueError, match=r"task\.data\.objective='next_token': must be 'classes' for images"):
+            replace(config, objective="next_token")
+        for objective in ("masked_token", "token_classes"):
+            with pytest.raises(ValueError, match=rf"objective='{objective}': must be 'classes' for images"):
+                replace(config, objective=objective)
+    with pytest.raises(ValueError, match=r"objective='token_classes': must be 'next_token' or 'masked_token' for"):
+        pydoc(objective="token_classes")
+    with pytest.raises(ValueError, match=r"task\.data\.text=\('a', 'b'\): must be one column"):
+        DataConfig(name="some.parquet", objective="token_classes", text=("a", "b"))
+    with pytest.raises(
+        ValueError, match=r"class_names=\('O', 'B-X'\): must be empty or .*num_classes=3 names; there are 2"
+    ):
+        DataConfig(name="some.parquet", objective="token_classes", num_classes=3, class_names=("O", "B-X"))
+    with pytest.raises(ValueError, match=r"task\.data\.tokenizer='words'"):
+        pydoc(tokenizer="words")
+    with pytest.raises(ValueError, match=r"task\.data\.num_classes=5"):
+        load(digits(num_classes=5), None)
+
+
+def test_settings_travel():
+    config = sst2(limit=3)
+    assert pickle.loads(pickle.dumps(config)) == config and hash(config) == hash(sst2(limit=3))
