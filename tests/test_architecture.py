@@ -173,6 +173,10 @@ def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
         assert ast.get_docstring(ast.parse(text))
 
 
+def test_test_files_are_short() -> None:
+    assert {str(path.relative_to(ROOT)) for path in TESTS if len(path.read_text().splitlines()) > 500} == set()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_environment_variables_are_read_in_one_place(path: Path) -> None:
     names = {"environ", "environb", "getenv", "getenvb", "putenv"}
