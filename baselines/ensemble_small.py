@@ -12,42 +12,38 @@ are trained by everyone in every round.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from fedsim.algorithm import (
+    Averaging,
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
-    Partial,
     Payload,
     ServerContext,
     Steps,
     TaskLoss,
     Training,
-    weighted_sum,
 )
 from fedsim.core.fields import check_range
 from fedsim.core.tree import State
 from fedsim.learning.ensemble import Ensemble
 from fedsim.learning.rates import parameter_count, smallest
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.server_opt import model_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class EnsembleSmall(LocalTraining):
+class EnsembleSmall(Averaging):
     """FedAvg of several models of the smallest form.
 
     - `members`: how many; None: as many as fit into the target's parameters.
-    - `server`: what the server makes of the mean.
     """
 
     members: int | None = None
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,12 +64,6 @@ class EnsembleSmall(LocalTraining):
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         members = model_of(state)
         return {client.id: members for client in cohort}
-
-    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return weighted_sum(updates)
-
-    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
-        return self.server.after(state, updates)
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return self._ensemble(model_of(state), ctx)

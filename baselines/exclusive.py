@@ -18,10 +18,10 @@ from torch import nn
 
 from fedgrow_algo.pretrain import trained_on_own_shard
 from fedsim.algorithm import (
+    Averaging,
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
     Partial,
     Payload,
     ServerContext,
@@ -33,24 +33,22 @@ from fedsim.algorithm import (
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.tree import State
 from fedsim.learning.rates import parameter_count
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.server_opt import model_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class Exclusive(LocalTraining):
+class Exclusive(Averaging):
     """FedAvg of the target without weak devices.
 
     - `share`: a participant is able if its small model has at least this share of the target's parameters.
     - `small_lr`, `small_epochs`: of the other participants' own models, once.
-    - `server`: what the server makes of the mean.
     """
 
     share: float = 1.0
     small_lr: float = 5e-4
     small_epochs: int = 10
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +71,6 @@ class Exclusive(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> State:
-        return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
-
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model, nothing = model_of(state), {}
         return {c.id: model if self._able(ctx.task, c.form, ctx.target) else nothing for c in cohort}
@@ -86,9 +81,6 @@ class Exclusive(LocalTraining):
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(state, (update for update in updates if update.tree))
-
-    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, model_of(state))
 
     # at a participant -----------------------------------------------------------------------------------------------
 

@@ -14,29 +14,26 @@ is slow here, so no partial work is averaged.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
 
 from fedsim.algorithm import (
+    Averaging,
     ClientContext,
-    ClientInfo,
     ClientUpdate,
-    LocalTraining,
-    Partial,
     Payload,
     ServerContext,
     Steps,
     TaskLoss,
     Training,
-    weighted_sum,
 )
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.tree import State
 from fedsim.learning.objectives import Proximal
 from fedsim.learning.rates import smallest
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.server_opt import model_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
@@ -45,17 +42,15 @@ NAMES = {"target": "fedavg", "intermediate": "fedavg_mid", "smallest": "fedavg_s
 
 
 @dataclasses.dataclass(frozen=True)
-class FedAvg(LocalTraining):
+class FedAvg(Averaging):
     """FedAvg of one form, from scratch.
 
     - `of`: whose form: the target's, the intermediate, or the smallest of the participants' own.
     - `mu`: weight of FedProx's proximal term, for the target alone; None: no such term, and no such name.
-    - `server`: what the server makes of the mean.
     """
 
     of: Literal["target", "intermediate", "smallest"] = "target"
     mu: float | None = None
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,16 +71,6 @@ class FedAvg(LocalTraining):
     def server_init(self, ctx: ServerContext) -> State:
         form = self._form(ctx, [client.form for client in ctx.clients])
         return self.server.start(ctx.task.fresh(form, ctx.derive("target")))
-
-    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        model = model_of(state)
-        return {client.id: model for client in cohort}
-
-    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return weighted_sum(updates)
-
-    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
-        return self.server.after(state, updates)
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(self._form(ctx, [client.form for client in ctx.clients]), model_of(state))

@@ -14,17 +14,15 @@ are clipped (`clip`).
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from fedsim.algorithm import (
     LATER,
+    Averaging,
     ClientContext,
-    ClientInfo,
     ClientUpdate,
-    LocalTraining,
     OptimizerName,
     Partial,
     Payload,
@@ -34,14 +32,13 @@ from fedsim.algorithm import (
     TaskLoss,
     Training,
     weighted_mean,
-    weighted_sum,
 )
 from fedsim.core.fields import refuse
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.server_opt import model_of
 
 
 @dataclasses.dataclass(frozen=True)
-class FedNova(LocalTraining):
+class FedNova(Averaging):
     """FedNova of the target, with SGD whose learning rate is constant.
 
     - `server`: what the server makes of its step.
@@ -49,7 +46,6 @@ class FedNova(LocalTraining):
 
     lr: float = 0.1
     optimizer: OptimizerName = dataclasses.field(default="sgd", metadata=LATER, kw_only=True)
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,25 +61,12 @@ class FedNova(LocalTraining):
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> State:
-        return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
-
-    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        model = model_of(state)
-        return {client.id: model for client in cohort}
-
-    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return weighted_sum(updates)
-
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         x = model_of(state)
         mean = weighted_mean(updates, like={})
         if not mean:
             return state
         return self.server.step(state, {name: x[name] + mean["norm"] * d for name, d in mean["change"].items()})
-
-    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, model_of(state))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
@@ -93,9 +76,6 @@ class FedNova(LocalTraining):
         change = {name: (y - payload[name]) / (norm or 1.0) for name, y in trained.parameters.items()}
         sent = {"change": change, "norm": torch.tensor(norm)}
         return ClientUpdate(ctx.info.id, sent, ctx.info.num_examples), state
-
-    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
-        return ctx.task.module(ctx.target, payload)
 
     def norm(self, steps: int) -> float:
         """`|a_i|` after so many steps: how often each gradient counts, added up."""

@@ -18,38 +18,35 @@ from torch import nn
 from fedgrow_algo.dual_ligo import grown, operator_between
 from fedgrow_algo.presets import by_name
 from fedsim.algorithm import (
+    Averaging,
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
     Partial,
     Payload,
     ServerContext,
     Steps,
     TaskLoss,
     Training,
-    weighted_sum,
 )
 from fedsim.core.fields import check_range
 from fedsim.core.tree import State, Tree
 from fedsim.learning.rates import smallest
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.server_opt import model_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowThenFedAvg(LocalTraining):
+class GrowThenFedAvg(Averaging):
     """FedAvg of the smallest form, then of the target grown from it.
 
     - `preset`: the growth operator; see `fedgrow_algo.presets`.
     - `small_rounds`: how many rounds the small model is averaged for.
-    - `server`: what the server makes of the mean.
     """
 
     preset: str = "preserving"
     small_rounds: int = 5
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,9 +73,6 @@ class GrowThenFedAvg(LocalTraining):
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(self._current(state, ctx))
         return {client.id: model for client in cohort}
-
-    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return weighted_sum(updates)
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(self._current(state, ctx), updates)

@@ -16,39 +16,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from fedsim.algorithm import (
+    Averaging,
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
     Partial,
     Payload,
     ServerContext,
     Steps,
     TaskLoss,
     Training,
-    weighted_sum,
 )
 from fedsim.core.fields import check_range
 from fedsim.core.seeding import derive
 from fedsim.core.tree import State, Tree
 from fedsim.learning.exits import ends_at, shallower, tail, up_to
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.server_opt import model_of
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class ProgFed(LocalTraining):
+class ProgFed(Averaging):
     """ProgFed of the target.
 
     - `stages`: parts that the target's blocks are divided into. - `stage_rounds`: rounds of each stage but the last.
     - `warmup`: rounds, at the beginning of each stage but the first, that train only what is new.
-    - `server`: what the server makes of the mean.
     """
 
     stages: int = 4
     stage_rounds: int = 2
     warmup: int = 0
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,9 +64,6 @@ class ProgFed(LocalTraining):
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(self._current(state, ctx))
         return {client.id: model for client in cohort}
-
-    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return weighted_sum(updates)
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         return self.server.after(self._current(state, ctx), updates)

@@ -5,28 +5,24 @@ option II. x: the server's model; c: its control variate, c_i: client i's; both 
 
     client i    y <- x; K steps of y <- y - lr (g_i(y) - c_i + c)
                 c_i+ <- c_i - c + (x - y) / (K lr); send y and c_i+ - c_i; keep c_i+
-    server      x <- mean of y;  c <- c + (cohort / clients) mean of c_i+ - c_i
+    server      x <- mean of y;  c <- c + (cohort / clients) mean of c_i+ - c_i; all of a cohort count alike
 
-All clients of a cohort count alike. Uploads and downloads are twice FedAvg's.
-
-Differs from the paper: the server's learning rate is that of `server`, 1 with the plain mean. A client whose update is
-left out (late, over-selected) has moved its c_i all the same, so c is then not the mean of all c_i.
+Differs from the paper: the server's learning rate is that of `server`, 1 with the plain mean. Who is left out (late)
+has moved its c_i all the same: then c is not the mean of all c_i.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.algorithm import (
     LATER,
-    Batch,
+    Averaging,
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    Frozen,
-    LocalTraining,
     OptimizerName,
     Partial,
     Payload,
@@ -35,28 +31,23 @@ from fedsim.algorithm import (
     Steps,
     TaskLoss,
     Training,
-    Tree,
-    weighted_sum,
     whole_sum,
 )
 from fedsim.core.fields import refuse
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.objectives import Corrected
+from fedsim.learning.server_opt import model_of
 
 
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": None, "schedule": "constant", "lr_warmup": 0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaffold(LocalTraining):
-    """SCAFFOLD of the target. Plain SGD only, for c_i is computed from its steps.
-
-    - `server`: what the server makes of the mean.
-    """
+class Scaffold(Averaging):
+    """SCAFFOLD of the target. Plain SGD only, for c_i is computed from its steps."""
 
     lr: float = 0.1
     clip: float | None = None
     optimizer: OptimizerName = dataclasses.field(default="sgd", metadata=LATER, kw_only=True)
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,15 +63,11 @@ class Scaffold(LocalTraining):
 
     def server_init(self, ctx: ServerContext) -> State:
         model = ctx.task.fresh(ctx.target, ctx.derive("target"))
-        control = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-        return {"model": self.server.start(model), "control": control}
+        return {"model": self.server.start(model), "control": {n: torch.zeros_like(t) for n, t in model.items()}}
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         sent = {"model": model_of(state["model"]), "control": state["control"]}
         return {client.id: sent for client in cohort}
-
-    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return weighted_sum(updates)
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         total = whole_sum(updates)
@@ -101,24 +88,12 @@ class Scaffold(LocalTraining):
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         x, c = payload["model"], payload["control"]
         correction = {name: c[name] - own for name, own in state.items()}
-        objective = CorrectedLoss(TaskLoss(ctx.task, ctx.target))
+        objective = Corrected(TaskLoss(ctx.task, ctx.target))
         trained = yield Training(objective, x, {"correction": correction}, purpose="target", **self.settings())
         y, moved = trained.parameters, trained.steps * self.lr
         kept = {n: own + ((x[n] - y[n]) / moved - c[n]) for n, own in state.items()} if moved else state
-        sent = {name: kept[name] - own for name, own in state.items()}
-        return ClientUpdate(ctx.info.id, {"model": y, "control": sent}, 1), kept
+        change = {name: kept[name] - own for name, own in state.items()}
+        return ClientUpdate(ctx.info.id, {"model": y, "control": change}, 1), kept
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, payload["model"])
-
-
-@dataclasses.dataclass(frozen=True)
-class CorrectedLoss:
-    """The loss, with a gradient that is corrected; `frozen["correction"]`: c - c_i."""
-
-    loss: TaskLoss
-
-    def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        inner = [(frozen["correction"][name] * tensor).sum() for name, tensor in parameters.items()]
-        correction = torch.stack(inner).sum()
-        return self.loss(parameters, frozen, batch) + (correction - correction.detach())  # the value stays the loss

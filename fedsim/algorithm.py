@@ -40,6 +40,7 @@ from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import State, Tree
 from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum, whole_sum
 from fedsim.learning.objectives import Frozen, Objective, TaskLoss
+from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.steps import Steps
 from fedsim.learning.task import Batch
 from fedsim.learning.training import OptimizerName, ScheduleName, Trained, Training, check_settings
@@ -55,8 +56,10 @@ if TYPE_CHECKING:
     from fedsim.models.pretrained import Checkpoint
 
 __all__ = [
+    "AVERAGE",
     "LATER",
     "Algorithm",
+    "Averaging",
     "Batch",
     "ClientContext",
     "ClientInfo",
@@ -68,12 +71,14 @@ __all__ = [
     "Partial",
     "Payload",
     "ServerContext",
+    "ServerOptimizer",
     "State",
     "Steps",
     "TaskLoss",
     "Trained",
     "Training",
     "Tree",
+    "model_of",
     "weighted_mean",
     "weighted_sum",
     "whole_sum",
@@ -257,3 +262,32 @@ class LocalTraining(Algorithm):
     def settings(self, **changes: Any) -> dict[str, Any]:
         """These fields by name, as `Training` takes them, some of them changed."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(LocalTraining)} | changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaging(LocalTraining):
+    """What methods have in common whose server holds a model, the target, and steps to the mean of what clients send.
+
+    - `server`: what the server makes of the mean (`fedsim.learning.server_opt`).
+    """
+
+    server: ServerOptimizer = dataclasses.field(default=AVERAGE, kw_only=True)
+
+    def server_init(self, ctx: ServerContext) -> State:
+        return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        model = model_of(state)
+        return {client.id: model for client in cohort}
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        return weighted_sum(updates)
+
+    def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
+        return self.server.after(state, updates)
+
+    def server_model(self, state: State, ctx: ServerContext) -> "nn.Module | None":
+        return ctx.task.module(ctx.target, model_of(state))
+
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
+        return ctx.task.module(ctx.target, payload)

@@ -64,6 +64,21 @@ class Proximal:
         return self.objective(parameters, frozen, batch) + self.mu / 2 * distance
 
 
+@dataclasses.dataclass(frozen=True)
+class Corrected:
+    """`objective`, with a correction added to its gradient, as SCAFFOLD's and FedDyn's; its value stays.
+
+    - `frozen["correction"]`: a tree of the names it corrects.
+    """
+
+    objective: Objective
+
+    def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
+        correction, theta = flat(frozen["correction"]), flat(parameters)
+        inner = torch.stack([(correction[name] * theta[name]).sum() for name in theta if name in correction]).sum()
+        return self.objective(parameters, frozen, batch) + (inner - inner.detach())
+
+
 ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 

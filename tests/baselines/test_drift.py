@@ -8,9 +8,9 @@ import torch
 
 from baselines.fedavg import FedAvg
 from baselines.fednova import FedNova
-from baselines.scaffold import CorrectedLoss, Scaffold
+from baselines.scaffold import Scaffold
 from fedsim.core.tree import Tree
-from fedsim.learning.objectives import TaskLoss
+from fedsim.learning.objectives import Corrected, TaskLoss
 from fedsim.learning.training import Training, train
 from tests.support.clients import client_update
 from tests.support.small_federation import SIZES, TARGET, Federation, assert_close, assert_same_bits
@@ -29,7 +29,7 @@ def local_sgd(federation: Federation, round: int, client: int, start: Tree, corr
     """`y` after the client's steps of SGD, with a correction of every gradient."""
     loss: Any = TaskLoss(federation.task, TARGET)
     frozen = {} if correction is None else {"correction": correction}
-    objective = loss if correction is None else CorrectedLoss(loss)
+    objective = loss if correction is None else Corrected(loss)
     context = federation.at_client(round, client)
     return train(context, Training(objective, start, frozen, purpose="target", optimizer="sgd", **LOCAL)).parameters
 
@@ -43,7 +43,7 @@ def test_the_correction_is_added_to_the_gradient() -> None:
     batch = federation.task.batch(federation.shards[0], torch.arange(4))
     correction = {name: torch.full_like(tensor, 0.25) for name, tensor in start.items()}
     gradients, losses = [], []
-    for objective in (TaskLoss(federation.task, TARGET), CorrectedLoss(TaskLoss(federation.task, TARGET))):
+    for objective in (TaskLoss(federation.task, TARGET), Corrected(TaskLoss(federation.task, TARGET))):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
         loss = objective(leaves, {"correction": correction}, batch)
         loss.backward()
