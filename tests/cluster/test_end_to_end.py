@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import secrets
 import signal
 import subprocess
@@ -240,8 +241,8 @@ def test_a_lost_connection_is_taken_up_again(cluster: Cluster) -> None:
         assert submitted.ended(300) == 0, submitted.said()
     said = submitted.said()
     assert "connection lost" in said and "connected again" in said
-    told = [line.split(":")[0] for line in said.splitlines() if line.startswith("  round ")]
-    assert told == [f"  round {number}/20" for number in range(21)], "every round is told once"
+    told = re.findall(r"^fedgrow \(paper\), seed 0: round (\d+)/20: ", said, re.MULTILINE)
+    assert told == [str(number) for number in range(21)], "every round is told once"
 
 
 def test_a_job_that_was_sent_and_left_can_be_followed_and_stopped_later(cluster: Cluster) -> None:
