@@ -112,6 +112,7 @@ class Aggregator:
         share, least = coverage(self.experiment.algorithm.server_covered(self.state))
         return RoundReport(
             clients=self.clients.reports,
+            places=self.call.places(),
             traffic=self.call.traffic("train"),
             bytes_moved=self.call.moved(),
             retries=self.call.retries(),

@@ -57,7 +57,7 @@ class SumChunk:
         updates = [reply.update for _, reply in in_time if isinstance(reply, Reply) and reply.update is not None]
         partial = self.algorithm.combine(updates) if updates else None
         stripped = [
-            (id_, dataclasses.replace(reply, update=None) if isinstance(reply, Reply) else reply)
+            (id_, Reply(None, reply.report, reply.state_sha256) if isinstance(reply, Reply) else reply)
             for id_, reply in in_time
         ]
         return ChunkSum([partial] if partial is not None else list(updates), stripped)
@@ -127,10 +127,6 @@ class Clients:
 
     def settle(self, round: int, cohort: RoundCohort) -> float | None:
         """Complete the reports of a round. **Returns:** simulated seconds that the server waited; None if unknown."""
-        for id_, place in self.call.places().items():
-            host = None if place["host"] is None else str(place["host"])
-            report = self.reports[id_]
-            self.reports[id_] = dataclasses.replace(report, host=host, node=place["node"], retries=place["retries"])
         for id_ in cohort.excluded:
             self.reports[id_] = ClientReport(outcome="excluded")
         return self._simulated(round)
@@ -145,17 +141,18 @@ class Clients:
     def _note(self, replies: Sequence[tuple[int, Reply | Failure]], payloads: Mapping[int, Payload] = NOTHING) -> None:
         """Take down what participants answered. `payloads`: what they had received, where that counts."""
         for id_, reply in replies:
-            before = self.reports.get(id_, ClientReport())
+            before = self.reports.get(id_)
             if isinstance(reply, Failure):
                 if self.experiment.on_error != "drop":
                     raise ParticipantError(id_, reply.text)
                 received = ClientReport(bytes_down=trees.nbytes(payloads[id_]) if payloads else 0)
-                self.reports[id_] = before.then(received).failed(reply.text.strip().splitlines()[-1])
+                report = received if before is None else before.then(received)
+                self.reports[id_] = report.failed(reply.text.strip().splitlines()[-1])
                 continue
             report = reply.report
             if self.experiment.batched and report.train_seconds:  # all took the time that they took together
                 report = dataclasses.replace(report, train_seconds=report.train_seconds / len(replies))
-            self.reports[id_] = before.then(report)
+            self.reports[id_] = report if before is None else before.then(report)
             self.private[id_] = reply.state_sha256
 
     def _first(self, chunks: Sequence[Sequence[tuple[int, Any]]]) -> Iterator[list[tuple[int, Any]]]:
@@ -185,7 +182,8 @@ class Clients:
                     self.reports[id_] = dataclasses.replace(report, simulated_seconds=init)
                 continue
             total = None if init is None or busy is None else init + busy
-            self.reports[id_] = dataclasses.replace(report, simulated_seconds=total)
+            if total is not None:
+                self.reports[id_] = dataclasses.replace(report, simulated_seconds=total)
             waited.append((init if round == 0 else busy, report.outcome == "late"))
         if any(seconds is None for seconds, _ in waited):
             return None

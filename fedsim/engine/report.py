@@ -1,7 +1,6 @@
 """What a round knows of each participant, and what it tells the driver: numbers, never tensors."""
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -47,11 +46,7 @@ class ClientReport:
     precision: float | None = None
     recall: float | None = None
     f1: float | None = None
-    # where and when
     simulated_seconds: float | None = None
-    host: str | None = None
-    node: str | None = None
-    retries: int = 0
 
     @property
     def trained(self) -> bool:
@@ -63,8 +58,7 @@ class ClientReport:
         merged = {}
         for name, combine in _COMBINE.items():
             first, second = getattr(self, name), getattr(later, name)
-            known = [value for value in (first, second) if value is not None]
-            merged[name] = functools.reduce(combine, known) if known else None
+            merged[name] = combine(first, second) if first is not None and second is not None else _known(first, second)
         return ClientReport(**merged)
 
     def failed(self, error: str) -> "ClientReport":
@@ -91,7 +85,12 @@ def _later(first: Any, second: Any) -> Any:
     return second
 
 
-_ADDED = ("bytes_down", "bytes_up", "train_seconds", "flops", "init_flops", "trainable_params", "retries")
+def _known(first: Any, second: Any) -> Any:
+    """Whichever is not None."""
+    return first if second is None else second
+
+
+_ADDED = ("bytes_down", "bytes_up", "train_seconds", "flops", "init_flops", "trainable_params")
 _COMBINE: dict[str, Callable[[Any, Any], Any]] = (
     dict.fromkeys((field.name for field in dataclasses.fields(ClientReport)), _later)
     | dict.fromkeys(_ADDED, operator.add)
@@ -104,10 +103,12 @@ class RoundReport:
     """A finished round, as the aggregator saw it.
 
     - `clients`: who was called, dropped out or was excluded, by id. - `traffic`: of training, by the runtime's count.
+    - `places`: `host`, `node` and `retries` of those who were called.
     - `spent`: seconds by place and phase, for the table `profile`.
     """
 
     clients: Mapping[int, ClientReport]
+    places: Mapping[int, Mapping[str, Any]]
     traffic: Traffic
     bytes_moved: int
     retries: int

@@ -159,9 +159,9 @@ CLIENTS = (
     Column("flops", "int?", "report.flops", "of its training, forward and backward, by count"),
     Column("peak_memory_bytes", "int?", "report.peak_memory_bytes", "high-water mark of its process (on a GPU: of its "
            "allocations) during the call; null where it cannot be read", "bytes"),
-    Column("host", "str?", "report.host", "the process it was in"),
-    Column("node", "str?", "report.node", "the machine it was on"),
-    Column("retries", "int", "report.retries", "calls of it that were repeated"),
+    Column("host", "str?", "host", "the process it was in"),
+    Column("node", "str?", "node", "the machine it was on"),
+    Column("retries", "int", "retries", "calls of it that were repeated"),
     Column("stage", "str", "stage", "as in rounds"),
     Column("model", "str?", "model", "its small form, for example 64x2"),
     Column("trainable_params", "int?", "report.trainable_params", "trained in this round", "scalars"),

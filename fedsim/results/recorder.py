@@ -26,7 +26,7 @@ class Recorder:
         before = self.store.rounds[-1] if self.store.rounds else None
         row = row_of("rounds", RoundRecord(run, round, cohort, report, before, seconds))
         clients = [
-            ClientRecord(run, round, stage, self.population[id_].info, each)
+            ClientRecord(run, round, stage, self.population[id_].info, each, report.places.get(id_, {}))
             for id_, each in sorted(report.clients.items())
         ]
         self.store.commit(round, row, columns_of("clients", clients))

@@ -202,6 +202,19 @@ class ClientRecord:
     stage: str
     info: ClientInfo
     report: ClientReport
+    place: Mapping[str, Any]
+
+    @property
+    def host(self) -> str | None:
+        return None if self.place.get("host") is None else str(self.place["host"])
+
+    @property
+    def node(self) -> str | None:
+        return self.place.get("node")
+
+    @property
+    def retries(self) -> int:
+        return self.place.get("retries", 0)
 
     @property
     def model(self) -> str:
