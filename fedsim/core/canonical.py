@@ -47,11 +47,14 @@ def _decides(value: Any, field: dataclasses.Field) -> bool:
 
 def revived(value: Any) -> Any:
     """The inverse of `canonical`: the dataclasses a JSON value describes. Placement fields take their defaults."""
+    return _made(with_todays_names(value))
+
+
+def _made(value: Any) -> Any:
     if isinstance(value, dict):
-        fields = {name: revived(item) for name, item in with_todays_names(value).items() if name != "class"}
-        return class_written(value["class"])(**fields)
+        return class_written(value["class"])(**{name: _made(item) for name, item in value.items() if name != "class"})
     if isinstance(value, list):
-        return tuple(revived(item) for item in value)
+        return tuple(_made(item) for item in value)
     return value
 
 

@@ -145,7 +145,8 @@ class Participant:
         def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round + 1, round, meter)
             context = self._context(round, meter)
-            scores = self._scores(self.experiment.algorithm.client_model(received, self.state, context))
+            held = trees.mapped(_same, self.state)
+            scores = self._scores(self.experiment.algorithm.client_model(received, held, context))
             return None, {"train_seconds": 0.0} | scores  # scoring is not training
 
         return self._measured(("score", round), payload, work)

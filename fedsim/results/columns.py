@@ -216,8 +216,12 @@ def row_of(table: str, record: Any) -> dict[str, Any]:
 
 
 def columns_of(table: str, records: Sequence[Any]) -> dict[str, list]:
-    """Records as a table, column by column."""
-    return {name: list(map(get, records)) for name, get in _GETTERS[table].items()}
+    """Records of one run as a table, column by column: there may be thousands, so what is the run's is read once."""
+    found: dict[str, list] = {}
+    for column in COLUMNS[table]:
+        get, of_the_run = _GETTERS[table][column.name], column.source.startswith("run.")
+        found[column.name] = [get(records[0])] * len(records) if of_the_run and records else list(map(get, records))
+    return found
 
 
 def reference() -> str:

@@ -137,24 +137,22 @@ class RoundRecord:
     def stage(self) -> str:
         return self.run.stage(self.round)
 
-    @functools.cached_property
-    def by_field(self) -> Mapping[str, Sequence[Any]]:
-        """The reports of the participants, field by field."""
-        reports = self.report.clients.values()
-        return {f.name: [getattr(report, f.name) for report in reports] for f in dataclasses.fields(ClientReport)}
+    def of_clients(self, field: str) -> list[Any]:
+        """A field of the participants' reports."""
+        return [getattr(report, field) for report in self.report.clients.values()]
 
     @functools.cached_property
     def scores(self) -> SimpleNamespace:
         """`Statistics` of every score and loss."""
-        return SimpleNamespace(**{name: statistics(self.by_field[name]) for name in SCORES})
+        return SimpleNamespace(**{name: statistics(self.of_clients(name)) for name in SCORES})
 
     @property
     def bytes_up(self) -> int:
-        return sum(self.by_field["bytes_up"])
+        return sum(self.of_clients("bytes_up"))
 
     @property
     def bytes_down(self) -> int:
-        return sum(self.by_field["bytes_down"])
+        return sum(self.of_clients("bytes_down"))
 
     @property
     def bytes_up_total(self) -> int:
@@ -166,7 +164,7 @@ class RoundRecord:
 
     @property
     def flops(self) -> int:
-        return sum(flops or 0 for flops in self.by_field["flops"])
+        return sum(flops or 0 for flops in self.of_clients("flops"))
 
     @property
     def participants(self) -> int:
@@ -174,11 +172,11 @@ class RoundRecord:
 
     @property
     def failed(self) -> int:
-        return sum(error is not None for error in self.by_field["error"])
+        return sum(error is not None for error in self.of_clients("error"))
 
     @property
     def late(self) -> int:
-        return self.by_field["outcome"].count("late")
+        return self.of_clients("outcome").count("late")
 
     @property
     def dropped_out(self) -> int:
