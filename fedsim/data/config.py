@@ -235,6 +235,7 @@ class Dataset:
     - `vocab_size`: None for images.
     - `fingerprint`: sha256 over all tensors, so that a run can record which data it saw.
     - `tokenizer`: the one that was trained for these data; None where it came with them.
+    - `class_names`: of classes, or tags, in order of their numbers; empty where neither data nor config name them.
     """
 
     kind: str
@@ -244,3 +245,4 @@ class Dataset:
     vocab_size: int | None
     fingerprint: str
     tokenizer: "PreTrainedTokenizerFast | None" = None
+    class_names: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """Where a data set's tables come from: files and folders under the data folder, or, when allowed, the hub.
 
-Everything is read through the `datasets` library, which is imported only when it is needed.
+Everything is read through the `datasets` library, which is imported only when it is needed. `docs/data.md` has the
+rules for each kind of source.
 """
 
 import contextlib
@@ -8,25 +9,35 @@ import csv
 import glob
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedsim.core.fields import refuse
+from fedsim.data import imagefolder, splits
 from fedsim.data.config import EMBEDDED, KNOWN, DataConfig, KnownSet
+from fedsim.data.table import Columns, Table, joined
 
 
 SUFFIXES = (".parquet", ".csv", ".tsv")
 
 
-def tables(config: DataConfig, data_dir: str | None, cache: str) -> dict[str, Any]:
-    """The source's `datasets.Dataset`s under "train" and, unless it has one split only, "test"."""
+def tables(
+    config: DataConfig, data_dir: str | None, cache: str, alone: bool = False
+) -> tuple[dict[str, Table], Columns]:
+    """The source's tables under "train" and, unless it has one split only, "test"; and the columns in them.
+
+    **Arguments:**
+
+    - `alone`: the split to train on without any other.
+    """
     known = KNOWN.get(config.name)
     path = Path(data_dir or "<FEDSIM_DATA_DIR>" if known else "", config.name).expanduser()
     if path.exists():
-        return _read(_found(path, config), config, cache)
+        return joined(config, _read(_found(path, config, alone), config, cache))
     if config.hub:
-        return _fetched(config)
+        return joined(config, _fetched(config, alone))
     if known:
         unset = "" if data_dir else " (FEDSIM_DATA_DIR is not set)"
         remedy = f"no folder {path}{unset}; set FEDSIM_DATA_DIR to the folder that holds {config.name}/train.*, or"
@@ -35,64 +46,54 @@ def tables(config: DataConfig, data_dir: str | None, cache: str) -> dict[str, An
     raise ValueError(f"task.data.name={config.name!r}: {remedy} allow the hub with --set task.data.hub=true")
 
 
-def _found(path: Path, config: DataConfig) -> dict[str, list[Path]]:
+def _found(path: Path, config: DataConfig, alone: bool) -> dict[str, list[Path]]:
     """The files, or the one folder, of each split that lies at `path`."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
             refuse("task.data.name", config.name, f"a folder or a file that ends in one of {', '.join(SUFFIXES)}")
         return {"train": [path]}
 
-    def of_split(split: str) -> list[Path]:
-        if (path / split).is_dir():
-            return [path / split]
-        pattern = re.compile(re.escape(split) + r"(-\d+-of-\d+)?")
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and pattern.fullmatch(p.stem))
-        if len({p.suffix for p in files}) > 1:
-            refuse(
-                "task.data.name", config.name, f"the path of one file; split {split!r} is in {[p.name for p in files]}"
-            )
-        return files
-
-    entries = list(path.iterdir())
-    splits = any(of_split(split) for split in (config.train_split, config.test_split))
-    if not splits and ((path / "state.json").exists() or any(entry.is_dir() for entry in entries)):
+    entries = imagefolder.visible(path)
+    lie: dict[str, list[Path]] = {}
+    for entry in entries:
+        if entry.is_dir() or entry.suffix in SUFFIXES:
+            split = entry.name if entry.is_dir() else re.sub(r"-\d+-of-\d+$", "", entry.stem)
+            lie.setdefault(split, []).append(entry)
+    if (path / "state.json").exists() or (any(e.is_dir() for e in entries) and not splits.present([*lie], config)):
         return {"train": [path]}
-    return _chosen(of_split, config.test_split, config, f"{path}, which holds {sorted(e.name for e in entries)[:20]}")
+    where = f"{path}, which holds {[entry.name for entry in entries][:20]}"
+    found = {name: _whole(lie[split], config) for name, split in splits.chosen([*lie], config, where, alone).items()}
+    strays = [entry for entry in entries if entry.is_file() and imagefolder.is_image(entry)]
+    if strays and any(part.is_dir() for parts in found.values() for part in parts):
+        refuse("task.data.name", config.name, f"an image folder of SPLIT/CLASS/IMAGE; {strays[0]} lies in no split")
+    return found
 
 
-def _chosen(split: Callable[[str], Any], test: str, config: DataConfig, where: str) -> dict[str, Any]:
-    """Pick the configured splits; the default test split may be absent, one that was asked for may not."""
-    chosen = {"train": split(config.train_split), "test": split(test)}
-    if not chosen["test"] and test == "test":
-        chosen["test"] = split("validation")
-    if not chosen["train"]:
-        refuse("task.data.train_split", config.train_split, f"a split of {where}")
-    if not chosen["test"] and config.test_split != "test":
-        refuse("task.data.test_split", config.test_split, f"a split of {where}")
-    return {name: found for name, found in chosen.items() if found}
+def _whole(paths: list[Path], config: DataConfig) -> list[Path]:
+    """The files of one split, in order. **Raises:** `ValueError` if they are of several kinds, or one is missing."""
+    names = [path.name for path in paths]
+    shards = [re.fullmatch(r".*-(\d+)-of-(\d+)", path.stem) for path in paths]
+    if len({(path.suffix, path.is_dir(), shard is None) for path, shard in zip(paths, shards, strict=True)}) > 1:
+        refuse("task.data.name", config.name, f"a source with one file, or one set of files, a split, not {names}")
+    numbered = sorted((int(shard[1]), int(shard[2]), path) for shard, path in zip(shards, paths, strict=True) if shard)
+    if [pair[:2] for pair in numbered] != [(number, len(numbered)) for number in range(len(numbered))]:
+        refuse("task.data.name", config.name, f"a source with all files of a split; there are {names}")
+    return [path for *_, path in numbered] or paths
 
 
-def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[str, Any]:
-    import datasets
+def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[str, list[tuple[str, Any]]]:
     from datasets.exceptions import DatasetsError
 
     kinds = {_format(path) for paths in found.values() for path in paths}
     if len(kinds) > 1:
         refuse("task.data.name", config.name, f"a folder with splits in one format, not {sorted(kinds)}")
     kind = kinds.pop()
-    # One call reads all splits, so that the classes of image folders are numbered alike in each.
-    inside = "/**" if kind == "imagefolder" else ""
-    files = {split: [glob.escape(str(p.absolute())) + inside for p in paths] for split, paths in found.items()}
     try:
         with _offline():
-            if kind == "saved":
-                return {split: datasets.load_from_disk(str(paths[0])) for split, paths in found.items()}
-            settings: dict[str, Any] = {"drop_labels": False} if kind == "imagefolder" else {}
-            if kind in ("csv", "tsv"):
-                settings = _csv_settings(found["train"][0], kind, config)
-            builder = "csv" if kind == "tsv" else kind
-            return dict(datasets.load_dataset(builder, data_files=files, cache_dir=cache, **settings))
+            return {split: [(str(p), _rows(p, kind, config, cache)) for p in paths] for split, paths in found.items()}
     except (DatasetsError, ValueError, OSError, Warning) as error:
+        if str(error).startswith("task.data."):
+            raise
         cause = error.__cause__ or error
         raise ValueError(f"task.data.name={config.name!r}: could not be read as {kind} ({cause})") from error
 
@@ -101,6 +102,20 @@ def _format(path: Path) -> str:
     if path.is_dir():
         return "saved" if (path / "state.json").exists() else "imagefolder"
     return path.suffix[1:]
+
+
+def _rows(path: Path, kind: str, config: DataConfig, cache: str) -> Any:
+    """What lies in one file, or in the folder of one split, as a `datasets.Dataset`."""
+    import datasets
+
+    if kind == "saved":
+        return datasets.load_from_disk(str(path))
+    if kind == "imagefolder":
+        return imagefolder.rows(path, config)
+    settings = {} if kind == "parquet" else _csv_settings(path, kind, config)
+    builder, file = "csv" if kind == "tsv" else kind, glob.escape(str(path.absolute()))
+    read: Any = datasets.load_dataset(builder, data_files=file, cache_dir=cache, split="train", **settings)
+    return read
 
 
 def _csv_settings(path: Path, kind: str, config: DataConfig) -> dict[str, Any]:
@@ -112,27 +127,42 @@ def _csv_settings(path: Path, kind: str, config: DataConfig) -> dict[str, Any]:
     import pandas as pd
 
     dialect = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"sep": ","}
-    plain = {**dialect, "header": 0 if config.header else None, "na_filter": False, "encoding": "utf-8-sig"}
-    names = [str(name) for name in pd.read_csv(path, nrows=1, dtype=str, index_col=False, **plain).columns]
+    plain = {**dialect, "na_filter": False, "encoding": "utf-8-sig", "index_col": False}
+    first = pd.read_csv(path, nrows=1, dtype=str, header=None, **plain).iloc[0]
+    names = [str(name) if config.header else str(number) for number, name in enumerate(first)]
     known = KNOWN.get(config.name)
     if known and not config.header and len(known.columns) == len(names):
         names = list(known.columns)
+    if len({*names}) < len(names):
+        refuse("task.data.name", config.name, f"a source whose columns have names of their own; {path} has {names}")
+    if config.header:
+        _check_header(names, path, config)
     features = datasets.Features({name: datasets.Value("string") for name in names})
     # Without index_col=False, lines longer than the first would lose their first cell to an index unnoticed.
-    return {**plain, "column_names": names, "features": features, "index_col": False}
+    return {**plain, "header": 0 if config.header else None, "column_names": names, "features": features}
 
 
-def _fetched(config: DataConfig) -> dict[str, Any]:
+def _check_header(names: list[str], path: Path, config: DataConfig) -> None:
+    """Refuse a first line that reads like an example where columns are not asked for by its names."""
+    label = config.label
+    if isinstance(label, int) and label < len(names) and re.fullmatch(r"\s*[+-]?\d+\s*", names[label]):
+        accepted = f"false, as the first line of {path} gives the label's column the name {names[label]!r}"
+        refuse("task.data.header", True, accepted)
+
+
+def _fetched(config: DataConfig, alone: bool) -> dict[str, list[tuple[str, Any]]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
     known = KNOWN.get(config.name, KnownSet(config.name, config.kind))
     try:
-        splits: Any = datasets.load_dataset(known.hub_name, config.config_name)
+        found: Any = datasets.load_dataset(known.hub_name, config.config_name)
     except (DatasetsError, ValueError, OSError) as error:
         raise ValueError(f"task.data.name={config.name!r}: no hub set {known.hub_name!r} was read ({error})") from error
-    test = known.hub_test_split if config.test_split == "test" else config.test_split
-    return _chosen(splits.get, test, config, f"the hub's {known.hub_name}, which has {sorted(splits)}")
+    if config.test_split == "test":
+        config = replace(config, test_split=known.hub_test_split)
+    picked = splits.chosen([*found], config, f"the hub's {known.hub_name}, which has {sorted(found)}", alone)
+    return {name: [(f"{known.hub_name}/{split}", found[split])] for name, split in picked.items()}
 
 
 @contextlib.contextmanager

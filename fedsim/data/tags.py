@@ -11,53 +11,63 @@ import torch
 from torch import Tensor
 
 from fedsim.core.fields import refuse
+from fedsim.data import labels
 from fedsim.data.config import DataConfig
+from fedsim.data.labels import Labels
+from fedsim.data.table import Part, Table
 from fedsim.data.text import IGNORED
 
 
-def word_lists(table: Any, column: str) -> list[list[str]]:
+def word_lists(table: Table, column: str) -> list[list[str]]:
     """The words of each row. **Raises:** `ValueError` unless every cell is a list of texts."""
-    feature, words = _listed(table, column), table[column][:]
+    feature, words = _listed(table.feature(column)), table.cells(column)
     if feature is None or getattr(feature, "dtype", "") not in ("string", "large_string"):
-        accepted = f"a column of lists of words, as parquet and saved folders hold; it holds {table.features[column]}"
+        accepted = f"a column of lists of words, as parquet and saved folders hold; it holds {table.feature(column)}"
         refuse("task.data.text", column, accepted)
     for row, cell in enumerate(words):
         if cell is None or None in cell:
-            refuse("task.data.text", column, f"a column of lists of words; row {row} holds {cell!r}")
+            refuse("task.data.text", column, f"a column of lists of words; {table.where(row)} holds {cell!r}")
     return words
 
 
-def tag_lists(table: Any, column: str, config: DataConfig, words: Sequence[Sequence[str]]) -> list[np.ndarray]:
-    """The tags of each row as whole numbers `(words,)`: as they are in the column, or positions in `class_names`.
+def tag_lists(
+    tables: dict[str, Table], words: str, column: str, config: DataConfig
+) -> tuple[dict[str, list[np.ndarray]], tuple[str, ...]]:
+    """The tags of each row as whole numbers `(words,)`, a list a split, and the names of the tags, if they have any.
 
-    **Raises:** `ValueError` for cells that are no lists of tags, one tag a word, and for tags of another name.
+    **Arguments:**
+
+    - `words`: the column of the words.
+
+    **Raises:** `ValueError` for cells that are no lists of tags, one tag a word, and as `labels.numbered` does.
     """
-    import datasets
+    splits: dict[str, list[Labels]] = {}
+    lengths: dict[str, list[int]] = {}
+    for split, table in tables.items():
+        kind = getattr(_listed(table.feature(column)), "dtype", "")
+        if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
+            accepted = f"a column of lists of whole numbers or of tags; it holds {table.feature(column)}"
+            refuse("task.data.label", column, accepted)
+        counts = [len(cell) for cell in word_lists(table, words)]
+        splits[split], lengths[split], first = [], [], 0
+        for part in table.parts:
+            splits[split].append(_flat(part, column, counts[first : first + len(part.rows)]))
+            first += len(part.rows)
+        lengths[split] = counts
+    numbers, names = labels.numbered(column, splits, config)
+    return {split: np.split(found, np.cumsum(lengths[split])[:-1]) for split, found in numbers.items()}, names
 
-    feature, rows = _listed(table, column), table[column][:]
-    kind = getattr(feature, "dtype", "")
-    if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
-        accepted = f"a column of lists of whole numbers or of tags; it holds {table.features[column]}"
-        refuse("task.data.label", column, accepted)
-    names = {name: number for number, name in enumerate(config.class_names)}
-    given = tuple(feature.names)[config.label_offset :] if isinstance(feature, datasets.ClassLabel) else ()
-    if names and given and given != config.class_names:
-        refuse("task.data.class_names", config.class_names, f"the names that the data give: {given}")
 
-    tags = []
-    for row, cell in enumerate(rows):
-        if cell is None or None in cell or len(cell) != len(words[row]):
-            refuse("task.data.label", column, f"one tag a word; row {row} holds {len(words[row])} words, tags {cell!r}")
-        if kind.endswith("string"):
-            unknown = [tag for tag in cell if tag not in names]
-            if unknown:
-                accepted = (
-                    f"names that are in task.data.class_names={config.class_names}; row {row} holds {unknown[0]!r}"
-                )
-                refuse("task.data.label", column, accepted)
-            cell = [names[tag] + config.label_offset for tag in cell]  # numbers of either origin lose the offset later
-        tags.append(np.asarray(cell, dtype=np.int64))
-    return tags
+def _flat(part: Part, column: str, words: Sequence[int]) -> Labels:
+    """The tags of the rows of one part one after the other."""
+    cells = part.rows[column][:]
+    for row, (cell, count) in enumerate(zip(cells, words, strict=True)):
+        if cell is None or None in cell or len(cell) != count:
+            accepted = f"one tag a word; {part.where(row)} holds {count} words, tags {cell!r}"
+            refuse("task.data.label", column, accepted)
+    row_of = np.repeat(np.arange(len(words)), words)
+    names = tuple(getattr(_listed(part.rows.features[column]), "names", ()))
+    return Labels([tag for cell in cells for tag in cell], names, lambda index: part.where(row_of[index]))
 
 
 def token_labels(tags: Sequence[np.ndarray], starts_NL: np.ndarray) -> Tensor:
@@ -77,9 +87,8 @@ def token_labels(tags: Sequence[np.ndarray], starts_NL: np.ndarray) -> Tensor:
     return torch.from_numpy(labels_NL)
 
 
-def _listed(table: Any, column: str) -> Any:
-    """What the lists in a column hold; None where it holds no lists."""
+def _listed(feature: Any) -> Any:
+    """What the lists of a column hold; None where it holds no lists."""
     import datasets
 
-    feature = table.features[column]
     return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else None

@@ -3,10 +3,11 @@
 Shape legend: N examples, L = max_length tokens. Byte ids 0..255 are the bytes of the UTF-8 text.
 """
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from fedsim.core.fields import refuse
 from fedsim.data import bpe
 
+
+if TYPE_CHECKING:
+    from fedsim.data.table import Table
 
 BYTE_PADDING = 256
 BYTE_END = 257
@@ -34,7 +38,7 @@ def vocabulary(tokenizer: str, hub: bool) -> int:
     own = bpe.parsed(tokenizer)
     if own is not None:
         return own.size
-    return BYTE_VOCABULARY if tokenizer == "bytes" else len(_pretrained(tokenizer, hub))
+    return BYTE_VOCABULARY if tokenizer == "bytes" else len(pretrained_tokenizer(tokenizer, hub))
 
 
 @lru_cache(maxsize=32)
@@ -44,7 +48,7 @@ def special_ids(tokenizer: str, hub: bool) -> tuple[int, int]:
         return BYTE_PADDING, BYTE_END
     if bpe.parsed(tokenizer) is not None:
         return bpe.PADDING_ID, bpe.END_ID
-    pretrained = _pretrained(tokenizer, hub)
+    pretrained = pretrained_tokenizer(tokenizer, hub)
     padding = pretrained.pad_token_id
     return padding, padding if pretrained.eos_token_id is None else pretrained.eos_token_id
 
@@ -56,24 +60,32 @@ def mask_id(tokenizer: str, hub: bool) -> int:
         return BYTE_MASK
     if bpe.parsed(tokenizer) is not None:
         return bpe.MASK_ID
-    found = _pretrained(tokenizer, hub).mask_token_id
+    found = pretrained_tokenizer(tokenizer, hub).mask_token_id
     if found is None:
         accepted = "'bytes' or a tokenizer that has a mask token, for task.data.objective='masked_token'"
         refuse("task.data.tokenizer", tokenizer, accepted)
     return found
 
 
-def joined(table: Any, columns: Sequence[str]) -> list[str]:
-    """One text an example: its text columns joined with a space, cells without a value left out."""
+def joined(table: "Table", columns: Sequence[str]) -> list[str]:
+    """One text an example: its text columns joined with a space, cells without a value left out.
+
+    **Raises:** `ValueError` for a column of something else, and for a row in which no cell has a value.
+    """
     import datasets
 
     for column in columns:
-        feature = table.features[column]
+        feature = table.feature(column)
         # Any cell can be written as text, also an image; a model would learn from its printed form unnoticed.
         if not isinstance(feature, datasets.Value) or "binary" in feature.dtype:
             refuse("task.data.text", column, f"a column of texts; it holds {feature}")
-    cells = [table[column][:] for column in columns]
-    return [" ".join(str(cell) for cell in row if cell is not None) for row in zip(*cells, strict=True)]
+    texts = []
+    for row, cells in enumerate(zip(*map(table.cells, columns), strict=True)):
+        held = [str(cell) for cell in cells if cell is not None and cell == cell]  # NaN is no value either
+        if not held:
+            refuse("task.data.text", tuple(columns), f"columns with a text in every row; {table.where(row)} holds none")
+        texts.append(" ".join(held))
+    return texts
 
 
 def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> dict[str, Tensor]:
@@ -84,7 +96,7 @@ def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> 
     """
     if tokenizer == "bytes":
         return padded([byte_ids(text)[:max_length] for text in texts], max_length)
-    pretrained = _pretrained(tokenizer, hub)
+    pretrained = pretrained_tokenizer(tokenizer, hub)
     encoded = pretrained(list(texts), truncation=True, padding="max_length", max_length=max_length, return_tensors="pt")
     return {name: encoded[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
 
@@ -111,7 +123,7 @@ def word_tokens(
         return tokens([" ".join(of_row) for of_row in words], tokenizer, max_length, hub), starts_NL
 
     # A tokenizer of texts that marks words by the space before them would otherwise read several as one.
-    pretrained = _pretrained(tokenizer, hub, add_prefix_space=True)
+    pretrained = pretrained_tokenizer(tokenizer, hub, add_prefix_space=True)
     if not pretrained.is_fast:
         accepted = "'bytes' or a tokenizer that says which word a token is of (a fast one), for token classes"
         refuse("task.data.tokenizer", tokenizer, accepted)
@@ -147,7 +159,7 @@ def pieces(
     if tokenizer == "bytes":
         padding, sequences = BYTE_PADDING, [byte_ids(text) for text in texts]
     else:
-        pretrained = _pretrained(tokenizer, hub)
+        pretrained = pretrained_tokenizer(tokenizer, hub)
         end = [] if pretrained.eos_token_id is None else [pretrained.eos_token_id]
         # A tokenizer warns of texts longer than its model reads; cut to pieces, none is.
         encoded = pretrained(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -180,18 +192,23 @@ def byte_ids(text: str) -> np.ndarray:
     return np.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64), BYTE_END)
 
 
-def _pretrained(tokenizer: str, hub: bool, **settings: Any) -> Any:
-    """A Hugging Face tokenizer that can pad."""
+def pretrained_tokenizer(tokenizer: str, hub: bool, **settings: Any) -> Any:
+    """A Hugging Face tokenizer that can pad, and pads and cuts at the right whatever it was saved with.
+
+    Padding at the left would move a text to other positions, which models that learn positions do not see through.
+    """
+    folder = os.path.expanduser(tokenizer)
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
-    if not hub and not Path(tokenizer).is_dir():
+    if not hub and not Path(folder).is_dir():
         raise ValueError(
             f"task.data.tokenizer={tokenizer!r}: no such folder; 'bytes', the folder of a tokenizer, or a hub name "
             "together with --set task.data.hub=true are accepted"
         )
     from transformers import AutoTokenizer
 
+    settings |= {"padding_side": "right", "truncation_side": "right"}
     try:
-        pretrained: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub, **settings)
+        pretrained: Any = AutoTokenizer.from_pretrained(folder, local_files_only=not hub, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"task.data.tokenizer={tokenizer!r}: could not be loaded ({error})") from error
     if pretrained.pad_token is None:

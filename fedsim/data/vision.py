@@ -1,16 +1,25 @@
-"""Images in a table's column to one uint8 tensor.
+"""Images to one uint8 tensor: the same that the image processor computes which goes with an exported model.
 
 Shape legend: N images, C channels (1 or 3), H = W = image_size.
 """
 
 import io
+import os
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from fedsim.data.table import Table
+
+
+# Black and white, grey, of a palette, colour and print; the others have more than 8 bits, or no agreed meaning.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
 def pixels(images: Iterable[Any], image_size: int, channels: int) -> Tensor:
@@ -23,43 +32,65 @@ def pixels(images: Iterable[Any], image_size: int, channels: int) -> Tensor:
 
     **Returns:** uint8 `(N, C, H, W)`.
     """
-    mode = "L" if channels == 1 else "RGB"
-    arrays = []
-    for cell in images:
-        image = _opened(cell)
-        if image.mode != mode:
-            image = image.convert(mode)
-        if image.size != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        arrays.append(np.asarray(image, dtype=np.uint8).reshape(image_size, image_size, channels))
+    arrays = [_array(_opened(cell), image_size, channels) for cell in images]
     if not arrays:
         return torch.empty((0, channels, image_size, image_size), dtype=torch.uint8)
     return torch.from_numpy(np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2)))
 
 
-def column_pixels(table: Any, column: str, image_size: int, channels: int) -> Tensor:
-    """The images of one column of a `datasets.Dataset`, decoded a batch at a time.
+def column_pixels(table: Table, column: str, image_size: int, channels: int) -> Tensor:
+    """The images of one column of a table, decoded a batch at a time.
 
-    **Returns:** uint8 `(N, C, H, W)`.
+    **Returns:** uint8 `(N, C, H, W)`. **Raises:** `ValueError` naming the file, or the row, of what is no image.
     """
-    cells = (cell for batch in table.select_columns([column]).iter(batch_size=256) for cell in batch[column])
-    try:
-        return pixels(cells, image_size, channels)
-    except (TypeError, ValueError, UnidentifiedImageError) as error:
-        raise ValueError(f"task.data.image={column!r}: a cell of this column is not an image ({error})") from error
+    reading: list[Any] = []  # the one that is being decoded
+
+    def cells() -> Iterable[Any]:
+        for row, cell in enumerate(table.encoded_images(column)):
+            reading[:] = row, cell
+            yield cell
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return pixels(cells(), image_size, channels)
+        except Exception as error:  # of any kind: files can be broken in more ways than their readers foresee
+            if not reading:
+                raise
+            row, cell = reading
+            path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
+            accepted = f"a column of images; {path or table.where(row)}: {type(error).__name__}: {error}"
+            raise ValueError(f"task.data.image={column!r}: must be {accepted}") from error
+
+
+def _array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """uint8 `(H, W, C)`. What is transparent lies on white, as `transformers` lays it."""
+    if image.mode not in MODES:
+        raise ValueError(f"pixels of mode {image.mode!r}; {', '.join(MODES)} are read: save it with 8 bits a channel")
+    mode = "L" if channels == 1 else "RGB"
+    if "A" in image.getbands() or (image.info.get("transparency") is not None and image.mode != "L" == mode):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.uint8).reshape(image_size, image_size, channels)
 
 
 def _opened(cell: Any) -> Image.Image:
+    """An image the way up that its camera says, the first of several."""
     if isinstance(cell, Image.Image):
         return cell
     if isinstance(cell, dict) and ("bytes" in cell or "path" in cell):
         cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str):
-            with Image.open(cell) as image:
-                image.load()
-                return image
+            if not os.path.isabs(cell):
+                raise ValueError(f"the path {cell!r}; bytes, or an absolute path, are read")
+            cell = Path(cell).read_bytes()
     if isinstance(cell, bytes):
         with Image.open(io.BytesIO(cell)) as image:
+            ImageOps.exif_transpose(image, in_place=True)
             image.load()
             return image
     if isinstance(cell, list | np.ndarray):

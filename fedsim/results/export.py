@@ -203,6 +203,6 @@ def text_tokenizer(data: DataConfig) -> "PreTrainedTokenizerBase":
     settings: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"]}
     if data.kind == "tokens":
         settings["add_prefix_space"] = True  # as for the lists of words that were learned from
-    tokenizer = text._pretrained(data.tokenizer, data.hub, **settings)
+    tokenizer = text.pretrained_tokenizer(data.tokenizer, data.hub, **settings)
     tokenizer.model_max_length = data.max_length
     return tokenizer

@@ -209,7 +209,7 @@ def test_real_cifar10_is_whole(data_dir, tmp_path):
     path = Path(data_dir, "cifar10")
     if not path.is_dir():
         pytest.skip(f"{data_dir} has no cifar10")
-    tables = files.tables(cifar10(), data_dir, str(tmp_path))
+    tables, _ = files.tables(cifar10(), data_dir, str(tmp_path))
     assert {split: len(table) for split, table in tables.items()} == {"train": 50_000, "test": 10_000}
 
 

@@ -104,7 +104,7 @@ def test_sharded_parquet(tmp_path):
     import pyarrow.parquet as pq
 
     for shard in range(2):
-        table = pa.table({"text": [f"text {shard}", None], "target": [shard, shard]})
+        table = pa.table({"text": [f"text {shard}", ""], "target": [shard, shard]})
         pq.write_table(table, tmp_path / f"train-0000{shard}-of-00002.parquet")
     pq.write_table(pa.table({"text": ["t"], "target": [0]}), tmp_path / "test-00000-of-00001.parquet")
     data = load(DataConfig(name=str(tmp_path), text=("text",), num_classes=2), None)
@@ -262,7 +262,7 @@ def test_groups_are_numbered_alike_in_both_splits_and_under_a_limit(tmp_path):
     assert few.groups.tolist() == [number[decoded(row)] for row in few.inputs["input_ids"]]
     write("test", [100, None])
     load.cache_clear()
-    with pytest.raises(ValueError, match=r"task\.data\.group='by': must be .*; it holds None"):
+    with pytest.raises(ValueError, match=r"task\.data\.group='by': must be .*test\.parquet, row 1 holds None"):
         load(config, None)
 
 

@@ -67,7 +67,7 @@ def test_a_tokenizer_that_marks_words_by_a_space_keeps_them_apart(tmp_path: Path
 
 
 def test_a_tokenizer_that_cannot_tell_words_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_pretrained", lambda *_, **__: SimpleNamespace(is_fast=False))
+    monkeypatch.setattr(text, "pretrained_tokenizer", lambda *_, **__: SimpleNamespace(is_fast=False))
     with pytest.raises(ValueError, match=r"task\.data\.tokenizer='slow': must be 'bytes' or a tokenizer that says"):
         text.word_tokens([["a"]], "slow", 8, hub=False)
 
@@ -99,8 +99,10 @@ def test_columns_by_name_and_saved_folders(tmp_path: Path) -> None:
     assert load(saved, None).fingerprint == load(config, None).fingerprint
     assert load(replace(saved, class_names=()), None).fingerprint == load(config, None).fingerprint
     other = (*NAMES[3:], *NAMES[:3])
-    with pytest.raises(ValueError, match=r"class_names=\('B-LOC', .*must be the names that the data give: \('O',"):
-        load(replace(saved, class_names=other), None)
+    by_name = load(replace(saved, class_names=other), None)
+    assert by_name.train.inputs["labels"][1, 0] == other.index(NAMES[OO]) and by_name.class_names == other
+    with pytest.raises(ValueError, match=r"class_names=\('B-ORG', .*must be the names that the data give, .*\('O',"):
+        load(replace(saved, class_names=("B-ORG", *NAMES[1:])), None)
 
 
 def test_rows_without_a_tagged_token_are_dropped_with_their_group(tmp_path: Path) -> None:
@@ -137,11 +139,26 @@ def test_rows_without_a_tagged_token_are_dropped_with_their_group(tmp_path: Path
             [["a"], ["b", "c"]],
             [[OO], [OO]],
             {},
-            r"label='ner_tags': must be one tag a word; row . holds 2 words, tags \[0",
+            r"label='ner_tags': must be one tag a word; .*train\.parquet, row 1 holds 2 words, tags \[0",
         ),
-        ([["a"], ["b"]], [[OO], None], {}, r"label='ner_tags': must be one tag a word; row . holds 1 words, tags None"),
-        ([["a"], ["b"]], [["O"], ["B-ORG"]], {}, r"label='ner_tags': must be names .*'I-LOC'\); row . holds 'B-ORG'"),
-        ([["a"], ["b"]], [["O"], ["O"]], {"class_names": ()}, r"task\.data\.class_names=\(\); row . holds 'O'"),
+        (
+            [["a"], ["b"]],
+            [[OO], None],
+            {},
+            r"label='ner_tags': must be one tag a word; .*train\.parquet, row 1 holds 1 words, tags None",
+        ),
+        (
+            [["a"], ["b"]],
+            [["O"], ["B-ORG"]],
+            {},
+            r"label='ner_tags': .*'I-LOC'\); .*train\.parquet, row 1 holds 'B-ORG'",
+        ),
+        (
+            [["a"], ["b"]],
+            [["O"], ["O"]],
+            {"class_names": ()},
+            r"task\.data\.num_classes=5: must be 1, the number of classes found: 'O'",
+        ),
         ([["a"], ["b"]], [[OO], [5]], {}, r"task\.data\.num_classes=5: label 5 less .* is 5; 0\.\.4 is accepted"),
         ([["a"], ["b"]], [[OO], [OO]], {"label": "pos"}, r"task\.data\.label='pos': no such column"),
         ([["a"], ["b"]], [[OO], [OO]], {"text": ("words",)}, r"task\.data\.text='words': no such column"),
