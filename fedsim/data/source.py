@@ -83,7 +83,7 @@ def _public_texts(
     def texts(table: Table, of: Columns) -> list[str]:
         if config.kind == "tokens":
             return [" ".join(words) for words in tags.word_lists(table, of.inputs[0])]
-        return text.joined(table, of.inputs)
+        return table.texts(of.inputs)
 
     if "test" in tables and texts(tables["test"], columns) == texts(public["train"], of_public):
         accepted = f"a split other than the one that is scored on: split {split!r} stands in for the test split"
@@ -166,7 +166,7 @@ def _inputs(config: DataConfig, table: Table, columns: Columns) -> dict[str, Ten
     """Images, or texts to classify."""
     if config.kind == "image":
         return {"pixel_values": vision.column_pixels(table, columns.inputs[0], config.image_size, config.channels)}
-    texts = text.joined(table, columns.inputs)
+    texts = table.texts(columns.inputs)
     inputs = text.tokens(texts, config.tokenizer, config.max_length, config.hub)
     silent = np.flatnonzero(~inputs["attention_mask"].any(dim=1).numpy())
     if len(silent):
@@ -178,7 +178,7 @@ def _inputs(config: DataConfig, table: Table, columns: Columns) -> dict[str, Ten
 def _language_split(
     config: DataConfig, table: Table, columns: Sequence[str], group_of_row: Tensor | None, split: str
 ) -> Split:
-    texts = text.joined(table, columns)
+    texts = table.texts(columns)
     inputs, row_of = text.pieces(texts, config.tokenizer, config.max_length, config.hub)
     if len(row_of) == 0:
         accepted = f"columns with text to learn from; no row of the {split} split holds 2 tokens"

@@ -65,6 +65,28 @@ class Table:
         """A column, a value a row."""
         return [cell for part in self.parts for cell in part.rows[column][:]]
 
+    def texts(self, columns: Sequence[str]) -> list[str]:
+        """One text an example: its text columns joined with a space, cells without a value left out.
+
+        **Raises:** `ValueError` for a column of something else, and for a row in which no cell has a value.
+        """
+        import datasets
+
+        for column in columns:
+            feature = self.feature(column)
+            # Any cell can be written as text, also an image; a model would learn from its printed form unnoticed.
+            if not isinstance(feature, datasets.Value) or "binary" in feature.dtype:
+                refuse("task.data.text", column, f"a column of texts; it holds {feature}")
+        texts = []
+        for row, cells in enumerate(zip(*map(self.cells, columns), strict=True)):
+            held = [str(cell) for cell in cells if cell is not None and cell == cell]  # NaN is no value either
+            if not held:
+                refuse(
+                    "task.data.text", tuple(columns), f"columns with a text in every row; {self.where(row)} holds none"
+                )
+            texts.append(" ".join(held))
+        return texts
+
     def encoded_images(self, column: str) -> Iterator[Any]:
         """The cells of a column of images, not decoded, read a batch at a time."""
         import datasets

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor
 from fedsim.core.fields import refuse
 from fedsim.data import bpe
 
-
-if TYPE_CHECKING:
-    from fedsim.data.table import Table
 
 BYTE_PADDING = 256
 BYTE_END = 257
@@ -65,27 +62,6 @@ def mask_id(tokenizer: str, hub: bool) -> int:
         accepted = "'bytes' or a tokenizer that has a mask token, for task.data.objective='masked_token'"
         refuse("task.data.tokenizer", tokenizer, accepted)
     return found
-
-
-def joined(table: "Table", columns: Sequence[str]) -> list[str]:
-    """One text an example: its text columns joined with a space, cells without a value left out.
-
-    **Raises:** `ValueError` for a column of something else, and for a row in which no cell has a value.
-    """
-    import datasets
-
-    for column in columns:
-        feature = table.feature(column)
-        # Any cell can be written as text, also an image; a model would learn from its printed form unnoticed.
-        if not isinstance(feature, datasets.Value) or "binary" in feature.dtype:
-            refuse("task.data.text", column, f"a column of texts; it holds {feature}")
-    texts = []
-    for row, cells in enumerate(zip(*map(table.cells, columns), strict=True)):
-        held = [str(cell) for cell in cells if cell is not None and cell == cell]  # NaN is no value either
-        if not held:
-            refuse("task.data.text", tuple(columns), f"columns with a text in every row; {table.where(row)} holds none")
-        texts.append(" ".join(held))
-    return texts
 
 
 def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> dict[str, Tensor]:
