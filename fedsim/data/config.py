@@ -1,6 +1,6 @@
 """What an experiment says about its data (`DataConfig`) and what it gets for it (`Dataset`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -67,6 +67,8 @@ class DataConfig:
     - `limit`: keep at most this many training, and at most this many test examples; the same for every seed. An
         example of language modelling is a piece of `max_length` tokens.
     - `image_size`, `channels`: what images are brought to.
+    - `image_mean`, `image_std`: of each channel, for pixels of 0..1, as a checkpoint's `preprocessor_config.json` has
+        them; empty for 0.5 each.
     - `num_classes`: not read for language modelling.
     - `class_names`: the classes' names in order, or none. Tags named "O", "B-..." and "I-..." get entity scores.
     - `tokenizer`: "bytes", "bpe:SPLIT:SIZE" (`fedsim.data.bpe`), a folder, or a hub name (with `hub`).
@@ -93,6 +95,8 @@ class DataConfig:
     class_names: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     max_length: int = 64
+    image_mean: tuple[float, ...] = field(default=(), metadata={"later": True})
+    image_std: tuple[float, ...] = field(default=(), metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_types(self, "task.data")
@@ -130,6 +134,11 @@ class DataConfig:
         if self.objective != "classes" and images:
             accepted = f"'classes' for images (task.data.name={self.name!r}, task.data.image={self.image!r})"
             refuse("task.data.objective", self.objective, accepted)
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            fits = len(values) == self.channels and all(-1e6 < value < 1e6 for value in values) and self.kind == "image"
+            if (self.image_mean or self.image_std) and (not fits or (name == "image_std" and min(values) <= 0)):
+                accepted = f"a number for each of task.data.channels={self.channels}, together with the other one"
+                refuse(f"task.data.{name}", values, f"{accepted}; deviations are above 0, and texts have none")
         self._check_classes()
 
     def _check_classes(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fedsim.data.config import DataConfig
 from fedsim.data.table import Table
 
 
@@ -61,6 +62,15 @@ def column_pixels(table: Table, column: str, image_size: int, channels: int) -> 
             path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
             accepted = f"a column of images; {path or table.where(row)}: {type(error).__name__}: {error}"
             raise ValueError(f"task.data.image={column!r}: must be {accepted}") from error
+
+
+def floats(pixels: Tensor, config: DataConfig) -> Tensor:
+    """What models get, float32 `(N, C, H, W)`: `(x / 255 - mean) / std`, without a mean `x / 127.5 - 1`."""
+    pixels = pixels.to(torch.float32)
+    if not config.image_mean:
+        return pixels.div(127.5).sub(1.0)
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+    return pixels.div(255.0).sub(mean).div(std)
 
 
 def _array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:

@@ -27,4 +27,4 @@ def start_of(task: Task, form: Form, checkpoint: Checkpoint | None, seed: int) -
 def check_start(task: Task, form: Form, checkpoint: Checkpoint, seed: int) -> None:
     """Everything that can be wrong with a checkpoint (`fedsim.models.pretrained.check`) as the task's."""
     config = task.config
-    pretrained.check(config.family, form, task.inputs, checkpoint, seed, config.data.tokenizer, config.data.hub)
+    pretrained.check(config.family, form, task.inputs, checkpoint, seed, config.data)

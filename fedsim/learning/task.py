@@ -22,6 +22,7 @@ from fedsim.core.tree import Tree
 from fedsim.data.config import PER_TOKEN
 from fedsim.data.source import DataConfig, Dataset, Split, load
 from fedsim.data.text import IGNORED
+from fedsim.data.vision import floats
 from fedsim.learning.entities import EntityCounts, EntityTags
 from fedsim.learning.masking import masked
 from fedsim.models import Form, Inputs, get_family
@@ -178,7 +179,7 @@ class Task:
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
     ) -> Batch:
-        """Model inputs and labels of some examples. Pixels become floats in [-1, 1].
+        """Model inputs and labels of some examples. Pixels become floats, in [-1, 1] unless the data say otherwise.
 
         `generator`: draws which tokens are to be predicted, where tokens are masked and the split has not been masked
         before (it has no `labels` among its inputs); None: always the same stream.
@@ -192,7 +193,7 @@ class Task:
             batch["labels"] = split.labels[index]
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         if "pixel_values" in batch:
-            batch["pixel_values"] = batch["pixel_values"].to(torch.float32).div(127.5).sub(1.0)
+            batch["pixel_values"] = floats(batch["pixel_values"], self.config.data)
         return batch
 
     def _masked(self, batch: Batch, generator: torch.Generator | None) -> Batch:

@@ -8,7 +8,8 @@ from fedsim.models.family import Family, Form, Inputs
 
 __all__ = ["Family", "Form", "Inputs", "families", "get_family"]
 
-NOT_FAMILIES = {"attention", "family", "declare", "pretrained"}  # what families are written with, and checkpoints
+# What families are written with, and checkpoints.
+NOT_FAMILIES = {"attention", "declare", "family", "heads", "preparation", "pretrained"}
 
 
 def families() -> list[str]:

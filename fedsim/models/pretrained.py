@@ -13,7 +13,9 @@ another family.
 import contextlib
 import dataclasses
 import functools
+import json
 import math
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,24 +25,17 @@ from fedsim.core import tree as trees
 from fedsim.core.fields import check_types, refuse
 from fedsim.core.seeding import derive, torch_seeded
 from fedsim.core.tree import Tree
-from fedsim.data import bpe
-from fedsim.data.text import BYTE_END
-from fedsim.models import Family, Form, Inputs, get_family
+from fedsim.data.config import DataConfig
+from fedsim.models import Family, Form, Inputs, get_family, heads, preparation
 
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Fields of a Hugging Face config that the experiment decides elsewhere than in `task.settings`.
 DECIDED = {"image_size": "task.data.image_size", "num_channels": "task.data.channels", "patch_size": "task.patch_size"}
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
-
-PROBE = "Any text will do: 0123456789 ÄÖÜ naïve 東京"  # some of it one byte a letter, some two or three
-
-# Constants that older versions of the library saved among the weights.
-SAVED_CONSTANTS = ("masked_bias", "position_ids", "inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +55,11 @@ class Checkpoint:
         check_types(self, "checkpoint")
         if not self.path:
             refuse("checkpoint.path", self.path, "a folder, or a hub name together with checkpoint.hub=true")
+
+    @property
+    def source(self) -> str:
+        """The path with a leading `~` written out."""
+        return os.path.expanduser(self.path)
 
 
 def form_of(family: str, checkpoint: Checkpoint) -> Form:
@@ -84,17 +84,17 @@ def load(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: 
     return dict(_loaded(family, form, inputs, checkpoint, seed, _contents(checkpoint)))
 
 
-def check(
-    family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int, tokenizer: str, hub: bool
-) -> None:
+def check(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int, data: DataConfig) -> None:
     """Everything that can be wrong with a checkpoint, before anything starts from it.
 
-    - `tokenizer`: the task's. - `hub`: whether it may be fetched.
+    - `data`: the task's.
 
-    **Raises:** `ValueError` as `load` does, or for a tokenizer that is not the task's.
+    **Raises:** `ValueError` as `load` does, or for a tokenizer or a preparation of images that is not the task's.
     """
     _check_config(family, form, inputs, checkpoint)
-    _check_tokenizer(tokenizer, hub, inputs, checkpoint, _contents(checkpoint))
+    if data.kind == "image":
+        _check_images(data, checkpoint)
+    _check_tokenizer(data.tokenizer, data.hub, inputs, checkpoint, _contents(checkpoint))
     load(family, form, inputs, checkpoint, seed)
 
 
@@ -105,9 +105,9 @@ def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     with _readable(checkpoint, "its config.json could not be read"):
-        if Path(checkpoint.path).is_dir() and not Path(checkpoint.path, "config.json").is_file():
+        if Path(checkpoint.source).is_dir() and not Path(checkpoint.source, "config.json").is_file():
             raise ValueError(f"{_named(checkpoint)}: holds no config.json, so it is no folder of a saved model")
-        return AutoConfig.from_pretrained(checkpoint.path, **_source(checkpoint))
+        return AutoConfig.from_pretrained(checkpoint.source, **_source(checkpoint))
 
 
 def _form(family: Family, name: str, config: "PretrainedConfig", checkpoint: Checkpoint) -> Form:
@@ -171,38 +171,36 @@ def _check_constants(
     raise ValueError(f"{_named(checkpoint)}: {said}: {remedy}")
 
 
-# its tokenizer --------------------------------------------------------------------------------------------------------
+# what prepares its data -----------------------------------------------------------------------------------------------
+
+
+def _check_images(data: DataConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that was trained on images prepared otherwise, if it comes with a file that says so."""
+    with _readable(checkpoint, f"its {preparation.IMAGES} could not be read"):
+        path = _file(checkpoint, preparation.IMAGES)
+        differing = preparation.differing(json.loads(Path(path).read_text()), data) if path else {}
+    for name, (theirs, ours) in differing.items():
+        if name in preparation.FIELDS:
+            refuse(f"task.data.{name}", ours, f"{theirs!r}, as in the {preparation.IMAGES} of {_named(checkpoint)}")
+        text = f"its {preparation.IMAGES} says {name}={theirs!r}, here it is {ours!r}"
+        raise ValueError(f"{_named(checkpoint)}: {text}; a copy without that file is taken for the weights alone")
 
 
 @functools.lru_cache(maxsize=32)
 def _check_tokenizer(tokenizer: str, hub: bool, inputs: Inputs, checkpoint: Checkpoint, contents: object) -> None:
     """Refuse a checkpoint that comes with another tokenizer than the task's: equal sizes do not make equal tokens."""
     from transformers import AutoTokenizer
-    from transformers.utils.hub import cached_file
 
-    if inputs.vocab_size is None or tokenizer == checkpoint.path:
+    if inputs.vocab_size is None or os.path.expanduser(tokenizer) == checkpoint.source:
         return
     with _readable(checkpoint, "its tokenizer could not be read"):
-        source = _source(checkpoint)
-        where = {name: source[name] for name in ("local_files_only", "revision")}
-        where["_raise_exceptions_for_missing_entries"] = False
-        if not any(cached_file(checkpoint.path, name, **where) for name in TOKENIZER_FILES):
+        if not any(_file(checkpoint, name) for name in TOKENIZER_FILES):
             return
-        held: Any = AutoTokenizer.from_pretrained(checkpoint.path, **source)
-    accepted = f"the tokenizer that {_named(checkpoint)} was trained with and comes with"
-    if tokenizer == "bytes":
-        ids, expected = held(PROBE, add_special_tokens=False)["input_ids"], list(PROBE.encode())
-        if ids not in (expected, [*expected, BYTE_END]):  # some close a text before they look for special tokens
-            refuse("task.data.tokenizer", tokenizer, accepted)
-        return
-    if bpe.parsed(tokenizer) is not None:
+        held: Any = AutoTokenizer.from_pretrained(checkpoint.source, **_source(checkpoint))
+    difference = preparation.token_difference(tokenizer, hub, held)
+    if difference is not None:
+        accepted = f"the tokenizer that {_named(checkpoint)} was trained with and comes with{difference}"
         refuse("task.data.tokenizer", tokenizer, accepted)
-    task_own: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub)
-    ours, theirs = task_own.get_vocab(), held.get_vocab()
-    for token in sorted(ours.keys() | theirs.keys()):
-        if ours.get(token) != theirs.get(token):
-            difference = f"the id of {token!r} is {theirs.get(token)} there and {ours.get(token)} here"
-            refuse("task.data.tokenizer", tokenizer, f"{accepted}: {difference}")
 
 
 # its weights ----------------------------------------------------------------------------------------------------------
@@ -219,7 +217,7 @@ def _loaded(
     model_class: Any = family.model_class(inputs)
     with _readable(checkpoint, "its weights could not be read"), torch_seeded(0):
         module, report = model_class.from_pretrained(
-            checkpoint.path,
+            checkpoint.source,
             config=family.config(form, inputs),
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # which sizes may differ is decided below
@@ -228,10 +226,20 @@ def _loaded(
         )
     drawn = _to_draw(module, report, inputs, checkpoint)
     tree = dict(module.named_parameters())
+    apart = sorted(tree.keys() - family.specs(form, inputs).keys())
+    if apart:
+        remedy = (
+            "save it with tie_word_embeddings=false, to be trained with task.settings=(('tie_word_embeddings', False),)"
+        )
+        text = f"its config ties {_some(apart)} to another one, but its file holds other values for it: {remedy}"
+        raise ValueError(f"{_named(checkpoint)}: {text}, or without what is tied")
     if drawn:
         with torch_seeded(derive(seed, "head")):
             fresh = dict(family.build(form, inputs).named_parameters())
         tree |= {name: fresh[name] for name in drawn}
+    broken = [name for name, tensor in tree.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{_named(checkpoint)}: NaN or an infinite number is among the values of {_some(broken)}")
     return trees.clone(tree)  # what was read is still the file itself, mapped into memory
 
 
@@ -241,9 +249,11 @@ def _to_draw(module: "PreTrainedModel", report: Mapping[str, Any], inputs: Input
     missing = {name for name in report["missing_keys"] if name in names}
     shapes = {name: (tuple(held), tuple(wanted)) for name, held, wanted in report["mismatched_keys"]}
     drawn: list[str] = []
-    for part in _heads(module):
+    for part in heads.parts(module):
         resized = [name for name in part if name in shapes]
-        if missing.issuperset(part) or (resized and all(_other_classes(*shapes[name], inputs) for name in resized)):
+        if missing.issuperset(part) or (
+            resized and all(heads.other_classes(*shapes[name], inputs) for name in resized)
+        ):
             drawn += part
     for name, (held, wanted) in sorted(shapes.items()):
         if name not in drawn:
@@ -253,36 +263,10 @@ def _to_draw(module: "PreTrainedModel", report: Mapping[str, Any], inputs: Input
     lacking = sorted(missing.difference(drawn))
     if lacking:
         raise ValueError(f"{_named(checkpoint)}: lacks {_some(lacking)}")
-    strays = sorted(name for name in report["unexpected_keys"] if _of_body(name, module))
+    strays = sorted(name for name in report["unexpected_keys"] if heads.of_body(name, module))
     if strays:
         raise ValueError(f"{_named(checkpoint)}: holds {_some(strays)} that a model of its config does not have")
     return drawn
-
-
-def _heads(module: "PreTrainedModel") -> list[list[str]]:
-    """Names of the parameters that come after the body, one list a part: only these differ between tasks.
-
-    A pooler belongs to the body's class, but is there for one kind of head alone.
-    """
-    body: nn.Module = module.base_model
-    inside = {id(parameter) for name, parameter in body.named_parameters() if "pooler" not in name.split(".")}
-    parts: dict[str, list[str]] = {}
-    for name, parameter in module.named_parameters():
-        if id(parameter) not in inside:  # a tied head is inside
-            parts.setdefault(name.split(".")[0], []).append(name)
-    return list(parts.values())
-
-
-def _of_body(name: str, module: "PreTrainedModel") -> bool:
-    """Whether a saved tensor that the model has no place for lies in the body; a saved body alone has no prefix."""
-    steps = name.removeprefix(f"{module.base_model_prefix}.").split(".")
-    body = {inner.split(".")[0] for inner, _ in module.base_model.named_parameters()}
-    return steps[0] in body and steps[-1] not in SAVED_CONSTANTS
-
-
-def _other_classes(held: tuple[int, ...], wanted: tuple[int, ...], inputs: Inputs) -> bool:
-    """Whether two shapes differ in the number of classes and in nothing else."""
-    return wanted[:1] == (inputs.num_classes,) and held[1:] == wanted[1:]
 
 
 # where it lies --------------------------------------------------------------------------------------------------------
@@ -294,7 +278,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     **Raises:** `ValueError` for a name that is no folder and may not be fetched.
     """
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
-    local = Path(checkpoint.path).is_dir()
+    local = Path(checkpoint.source).is_dir()
     if not local and not checkpoint.hub:
         accepted = "a folder that transformers saved, or a hub name together with checkpoint.hub=true"
         refuse("checkpoint.path", checkpoint.path, accepted)
@@ -303,8 +287,16 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _contents(checkpoint: Checkpoint) -> tuple[tuple[str, int, int], ...]:
     """Name, size and time of each file of a folder: what is remembered of a checkpoint is forgotten with these."""
-    found = [(path, path.stat()) for path in sorted(Path(checkpoint.path).glob("*")) if path.is_file()]
+    found = [(path, path.stat()) for path in sorted(Path(checkpoint.source).glob("*")) if path.is_file()]
     return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
+def _file(checkpoint: Checkpoint, name: str) -> str | None:
+    """The path of one of its files; None if it has none of that name."""
+    from transformers.utils.hub import cached_file
+
+    where = {key: value for key, value in _source(checkpoint).items() if key != "trust_remote_code"}
+    return cached_file(checkpoint.source, name, _raise_exceptions_for_missing_entries=False, **where)
 
 
 @contextlib.contextmanager
