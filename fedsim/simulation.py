@@ -15,6 +15,7 @@ from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost
 from fedsim.learning.task import load_task
+from fedsim.models.pretrained import check_content
 from fedsim.results.machine import SameEnvironment
 from fedsim.results.provenance import code_sha256
 from fedsim.results.recorder import Recorder
@@ -156,8 +157,14 @@ def _participant(
     counted: dict[tuple, StepCost],
     inbox: Inbox,
 ) -> Participant:
-    """What a runtime calls to make a participant, wherever it puts it."""
+    """What a runtime calls to make a participant, wherever it puts it.
+
+    **Raises:** `ValueError` where the data or its checkpoint hold something else than they did for the driver.
+    """
     environment.check()
+    load_task(experiment.task, data_dir)
+    if member.info.checkpoint is not None:
+        check_content(member.info.checkpoint)
     return Participant(experiment, member, data_dir, environment.folder, counted, inbox)
 
 

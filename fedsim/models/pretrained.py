@@ -87,9 +87,14 @@ def load(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: 
 
     **Raises:** `ValueError` naming what is not as the experiment says: a field with both values, or parameters.
     """
+    check_content(checkpoint)
+    return dict(_loaded(family, form, inputs, checkpoint, seed, stamp(folder_of(checkpoint))))
+
+
+def check_content(checkpoint: Checkpoint) -> None:
+    """**Raises:** `ValueError` with both hashes if a checkpoint does not hold what its `sha256` says."""
     if checkpoint.sha256 not in (None, found := sha256_of(checkpoint)):
         raise ValueError(f"{_named(checkpoint)}: its content has changed: sha256 {checkpoint.sha256} then, {found} now")
-    return dict(_loaded(family, form, inputs, checkpoint, seed, stamp(folder_of(checkpoint))))
 
 
 def check(

@@ -27,7 +27,6 @@ from fedsim.storage.locking import check_held
 from fedsim.storage.place import Place, delete, move, sent, size_of, write_atomically
 
 
-CONTENT = ("data_sha256", "checkpoints_sha256")  # columns of `runs`
 TOKENIZER = "tokenizer"  # the folder's name
 
 
@@ -70,8 +69,10 @@ class RunStore:
 
     def content_read(self) -> Content:
         """What the run has read, as far as it is known."""
-        known = (self._manifest() or {}).get("content") or {name: (self._run_row() or {}).get(name) for name in CONTENT}
-        return Content(**known)
+        if known := (self._manifest() or {}).get("content"):
+            return Content(**known)
+        row = self._run_row() or {}
+        return Content(row.get("data_sha256"), row.get("checkpoints_sha256"))
 
     def check_content(self) -> None:
         """**Raises:** `ValueError` if what the finished rounds have read has changed, so that none may follow them."""
