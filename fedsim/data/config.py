@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from fedsim.core.fields import check_range, check_types, refuse
+from fedsim.core.fields import check_range, check_sha256, check_types, refuse
 from fedsim.data import bpe, text
 
 
@@ -73,6 +73,7 @@ class DataConfig:
     - `class_names`: the classes' names in order, or none. Tags named "O", "B-..." and "I-..." get entity scores.
     - `tokenizer`: "bytes", "bpe:SPLIT:SIZE" (`fedsim.data.bpe`), a folder, or a hub name (with `hub`).
     - `max_length`: tokens an example.
+    - `sha256`: what `Dataset.fingerprint` must be; None: anything. No part of what a run is called.
     """
 
     name: str = "digits"
@@ -97,6 +98,7 @@ class DataConfig:
     max_length: int = 64
     image_mean: tuple[float, ...] = field(default=(), metadata={"later": True})
     image_std: tuple[float, ...] = field(default=(), metadata={"later": True})
+    sha256: str | None = field(default=None, metadata={"placement": True})
 
     def __post_init__(self) -> None:
         check_types(self, "task.data")
@@ -139,6 +141,7 @@ class DataConfig:
             if (self.image_mean or self.image_std) and (not fits or (name == "image_std" and min(values) <= 0)):
                 accepted = f"a number for each of task.data.channels={self.channels}, together with the other one"
                 refuse(f"task.data.{name}", values, f"{accepted}; deviations are above 0, and texts have none")
+        check_sha256(self, "task.data")
         self._check_classes()
 
     def _check_classes(self) -> None:
@@ -242,7 +245,7 @@ class Dataset:
     - `kind`: "image", "text", "tokens", "lm" or "mlm".
     - `num_classes`: how many there are among the labels of examples; 1 where tokens are labelled.
     - `vocab_size`: None for images.
-    - `fingerprint`: sha256 over all tensors, so that a run can record which data it saw.
+    - `fingerprint`: sha256 over all tensors and the tokenizer's special ids: the content that a run saw.
     - `tokenizer`: the one that was trained for these data; None where it came with them.
     - `class_names`: of classes, or tags, in order of their numbers; empty where neither data nor config name them.
     """

@@ -32,8 +32,7 @@ def tables(
 
     - `alone`: the split to train on without any other.
     """
-    known = KNOWN.get(config.name)
-    path = Path(data_dir or "<FEDSIM_DATA_DIR>" if known else "", config.name).expanduser()
+    known, path = KNOWN.get(config.name), path_of(config, data_dir)
     if path.exists():
         return joined(config, _read(_found(path, config, alone), config, cache))
     if config.hub:
@@ -44,6 +43,11 @@ def tables(
     else:
         remedy = f"no file or folder {path.absolute()}, nor one of {', '.join((*EMBEDDED, *KNOWN))};"
     raise ValueError(f"task.data.name={config.name!r}: {remedy} allow the hub with --set task.data.hub=true")
+
+
+def path_of(config: DataConfig, data_dir: str | None) -> Path:
+    """Where a data set is looked for."""
+    return Path(data_dir or "<FEDSIM_DATA_DIR>" if config.name in KNOWN else "", config.name).expanduser()
 
 
 def _found(path: Path, config: DataConfig, alone: bool) -> dict[str, list[Path]]:

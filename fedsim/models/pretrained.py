@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core import tree as trees
-from fedsim.core.fields import check_types, refuse
+from fedsim.core.fields import check_sha256, check_types, refuse
 from fedsim.core.seeding import derive, torch_seeded
 from fedsim.core.tree import Tree
+from fedsim.data import content
 from fedsim.data.config import DataConfig
+from fedsim.data.content import stamp
 from fedsim.models import Family, Form, Inputs, get_family, heads, preparation
 
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 DECIDED = {"image_size": "task.data.image_size", "num_channels": "task.data.channels", "patch_size": "task.patch_size"}
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+READ = (".json", ".safetensors", ".bin")  # suffixes of the files that a model is read from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +48,17 @@ class Checkpoint:
     - `path`: a folder, or a hub name (with `hub`).
     - `hub`: whether a name may be fetched from the hub; a folder never needs it.
     - `revision`: the hub's branch, tag or commit; only a commit names the same weights for ever.
+    - `sha256`: what `sha256_of` must give; None: anything. No part of what a run is called.
     """
 
     path: str
     hub: bool = False
     revision: str | None = None
+    sha256: str | None = dataclasses.field(default=None, metadata={"placement": True})
 
     def __post_init__(self) -> None:
         check_types(self, "checkpoint")
+        check_sha256(self, "checkpoint")
         if not self.path:
             refuse("checkpoint.path", self.path, "a folder, or a hub name together with checkpoint.hub=true")
 
@@ -81,7 +87,14 @@ def load(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: 
 
     **Raises:** `ValueError` naming what is not as the experiment says: a field with both values, or parameters.
     """
-    return dict(_loaded(family, form, inputs, checkpoint, seed, _contents(checkpoint)))
+    check_content(checkpoint)
+    return dict(_loaded(family, form, inputs, checkpoint, seed, stamp(folder_of(checkpoint))))
+
+
+def check_content(checkpoint: Checkpoint) -> None:
+    """**Raises:** `ValueError` with both hashes if a checkpoint does not hold what its `sha256` says."""
+    if checkpoint.sha256 not in (None, found := sha256_of(checkpoint)):
+        raise ValueError(f"{_named(checkpoint)}: its content has changed: sha256 {checkpoint.sha256} then, {found} now")
 
 
 def check(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int, data: DataConfig) -> None:
@@ -94,7 +107,7 @@ def check(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed:
     _check_config(family, form, inputs, checkpoint)
     if data.kind == "image":
         _check_images(data, checkpoint)
-    _check_tokenizer(data.tokenizer, data.hub, inputs, checkpoint, _contents(checkpoint))
+    _check_tokenizer(data.tokenizer, data.hub, inputs, checkpoint, stamp(folder_of(checkpoint)))
     load(family, form, inputs, checkpoint, seed)
 
 
@@ -182,8 +195,8 @@ def _check_images(data: DataConfig, checkpoint: Checkpoint) -> None:
     for name, (theirs, ours) in differing.items():
         if name in preparation.FIELDS:
             refuse(f"task.data.{name}", ours, f"{theirs!r}, as in the {preparation.IMAGES} of {_named(checkpoint)}")
-        text = f"its {preparation.IMAGES} says {name}={theirs!r}, here it is {ours!r}"
-        raise ValueError(f"{_named(checkpoint)}: {text}; a copy without that file is taken for the weights alone")
+        said = f"its {preparation.IMAGES} says {name}={theirs!r}, here it is {ours!r}"
+        raise ValueError(f"{_named(checkpoint)}: {said}; a copy without that file is taken for the weights alone")
 
 
 @functools.lru_cache(maxsize=32)
@@ -226,8 +239,7 @@ def _loaded(
         )
     drawn = _to_draw(module, report, inputs, checkpoint)
     tree = dict(module.named_parameters())
-    apart = sorted(tree.keys() - family.specs(form, inputs).keys())
-    if apart:
+    if apart := sorted(tree.keys() - family.specs(form, inputs).keys()):
         remedy = (
             "save it with tie_word_embeddings=false, to be trained with task.settings=(('tie_word_embeddings', False),)"
         )
@@ -237,8 +249,7 @@ def _loaded(
         with torch_seeded(derive(seed, "head")):
             fresh = dict(family.build(form, inputs).named_parameters())
         tree |= {name: fresh[name] for name in drawn}
-    broken = [name for name, tensor in tree.items() if not tensor.isfinite().all()]
-    if broken:
+    if broken := [name for name, tensor in tree.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{_named(checkpoint)}: NaN or an infinite number is among the values of {_some(broken)}")
     return trees.clone(tree)  # what was read is still the file itself, mapped into memory
 
@@ -285,18 +296,26 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"local_files_only": local, "revision": checkpoint.revision or "main", "trust_remote_code": False}
 
 
-def _contents(checkpoint: Checkpoint) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of each file of a folder: what is remembered of a checkpoint is forgotten with these."""
-    found = [(path, path.stat()) for path in sorted(Path(checkpoint.source).glob("*")) if path.is_file()]
-    return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in found)
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """Where its files lie; fetched from the hub if it may be."""
+    if Path(checkpoint.source).is_dir():
+        return Path(checkpoint.source)
+    with _readable(checkpoint, "its config.json could not be read"):
+        return Path(str(_file(checkpoint, "config.json", needed=True))).parent
 
 
-def _file(checkpoint: Checkpoint, name: str) -> str | None:
-    """The path of one of its files; None if it has none of that name."""
+def sha256_of(checkpoint: Checkpoint) -> str:
+    """Hash of what a model is read from: its config and weights."""
+    files = sorted(path for path in folder_of(checkpoint).iterdir() if path.suffix in READ)
+    return trees.sha256_of_text("".join(f"{path.name} {content.sha256_of(path)}\n" for path in files))
+
+
+def _file(checkpoint: Checkpoint, name: str, needed: bool = False) -> str | None:
+    """The path of one of its files; None if it has none of that name and needs none."""
     from transformers.utils.hub import cached_file
 
     where = {key: value for key, value in _source(checkpoint).items() if key != "trust_remote_code"}
-    return cached_file(checkpoint.source, name, _raise_exceptions_for_missing_entries=False, **where)
+    return cached_file(checkpoint.source, name, _raise_exceptions_for_missing_entries=needed, **where)
 
 
 @contextlib.contextmanager
