@@ -84,6 +84,7 @@ def run(
 
     first = store.open(resume, numerics)
     store.save_tokenizer(task.dataset.tokenizer if task.dataset else None)
+    store.save_classes(task.dataset.class_names if task.dataset else ())
     labels = json.dumps(label_histograms(population, task)) if len(population) <= MAX_LABELS else None
     facts = RunFacts(
         experiment=experiment,

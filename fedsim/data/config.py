@@ -1,6 +1,7 @@
 """What an experiment says about its data (`DataConfig`) and what it gets for it (`Dataset`)."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -51,7 +52,7 @@ class DataConfig:
 
     - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `flowers102`, `sst2`, `ag_news` or `newsgroups`
         (looked up under the data folder); or the path of a file or folder (parquet, csv, tsv, an image folder, a
-        `save_to_disk` folder).
+        `save_to_disk` folder), as a text or a `Path`. `fedsim.data.from_frame` gives one to data that lie in memory.
     - `hub`: whether a name that is not found locally, or a tokenizer, may be fetched from the hub.
     - `config_name`: the hub data set's configuration.
     - `train_split`, `test_split`: names of files, folders or hub splits; `validation` stands in for a missing `test`.
@@ -101,6 +102,12 @@ class DataConfig:
     sha256: str | None = field(default=None, metadata={"placement": True})
 
     def __post_init__(self) -> None:
+        for name in ("name", "tokenizer"):
+            if isinstance(given := getattr(self, name), PurePath):
+                object.__setattr__(self, name, str(given))
+        if hasattr(self.name, "columns") or hasattr(self.name, "column_names"):
+            accepted = "a name or a path; fedsim.data.from_frame writes frames to where every process can read them"
+            refuse("task.data.name", type(self.name).__name__, accepted)
         check_types(self, "task.data")
         check_range(self, "task.data", "limit", "image_size", "num_classes", least=1)
         check_range(self, "task.data", "max_length", least=2)

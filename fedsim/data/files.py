@@ -93,7 +93,7 @@ def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[
         refuse("task.data.name", config.name, f"a folder with splits in one format, not {sorted(kinds)}")
     kind = kinds.pop()
     try:
-        with _offline():
+        with offline():
             return {split: [(str(p), _rows(p, kind, config, cache)) for p in paths] for split, paths in found.items()}
     except (DatasetsError, ValueError, OSError, Warning) as error:
         if str(error).startswith("task.data."):
@@ -170,7 +170,7 @@ def _fetched(config: DataConfig, alone: bool) -> dict[str, list[tuple[str, Any]]
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Keep `datasets` from counting a local read as a download over the network, and from drawing progress bars."""
     import datasets
     from datasets import config as settings

@@ -41,6 +41,12 @@ def numbered(
 
     **Raises:** `ValueError` for a label that is missing, of another kind than the others, or none of the classes.
     """
+    for part in (part for parts in splits.values() for part in parts):
+        for index, cell in enumerate(part.cells):
+            if cell is None or (isinstance(cell, str) and not cell.strip()):
+                refuse(
+                    "task.data.label", column, f"a column with a label in every row; {part.where(index)} holds {cell!r}"
+                )
     names = _names(splits["train"], config)
     place = {name: number for number, name in enumerate(names)}
     numbers = {}
@@ -58,7 +64,7 @@ def _names(parts: Sequence[Labels], config: DataConfig) -> tuple[str, ...]:
         if given and {*given} != {*found}:
             refuse("task.data.class_names", given, f"the names that the data give, in any order: {found}")
         return _counted(given or found, config)
-    texts = {cell for part in parts for cell in part.cells if isinstance(cell, str) and cell.strip()}
+    texts = {cell for part in parts for cell in part.cells if isinstance(cell, str)}
     if texts and given and (texts <= {*given} or not any(map(_is_number, texts))):
         return given
     if not texts or any(map(_is_number, texts)):

@@ -78,7 +78,8 @@ def _array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     if image.mode not in MODES:
         raise ValueError(f"pixels of mode {image.mode!r}; {', '.join(MODES)} are read: save it with 8 bits a channel")
     mode = "L" if channels == 1 else "RGB"
-    if "A" in image.getbands() or (image.info.get("transparency") is not None and image.mode != "L" == mode):
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if transparent and not image.mode == mode == "L":  # what is grey already, no processor looks at twice
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     if image.mode != mode:

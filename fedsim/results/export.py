@@ -24,7 +24,7 @@ from fedsim.models import get_family
 from fedsim.results import card
 from fedsim.results import tables as results
 from fedsim.results.provenance import code_sha256
-from fedsim.results.store import TOKENIZER
+from fedsim.results.store import CLASSES, TOKENIZER
 from fedsim.storage.checkpoint import Versions, private_of, read_json
 from fedsim.storage.place import Place, fetched
 
@@ -44,11 +44,13 @@ def export(directory: Place, run_id: str | None, participant: int, to: Path) -> 
     if not 0 <= participant < experiment.participants:
         refuse("--participant", participant, f"from 0 to {experiment.participants - 1}")
     model, told = deployed(directory, run, experiment, participant)
-    data = experiment.task.data
+    data, kept = experiment.task.data, directory / "checkpoints" / run["run_id"]
+    if not data.class_names:
+        data = replace(data, class_names=tuple(read_json(kept / CLASSES) or ()))
     if bpe.parsed(data.tokenizer) is None:
         write(model, data, card.card(told), to)
         return to
-    folder = directory / "checkpoints" / run["run_id"] / TOKENIZER
+    folder = kept / TOKENIZER
     if not folder.is_dir():
         raise ValueError(f"{folder}: the tokenizer that was trained for the run is not there any more")
     with fetched(folder) as here:
@@ -173,15 +175,16 @@ def describe(model: "PreTrainedModel", data: DataConfig) -> None:
 
 
 def image_processor(data: DataConfig) -> "PilBackend":
-    """What `fedsim.data.vision` and `Task.batch` do to an image that is RGB, or grey where `data.channels` is 1.
+    """What `fedsim.data.vision` does to an image, or to a grey one where `data.channels` is 1.
 
-    Bilinear resizing to a square, then `x / 127.5 - 1`: written as `(x / 255 - 1/2) / (1/2)`, which rounds alike. Works
-    without torchvision. An image with transparency would be laid on white, where `fedsim` leaves transparency out.
+    What is transparent is laid on white; then bilinear resizing to a square and `(x / 255 - mean) / std`, with halves
+    for `x / 127.5 - 1`, which rounds alike. Works without torchvision. Pipelines turn images the way up that cameras
+    say; images given to the processor itself are taken as they lie.
     """
     from PIL.Image import Resampling
     from transformers import ViTImageProcessorPil
 
-    half = [0.5] * data.channels
+    half = (0.5,) * data.channels
     return ViTImageProcessorPil(
         do_convert_rgb=data.channels == 3,
         do_resize=True,
@@ -190,8 +193,8 @@ def image_processor(data: DataConfig) -> "PilBackend":
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=half,
-        image_std=half,
+        image_mean=[*(data.image_mean or half)],
+        image_std=[*(data.image_std or half)],
     )
 
 

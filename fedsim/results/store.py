@@ -5,6 +5,7 @@ DIR/checkpoints/<run_id>/manifest.json       written last: what it does not vouc
 DIR/checkpoints/<run_id>/server.<r>.safetensors
 DIR/checkpoints/<run_id>/private/<participant>/state.<r>.safetensors
 DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
+DIR/checkpoints/<run_id>/classes.json        where the classes have names
 DIR/outdated/<run_id>.<n>/                   what was computed by other sources, or from other data: all of the above
 """
 
@@ -27,7 +28,7 @@ from fedsim.storage.locking import check_held
 from fedsim.storage.place import Place, delete, move, sent, size_of, write_atomically
 
 
-TOKENIZER = "tokenizer"  # the folder's name
+TOKENIZER, CLASSES = "tokenizer", "classes.json"  # the folder's and the file's name
 
 
 class RunStore:
@@ -136,6 +137,11 @@ class RunStore:
         if tokenizer is not None:
             with sent(self.folder / TOKENIZER) as here:
                 tokenizer.save_pretrained(here)
+
+    def save_classes(self, names: Sequence[str]) -> None:
+        """Keep what the classes of the data are called, in order; nothing if they have no names."""
+        if names:
+            write_atomically(self.folder / CLASSES, json.dumps(names).encode())
 
     def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""

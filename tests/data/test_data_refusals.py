@@ -51,7 +51,7 @@ def test_images_taken_for_text_are_refused(tmp_path):
         (["text,label", "a,1", "b,0"], {"label_offset": 1}, "label 0 less .*label_offset=1 is -1"),
         (["text,label", "a,0", "b,pos"], {}, r"task\.data\.label='label'.*data\.csv, row 1 holds 'pos'"),
         (["text,label", "a,0", "b,1.5"], {}, "whole numbers.*data.csv, row 1 holds '1.5'"),
-        (["text,label", "a,0", "b,"], {}, "whole numbers.*data.csv, row 1 holds ''"),
+        (["text,label", "a,0", "b,"], {}, "a label in every row; .*data.csv, row 1 holds ''"),
         (["text,label", "a,0", "b,1"], {"text": ("body",)}, r"task\.data\.text='body'.*\['text', 'label'\]"),
         (["text,label", "a,0", "b,1"], {"text": (2,)}, r"task\.data\.text=2.*\['text', 'label'\]"),
         (["text,label", "a,0", "b,1"], {"label": "class"}, r"task\.data\.label='class'.*\['text', 'label'\]"),
