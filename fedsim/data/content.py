@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,8 +41,14 @@ def _sha256_of(path: Path, stamp: Stamp) -> str:
 
 
 def _files(path: Path) -> Iterable[Path]:
-    """A file itself; of a folder all files in it, at any depth, but hidden ones."""
+    """A file itself; of a folder all files in it, at any depth and behind links, but hidden ones."""
     if not path.is_dir():
         return [path]
-    inside = (file for file in sorted(path.rglob("*")) if file.is_file())
-    return [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    found, seen = [], set()
+    for folder, inner, names in os.walk(path, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:  # a link may lead in a circle
+            inner.clear()
+        seen.add(real)
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())
