@@ -237,15 +237,14 @@ def _loaded(
             output_loading_info=True,
             **_source(checkpoint),
         )
-    drawn = _to_draw(module, report, inputs, checkpoint)
     tree = dict(module.named_parameters())
     if apart := sorted(tree.keys() - family.specs(form, inputs).keys()):
-        remedy = (
-            "save it with tie_word_embeddings=false, to be trained with task.settings=(('tie_word_embeddings', False),)"
+        text = (
+            f"its config ties {_some(apart)} to another one, but its file holds other values: save it without them, or"
         )
-        text = f"its config ties {_some(apart)} to another one, but its file holds other values for it: {remedy}"
-        raise ValueError(f"{_named(checkpoint)}: {text}, or without what is tied")
-    if drawn:
+        untied = "with tie_word_embeddings=false, to be trained with task.settings=(('tie_word_embeddings', False),)"
+        raise ValueError(f"{_named(checkpoint)}: {text} {untied}")
+    if drawn := _to_draw(module, report, inputs, checkpoint):
         with torch_seeded(derive(seed, "head")):
             fresh = dict(family.build(form, inputs).named_parameters())
         tree |= {name: fresh[name] for name in drawn}

@@ -190,19 +190,6 @@ def test_images_become_what_training_saw(data: DataConfig, size: tuple[int, int]
     assert torch.equal(given_pixels, expected["pixel_values"])
 
 
-def test_grey_and_transparent_images_for_a_model_of_colour(tmp_path: Path) -> None:
-    data = cifar10(image_size=8)
-    written(TaskConfig(data, "vit"), tmp_path)
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
-    images = [picture("L", 16, 16), picture("RGBA", 16, 16)]
-    ours = vision.pixels(images, 8, 3).float() / 127.5 - 1
-    theirs = processor(images, return_tensors="pt")["pixel_values"]
-    assert torch.equal(theirs[0], ours[0])
-    assert not torch.equal(theirs[1], ours[1]), "transparency is laid on white, unless the image is converted first"
-    converted = processor(images[1].convert("RGB"), return_tensors="pt")["pixel_values"]
-    assert torch.equal(converted[0], ours[1])
-
-
 # the command ----------------------------------------------------------------------------------------------------------
 
 
