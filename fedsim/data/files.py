@@ -7,7 +7,9 @@ rules for each kind of source.
 import contextlib
 import csv
 import glob
+import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,25 +54,33 @@ def path_of(config: DataConfig, data_dir: str | None) -> Path:
 
 def _found(path: Path, config: DataConfig, alone: bool) -> dict[str, list[Path]]:
     """The files, or the one folder, of each split that lies at `path`."""
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
+    if not path.is_dir():
+        if not _is_table(path):
             refuse("task.data.name", config.name, f"a folder or a file that ends in one of {', '.join(SUFFIXES)}")
         return {"train": [path]}
 
     entries = imagefolder.visible(path)
     lie: dict[str, list[Path]] = {}
     for entry in entries:
-        if entry.is_dir() or entry.suffix in SUFFIXES:
+        if entry.is_dir() or _is_table(entry):
             split = entry.name if entry.is_dir() else re.sub(r"-\d+-of-\d+$", "", entry.stem)
             lie.setdefault(split, []).append(entry)
     if (path / "state.json").exists() or (any(e.is_dir() for e in entries) and not splits.present([*lie], config)):
         return {"train": [path]}
     where = f"{path}, which holds {[entry.name for entry in entries][:20]}"
     found = {name: _whole(lie[split], config) for name, split in splits.chosen([*lie], config, where, alone).items()}
-    strays = [entry for entry in entries if entry.is_file() and imagefolder.is_image(entry)]
+    strays = [entry for entry in entries if imagefolder.is_image(entry)]
     if strays and any(part.is_dir() for parts in found.values() for part in parts):
         refuse("task.data.name", config.name, f"an image folder of SPLIT/CLASS/IMAGE; {strays[0]} lies in no split")
+    everything = [part for parts in found.values() for part in parts]
+    if len({part.resolve() for part in everything}) < len(everything):
+        accepted = f"a source whose splits lie apart; links make one of {[str(part) for part in everything]}"
+        refuse("task.data.name", config.name, accepted)
     return found
+
+
+def _is_table(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
 def _whole(paths: list[Path], config: DataConfig) -> list[Path]:
@@ -98,24 +108,27 @@ def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[
     except (DatasetsError, ValueError, OSError, Warning) as error:
         if str(error).startswith("task.data."):
             raise
-        cause = error.__cause__ or error
+        cause = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" ...")
         raise ValueError(f"task.data.name={config.name!r}: could not be read as {kind} ({cause})") from error
 
 
 def _format(path: Path) -> str:
     if path.is_dir():
         return "saved" if (path / "state.json").exists() else "imagefolder"
-    return path.suffix[1:]
+    return path.suffix[1:].lower()
 
 
 def _rows(path: Path, kind: str, config: DataConfig, cache: str) -> Any:
     """What lies in one file, or in the folder of one split, as a `datasets.Dataset`."""
     import datasets
+    import pyarrow.parquet as pq
 
     if kind == "saved":
         return datasets.load_from_disk(str(path))
     if kind == "imagefolder":
         return imagefolder.rows(path, config)
+    if kind == "parquet" and pq.read_metadata(path).num_rows == 0:
+        refuse("task.data.name", config.name, f"a source with examples; {path} holds none")
     settings = {} if kind == "parquet" else _csv_settings(path, kind, config)
     builder, file = "csv" if kind == "tsv" else kind, glob.escape(str(path.absolute()))
     read: Any = datasets.load_dataset(builder, data_files=file, cache_dir=cache, split="train", **settings)
@@ -171,12 +184,14 @@ def _fetched(config: DataConfig, alone: bool) -> dict[str, list[tuple[str, Any]]
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Keep `datasets` from counting a local read as a download over the network, and from drawing progress bars."""
+    """Keep `datasets` from counting a local read as a download over the network, and from drawing and printing."""
     import datasets
     from datasets import config as settings
     from pandas.errors import ParserWarning
 
     counts, bars = settings.HF_UPDATE_DOWNLOAD_COUNTS, not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what cannot be read is said by whoever refuses it
     settings.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     try:
@@ -185,5 +200,6 @@ def offline() -> Iterator[None]:
             yield
     finally:
         settings.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from fedsim.core.fields import refuse
 from fedsim.data.config import DataConfig
+from fedsim.data.vision import formats
 
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def rows(folder: Path, config: DataConfig) -> "datasets.Dataset":
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name ends as those do that Pillow reads."""
-    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+    """Whether a path is a file whose name ends as those do that are read."""
+    return path.is_file() and Image.registered_extensions().get(path.suffix.lower()) in formats()
 
 
 def _refused(config: DataConfig, accepted: str) -> NoReturn:

@@ -3,6 +3,7 @@
 Shape legend: N images, C channels (1 or 3), H = W = image_size.
 """
 
+import functools
 import io
 import os
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedsim.data.config import DataConfig
@@ -60,7 +61,8 @@ def column_pixels(table: Table, column: str, image_size: int, channels: int) -> 
                 raise
             row, cell = reading
             path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
-            accepted = f"a column of images; {path or table.where(row)}: {type(error).__name__}: {error}"
+            reason = "no image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+            accepted = f"a column of images; {path or table.where(row)}: {reason}"
             raise ValueError(f"task.data.image={column!r}: must be {accepted}") from error
 
 
@@ -89,6 +91,13 @@ def _array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8).reshape(image_size, image_size, channels)
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """What Pillow reads by itself: PostScript is a program, which it has another one run."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name != "EPS")
+
+
 def _opened(cell: Any) -> Image.Image:
     """An image the way up that its camera says, the first of several."""
     if isinstance(cell, Image.Image):
@@ -100,7 +109,7 @@ def _opened(cell: Any) -> Image.Image:
                 raise ValueError(f"the path {cell!r}; bytes, or an absolute path, are read")
             cell = Path(cell).read_bytes()
     if isinstance(cell, bytes):
-        with Image.open(io.BytesIO(cell)) as image:
+        with Image.open(io.BytesIO(cell), formats=formats()) as image:
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             return image

@@ -73,7 +73,7 @@ def test_data_sets_keep_images_and_names(format_: str | None, tmp_path: Path) ->
         (FRAME.assign(stars=[1.0, np.nan] * 4), r"label='stars': .*a label in every row; .*row 1 holds None"),
         (FRAME.assign(review=[None, *"bcdefgh"]), r"text=\('review',\): .*train\.parquet, row 0 holds none"),
         (FRAME.assign(review=[np.nan] * 8), r"text=\('review',\): .*train\.parquet, row 0 holds none"),
-        (FRAME[:0], r"task\.data\.name=.*could not be read as parquet"),
+        (FRAME[:0], r"task\.data\.name=.*must be a source with examples; .*train\.parquet holds none"),
     ],
 )
 def test_frames_that_are_refused(train: Any, message: str, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ examples one at a time, has the loss and the accuracy that `Task.score` computes
 """
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,14 +23,19 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import load_image
 
+from baselines.fedavg import FedAvg
+from benchmarks.suites import tiny
 from fedsim.data.config import DataConfig, Dataset
+from fedsim.data.partition import Partition
 from fedsim.data.source import load
 from fedsim.data.text import IGNORED
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
 from fedsim.results import card, export
+from fedsim.results.tables import load as load_results
 from tests.support.exported import picture, random_model
 from tests.support.family_rows import ROWS, Row
+from tests.support.inline_runs import inline
 from tests.support.side_tokenizers import words_from
 
 
@@ -187,3 +194,68 @@ def test_grey_images_are_scored_as_they_are_deployed(tmp_path: Path) -> None:
     labels = torch.tensor([NAMES.index(path.parent.name) for path in paths])
     assert (logits.argmax(-1) == labels).sum() == score.correct.sum()
     assert F.cross_entropy(logits, labels).item() == pytest.approx(score.loss, rel=2e-5)
+
+
+# whole runs -----------------------------------------------------------------------------------------------------------
+
+
+def run_of(config: TaskConfig, out: Path) -> pd.DataFrame:
+    """FedAvg of a small target by two participants; the rows of the last round by participant."""
+    form = Form(16, 1, heads=2, mlp=16)
+    experiment = dataclasses.replace(
+        tiny(), algorithm=FedAvg(lr=0.01), task=config, partition=Partition("iid", min_size=5), participants=2,
+        rounds=1, tiers=(dataclasses.replace(tiny().tiers[0], form=form),), intermediate=form, target=form,
+    )  # fmt: skip
+    inline(experiment, out)
+    return load_results(out).clients.query("round == 1").set_index("client")
+
+
+def test_a_run_on_an_image_folder_is_exported_with_its_classes_and_scores(tmp_path: Path) -> None:
+    for split, count in (("Training", 12), ("val", 6)):
+        for number, name in enumerate(("zebra", "ant", "cat")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                made = picture("RGBA" if i % 2 else "L", 9 + i, 20 - i)
+                made.putalpha(60 * number + 40) if i % 2 else made.paste(100 * number, (0, 0, 9, 9))
+                made.save(tmp_path / "images" / split / name / f"{i}.png")
+    data = DataConfig(str(tmp_path / "images"), image_size=8, channels=3, num_classes=3)
+    rows = run_of(TaskConfig(data, "vit", patch_size=4), tmp_path / "out")
+    paths = sorted((tmp_path / "images/val").glob("*/*"))
+    labels = [path.parent.name for path in paths]
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            images.append(image.copy())
+    shutil.rmtree(tmp_path / "images")  # an export needs no data
+    for participant in (0, 1):
+        to = export.export(tmp_path / "out", None, participant, tmp_path / f"model{participant}")
+        model, processor = loaded("image", to), AutoImageProcessor.from_pretrained(to)
+        assert model.config.id2label == {0: "ant", 1: "cat", 2: "zebra"}
+        with torch.no_grad():
+            logits = model(**processor(images, return_tensors="pt")).logits
+        said = [model.config.id2label[int(number)] for number in logits.argmax(-1)]
+        assert np.mean([a == b for a, b in zip(said, labels, strict=True)]) == pytest.approx(rows.accuracy[participant])
+        wanted = torch.tensor([model.config.label2id[name] for name in labels])
+        assert F.cross_entropy(logits.double(), wanted).item() == pytest.approx(rows.loss[participant], rel=1e-5)
+
+
+@pytest.mark.parametrize("class_names", [(), ("good", "bad", "fine")])
+def test_a_run_on_texts_is_exported_with_its_classes_and_scores(class_names: tuple[str, ...], tmp_path: Path) -> None:
+    texts, labels = [" ".join(words) for words in sentences(60)], ["good", "fine", "bad"] * 20
+    for split, rows in (("train", slice(0, 40)), ("test", slice(40, 60))):
+        table = {"text": texts[rows], "label": labels[rows]}
+        pd.DataFrame(table).to_csv(tmp_path / f"{split}.csv", index=False)
+    data = DataConfig(
+        str(tmp_path), text=("text",), num_classes=3, max_length=LENGTH, class_names=class_names,
+        tokenizer=words_from(tmp_path / "words", "left"),
+    )  # fmt: skip
+    rows = run_of(TaskConfig(data, "gpt2"), tmp_path / "out")
+    to = export.export(tmp_path / "out", None, 1, tmp_path / "model")
+    model, tokenizer = loaded("text", to), AutoTokenizer.from_pretrained(to)
+    assert tuple(model.config.id2label.values()) == (class_names or ("bad", "fine", "good"))
+    with torch.no_grad():
+        batches = [tokenizer(each, truncation=True, return_tensors="pt") for each in texts[40:]]
+        logits = torch.cat([model(**batch).logits for batch in batches])
+    wanted = torch.tensor([model.config.label2id[name] for name in labels[40:]])
+    assert (logits.argmax(-1) == wanted).double().mean().item() == pytest.approx(rows.accuracy[1])
+    assert F.cross_entropy(logits.double(), wanted).item() == pytest.approx(rows.loss[1], rel=1e-5)
