@@ -16,7 +16,7 @@ from tests.support.data_files import csv_file, decoded
 
 pytestmark = pytest.mark.usefixtures("read_again")
 
-TEXTS = {"text": ("text",), "label": "label", "max_length": 24}
+TEXTS: dict[str, Any] = {"text": ("text",), "label": "label", "max_length": 24}
 
 
 def said(data: Dataset, split: str = "train") -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ KINDS: dict[str, Callable[[tuple[int, int]], Image.Image]] = {
     **{mode: (lambda size, mode=mode: noise(mode, size)) for mode in vision.MODES},
     "a transparent entry of a palette": lambda size: marked("P", 3, size),
     "a palette with transparency": lambda size: picture("RGBA", *size).quantize(16),
-    "a transparent colour": lambda size: marked("RGB", tuple(picture("RGB", *size).getpixel((0, 0))), size),
+    "a transparent colour": lambda size: marked("RGB", tuple(np.asarray(picture("RGB", *size))[0, 0].tolist()), size),
     "a transparent grey": lambda size: marked("L", 7, size),
 }
 

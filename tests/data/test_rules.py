@@ -16,8 +16,8 @@ from tests.support.data_files import csv_file, decoded, picture
 
 pytestmark = pytest.mark.usefixtures("read_again")
 
-IMAGES = {"image_size": 8, "channels": 1, "num_classes": 2}
-TEXTS = {"text": ("text",), "label": "label", "num_classes": 2, "max_length": 24}
+IMAGES: dict[str, Any] = {"image_size": 8, "channels": 1, "num_classes": 2}
+TEXTS: dict[str, Any] = {"text": ("text",), "label": "label", "num_classes": 2, "max_length": 24}
 
 
 def tree(folder: Path, *names: str) -> str:
@@ -233,7 +233,9 @@ def test_saved_sets_by_the_usual_names(tmp_path: Path) -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    made = {name: datasets.Dataset.from_dict({"text": [name], "label": [0]}) for name in ("Training", "Val", "extra")}
+    made: Any = {
+        name: datasets.Dataset.from_dict({"text": [name], "label": [0]}) for name in ("Training", "Val", "extra")
+    }
     datasets.DatasetDict(made).save_to_disk(str(tmp_path))
     data = load(DataConfig(str(tmp_path), **TEXTS), None)
     assert decoded(data.train.inputs["input_ids"][0]) == "Training"

@@ -61,8 +61,8 @@ def text_data(kind: str, folder: Path, tokenizer: str) -> DataConfig:
         columns = {"text": words, "label": tags}
     for split in ("train", "test"):
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
-    objective = {"text": "classes", "tokens": "token_classes", "lm": "next_token", "mlm": "masked_token"}[kind]
-    classes = {"class_names": NAMES} if kind in ("text", "tokens") else {}
+    objective: Any = {"text": "classes", "tokens": "token_classes", "lm": "next_token", "mlm": "masked_token"}[kind]
+    classes: dict[str, Any] = {"class_names": NAMES} if kind in ("text", "tokens") else {}
     return DataConfig(
         str(folder), objective=objective, text=("text",), label="label", num_classes=3, max_length=LENGTH,
         tokenizer=tokenizer, **classes,
@@ -156,7 +156,8 @@ def test_images_of_any_format_are_scored_as_they_are_deployed(settings: dict[str
         for number, (name, image) in enumerate(made.items()):
             folder = tmp_path / split / NAMES[number % 3]
             folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / name, **({"exif": exif} if name == "turned.jpg" else {}))
+            settings_of_file: dict[str, Any] = {"exif": exif} if name == "turned.jpg" else {}
+            image.save(folder / name, **settings_of_file)
     data = DataConfig(str(tmp_path), image_size=8, channels=3, num_classes=3, class_names=("z", "x", "y"), **settings)
     row, found = Row(TaskConfig(data, "vit")), load(data, None)
     model = random_model(row)
