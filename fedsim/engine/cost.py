@@ -6,7 +6,7 @@ in the last federated round: where models grow on the way, that is the largest.
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fedsim.core.fields import refuse
 from fedsim.core.tree import State
 from fedsim.data.source import Split
 from fedsim.devices import MEBIBYTE
+from fedsim.engine.boundary import Sent, layout_of
 from fedsim.engine.cohort import check_checkpoints, tiers_of
 from fedsim.experiment import Experiment, Tier, of_tier
 from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work
@@ -50,10 +51,11 @@ class ParticipantCost:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Means are over the participants of the population."""
+    """Means are over the participants of the population. `sent`: how updates look, by tier; none that is empty."""
 
     target_params: int
     participants: list[ParticipantCost]
+    sent: Mapping[str, Sent] = dataclasses.field(default_factory=dict)
 
     def mean(self, name: str) -> float:
         total = sum(participant.count for participant in self.participants)
@@ -205,11 +207,16 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
     stage = experiment.algorithm.stage
     last = max((round for round in range(experiment.rounds + 1) if stage(round) == "federated"), default=0)
     start, begun = dry_run.begin()
+    trained = dry_run.train(start, last)
     participants = [
         _participant(dry_run.task, tier, tiers.count(tier), *calls)
-        for tier, *calls in zip(experiment.tiers, begun, dry_run.train(start, last), strict=True)
+        for tier, *calls in zip(experiment.tiers, begun, trained, strict=True)
     ]
-    return Cost(trees.numel(dry_run.task.fresh(experiment.target, 0)), participants)
+    sent: dict[str, Sent] = {}
+    for tier, call in zip(experiment.tiers, trained, strict=True):
+        if call.update is not None and (layout := layout_of(call.update.tree)):
+            sent[tier.name] = Sent(layout, as_received=layout == layout_of(call.payload))
+    return Cost(trees.numel(dry_run.task.fresh(experiment.target, 0)), participants, sent)
 
 
 def too_small(experiment: Experiment, cost: Cost) -> tuple[str, ...]:

@@ -1,7 +1,11 @@
 """Everything in this process: the readable twin of the Ray runtime, and the one to debug with."""
 
+import contextlib
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ from fedsim.runtime.base import (
     PLAIN,
     Call,
     Fold,
+    Interrupt,
     Policy,
     Resources,
     Runtime,
@@ -49,6 +54,27 @@ class InlineCall(Call):
             self.watch(*self.progress)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A `KeyboardInterrupt` that a signal raises here is an `Interrupt`: participants' code may raise others."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # no signal raises anything in this thread
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        try:
+            before(number, frame)
+        except KeyboardInterrupt:
+            raise Interrupt from None
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class InlineRuntime(Runtime):
     """One thread, no other process. `ask` returns when the aggregator does."""
 
@@ -72,7 +98,8 @@ class InlineRuntime(Runtime):
 
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         self.call.watch = watch
-        return getattr(self.aggregator, method)(*args)
+        with interruptible():
+            return getattr(self.aggregator, method)(*args)
 
     def close(self) -> None:
         torch.set_num_threads(self.threads)
