@@ -1,29 +1,15 @@
 """Everything in this process: the readable twin of the Ray runtime, and the one to debug with."""
 
-import contextlib
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
 
 from fedsim.core.numerics import NATIVE, check, use
 from fedsim.runtime.answering import answered
-from fedsim.runtime.base import (
-    PLAIN,
-    Call,
-    Fold,
-    Interrupt,
-    Policy,
-    Resources,
-    Runtime,
-    Watch,
-    chunks,
-    pin_threads,
-)
+from fedsim.runtime.base import PLAIN, Call, Fold, Policy, Resources, Runtime, Watch, chunks, pin_threads
+from fedsim.runtime.interrupts import interruptible
 
 
 class InlineCall(Call):
@@ -52,27 +38,6 @@ class InlineCall(Call):
         self.progress = (method, done + 1, total)
         if self.watch is not None:
             self.watch(*self.progress)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """A `KeyboardInterrupt` that a signal raises here is an `Interrupt`: participants' code may raise others."""
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield  # no signal raises anything in this thread
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        try:
-            before(number, frame)
-        except KeyboardInterrupt:
-            raise Interrupt from None
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class InlineRuntime(Runtime):
