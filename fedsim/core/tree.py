@@ -26,6 +26,8 @@ def flat(state: Mapping[str, Any], separator: str = PATH) -> Tree:
     """
     found: Tree = {}
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r}: a name in a state must be a text")
         if PATH in name or name[:1] == ":" or name[-1:] == ":":
             raise ValueError(f"{name!r}: a name in a state must not contain {PATH!r}, nor begin or end with ':'")
         if not isinstance(value, Tensor) and isinstance(value, Mapping):
@@ -98,14 +100,12 @@ def lent(state: Mapping[str, Any]) -> State:
     return mapped(torch._lazy_clone, state)
 
 
-def untouched(borrowed: Any, state: Mapping[str, Any]) -> bool:
-    """Whether a state that was `lent` still has the content of `state`."""
+def untouched(borrowed: State, state: State) -> bool:
+    """Whether what is `lent` of a state still has its content."""
     one, other = flat(borrowed), flat(state)
-    if one.keys() != other.keys():
-        return False
     # Some ways of reading, such as `numpy()`, copy the memory as writing does.
     shared: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # pyright: ignore[reportAttributeAccessIssue]
-    return all(shared(one[name]) or torch.equal(one[name], other[name]) for name in one)
+    return all(shared(one[name]) or torch.equal(one[name], other[name]) for name in other)
 
 
 def given_away(tensor: Tensor) -> Tensor:

@@ -138,8 +138,7 @@ class Aggregator:
 def _checked(state: State, returned_by: str) -> State:
     """The server's state in order of name. **Raises:** `ValueError` naming a tensor that cannot be gone on from."""
     field = f"the state that {returned_by} returned"
-    check_state(state, field)
-    check_finite(state, field)
+    check_finite(check_state(state, field), field)
     return trees.ordered(state)
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core import tree as trees
-from fedsim.core.tree import State
+from fedsim.core.tree import State, Tree
 from fedsim.core.updates import ClientUpdate
 
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool)
-DTYPES += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+DTYPES = frozenset(FLOATS | {torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 LEAST, MOST = 1e-200, 2**53  # weights whose products with numbers of fp32 neither vanish nor overflow in float64
 
 Layout = Mapping[str, tuple[torch.dtype, torch.Size]]  # of a state, flat
@@ -44,47 +44,53 @@ def checked(returned: Any, client: int, sent: Sent | None, received: Mapping[str
 
     **Raises:** `ValueError` naming the field, what it is and what is accepted.
     """
+    tree = {path: tensor.detach().cpu() for path, tensor in check_outcome(returned, client).items()}
+    update, state = returned
+    found = {path: (tensor.dtype, tensor.shape) for path, tensor in tree.items()}
+    if sent is not None and found != sent.layout and not (sent.as_received and found == layout_of(received)):
+        _refuse_layout(found, layout_of(received) if sent.as_received else sent.layout)
+    metrics = dict(_metrics(update.metrics))
+    weight = _weight(update.weight, least=LEAST if tree else 0)
+    check_finite(tree, "ClientUpdate.tree", "; a training that diverges ends so: a lower learning rate may help")
+    in_order = sorted(tree, key=lambda path: path.split(trees.PATH))
+    return ClientUpdate(client, trees.nested({path: tree[path] for path in in_order}), weight, metrics), state
+
+
+def check_outcome(returned: Any, client: int) -> Tree:
+    """What `client_update` returned is an update of this client and a state, whatever numbers are in them.
+
+    **Returns:** the update's tensors, flat.
+    """
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], ClientUpdate)):
         _refuse("what client_update returns", _kind(returned), "a ClientUpdate and the next private state")
     update, state = returned
-    if isinstance(update.client, bool) or update.client != client:
-        _refuse("ClientUpdate.client", repr(update.client), f"{client}, the client's own id")
-    check_state(update.tree, "ClientUpdate.tree")
+    if isinstance(update.client, bool) or not isinstance(update.client, numbers.Integral) or update.client != client:
+        _refuse("ClientUpdate.client", _shown(update.client), f"{client}, the client's own id")
     check_state(state, "private state")
-    tree = trees.mapped(lambda tensor: tensor.detach().cpu(), trees.ordered(update.tree))
-    found = layout_of(tree)
-    if sent is not None and found != sent.layout and not (sent.as_received and found == layout_of(received)):
-        _refuse_layout(found, layout_of(received) if sent.as_received else sent.layout)
-    weight = update.weight
-    number: Any = weight if isinstance(weight, numbers.Real) and not isinstance(weight, bool) else math.nan
-    if not (LEAST <= number <= MOST or (number == 0 and not found)):
-        _refuse("ClientUpdate.weight", _shown(weight), f"a number from {LEAST:g} to 2**53 (0 without tensors)")
-    if not isinstance(update.metrics, Mapping):
-        _refuse("ClientUpdate.metrics", _kind(update.metrics), "numbers by name")
-    for name, value in update.metrics.items():
-        if not isinstance(name, str):
-            _refuse("ClientUpdate.metrics", f"{{{_shown(name)}: ...}}", "numbers by name, which is a text")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-            _refuse(f"ClientUpdate.metrics[{name!r}]", _shown(value), "a finite number")
-    check_finite(tree, "ClientUpdate.tree", "; a training that diverges ends so: a lower learning rate may help")
-    weight = weight if type(weight) is int else float(weight)
-    return ClientUpdate(client, tree, weight, dict(update.metrics)), state
+    return check_state(update.tree, "ClientUpdate.tree")
 
 
-def check_state(state: Any, field: str) -> None:
-    """It is made of plain tensors in memory, by name."""
-    for path, value in _leaves(state, field):
+def check_state(state: Any, field: str) -> Tree:
+    """It is made of plain tensors in memory, by name. **Returns:** them, flat."""
+    if not isinstance(state, Mapping):
+        _refuse(field, _kind(state), "tensors, or mappings of tensors, by name")
+    try:
+        tree = trees.flat(state)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    for path, value in tree.items():
         # nn.Parameter is a class of its own, but holds no more than a tensor. Others may mean anything.
         plain = type(value) is Tensor or type(value) is nn.Parameter
-        if not plain or value.layout is not torch.strided or value.dtype not in DTYPES or value.is_meta:
+        if not plain or value.dtype not in DTYPES or value.layout is not torch.strided or value.is_meta:
             found = f"{_kind(value)} {_described(value)}" if isinstance(value, Tensor) else _kind(value)
-            _refuse(path, found, "a dense torch.Tensor of floats, ints or bools, with its numbers in memory")
+            _refuse(f"{field}[{path!r}]", found, "a dense torch.Tensor of floats, ints or bools, in memory")
+    return tree
 
 
-def check_finite(state: Mapping[str, Any], field: str, hint: str = "") -> None:
+def check_finite(tree: Tree, field: str, hint: str = "") -> None:
     """No number is NaN or infinite. A sum is finite only if all of it is, and takes a tenth of looking at each."""
-    for path, tensor in trees.flat(state).items():
-        if not tensor.is_floating_point() or math.isfinite(tensor.detach().sum()):
+    for path, tensor in tree.items():
+        if not tensor.is_floating_point() or math.isfinite(tensor.detach().sum().item()):
             continue
         nan, bad = int(tensor.isnan().sum()), int((~tensor.isfinite()).sum())
         if bad:
@@ -92,16 +98,21 @@ def check_finite(state: Mapping[str, Any], field: str, hint: str = "") -> None:
             _refuse(f"{field}[{path!r}]", f"{kinds} in {bad} of {tensor.numel()} numbers", f"finite{hint}")
 
 
-def _leaves(state: Any, field: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(state, Mapping):
-        _refuse(field, _kind(state), "tensors, or mappings of tensors, by name")
-    for name, value in state.items():
+def _weight(weight: Any, least: float) -> float:
+    if isinstance(weight, int | float | numbers.Real) and not isinstance(weight, bool) and least <= weight <= MOST:
+        return weight if type(weight) is int else float(weight)
+    _refuse("ClientUpdate.weight", _shown(weight), f"a number from {LEAST:g} to 2**53 (0 if there are no tensors)")
+
+
+def _metrics(metrics: Any) -> Iterator[tuple[str, float]]:
+    if not isinstance(metrics, Mapping):
+        _refuse("ClientUpdate.metrics", _kind(metrics), "numbers by name")
+    for name, value in metrics.items():
         if not isinstance(name, str):
-            _refuse(field, f"{{{_shown(name)}: ...}}", "tensors by name, which is a text")
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{field}[{name!r}]")
-        else:
-            yield f"{field}[{name!r}]", value
+            _refuse("ClientUpdate.metrics", f"{{{_shown(name)}: ...}}", "numbers by name, which is a text")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
+            _refuse(f"ClientUpdate.metrics[{name!r}]", _shown(value), "a finite number")
+        yield name, value
 
 
 def _refuse_layout(found: Layout, expected: Layout) -> NoReturn:
@@ -128,10 +139,6 @@ def _kind(value: Any) -> str:
 def _shown(value: Any) -> str:
     """A value that may be anything: large, or one that cannot be shown."""
     return repr(value) if isinstance(value, int | float | str | None) else _kind(value)
-
-
-def _finite(value: float) -> bool:
-    return -math.inf < value < math.inf
 
 
 def _refuse(field: str, found: str, accepted: str) -> NoReturn:

@@ -137,9 +137,9 @@ class Participant:
             returned = yield from asking(context, self.experiment.algorithm.client_update(received, lent, context))
             try:
                 update, state = boundary.checked(returned, context.info.id, self.sent, payload)
-                stays = _same_tensors(state, lent) and trees.untouched(state, self.state)
+                stays = (state is lent and not lent) or _stays(state, lent, self.state)
                 if not stays:
-                    boundary.check_finite(state, "private state")
+                    boundary.check_finite(trees.flat(state), "private state")
             except ValueError as error:
                 raise self._refused(round, error) from None
             del returned
@@ -181,8 +181,7 @@ class Participant:
         self.init_flops = meter.flops - before
         # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
         try:
-            boundary.check_state(state, "client_init's state")
-            boundary.check_finite(state, "client_init's state")
+            boundary.check_finite(boundary.check_state(state, "client_init's state"), "client_init's state")
         except ValueError as error:
             raise self._refused(round, error) from None
         self._keep(round, state, on_disk=bool(state or self.init_flops))
@@ -284,10 +283,10 @@ class Participant:
         return Reply(update, ClientReport(**measured | noted), self.sha256)
 
 
-def _same_tensors(state: State, other: State) -> bool:
-    """Whether both are made of the very same tensors, by the same names."""
-    one, two = trees.flat(state), trees.flat(other)
-    return one.keys() == two.keys() and all(one[name] is two[name] for name in one)
+def _stays(state: State, lent: State, held: State) -> bool:
+    """Whether a state is made of the very tensors that were lent, by the same names, and nobody wrote into them."""
+    one, two = trees.flat(state), trees.flat(lent)
+    return one.keys() == two.keys() and all(one[n] is two[n] for n in one) and trees.untouched(lent, held)
 
 
 def nullable(number: float) -> float | None:
