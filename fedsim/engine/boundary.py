@@ -44,16 +44,15 @@ def checked(returned: Any, client: int, sent: Sent | None, received: Mapping[str
 
     **Raises:** `ValueError` naming the field, what it is and what is accepted.
     """
-    tree = {path: tensor.detach().cpu() for path, tensor in check_outcome(returned, client).items()}
-    update, state = returned
+    tree, (update, state) = check_outcome(returned, client), returned
     found = {path: (tensor.dtype, tensor.shape) for path, tensor in tree.items()}
     if sent is not None and found != sent.layout and not (sent.as_received and found == layout_of(received)):
         _refuse_layout(found, layout_of(received) if sent.as_received else sent.layout)
     metrics = dict(_metrics(update.metrics))
+    tree = {path: tree[path].detach().cpu() for path in sorted(tree, key=lambda path: path.split(trees.PATH))}
     weight = _weight(update.weight, least=LEAST if tree else 0)
     check_finite(tree, "ClientUpdate.tree", "; a training that diverges ends so: a lower learning rate may help")
-    in_order = sorted(tree, key=lambda path: path.split(trees.PATH))
-    return ClientUpdate(client, trees.nested({path: tree[path] for path in in_order}), weight, metrics), state
+    return ClientUpdate(client, trees.nested(tree), weight, metrics), state
 
 
 def check_outcome(returned: Any, client: int) -> Tree:
@@ -90,7 +89,7 @@ def check_state(state: Any, field: str) -> Tree:
 def check_finite(tree: Tree, field: str, hint: str = "") -> None:
     """No number is NaN or infinite. A sum is finite only if all of it is, and takes a tenth of looking at each."""
     for path, tensor in tree.items():
-        if not tensor.is_floating_point() or math.isfinite(tensor.detach().sum().item()):
+        if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
             continue
         nan, bad = int(tensor.isnan().sum()), int((~tensor.isfinite()).sum())
         if bad:

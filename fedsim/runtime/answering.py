@@ -90,12 +90,20 @@ def tensor_bytes(value: Any) -> int:
     kind = type(value)
     if kind in SCALARS:
         return 0
-    if isinstance(value, torch.Tensor):
+    if kind is torch.Tensor or isinstance(value, torch.Tensor):
         return value.nbytes
     if kind is list or kind is tuple:
-        return sum(map(tensor_bytes, value))
-    if hasattr(kind, "__dataclass_fields__"):
-        value = vars(value)
-    elif not isinstance(value, Mapping):
+        parts = value
+    elif kind is dict:  # asked first, as the faster question
+        parts = value.values()
+    elif hasattr(kind, "__dataclass_fields__"):
+        parts = vars(value).values()
+    elif isinstance(value, Mapping):
+        parts = value.values()
+    else:
         return 0
-    return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
+    total = 0
+    for part in parts:
+        if type(part) not in SCALARS:
+            total += tensor_bytes(part)
+    return total
