@@ -82,7 +82,12 @@ class Aggregator:
             infos = [self.infos[id_] for id_ in ids]
             payloads = self.experiment.algorithm.server_broadcast(self.state, infos, ctx)
             if missing := [id_ for id_ in ids if id_ not in payloads]:
-                raise ValueError(f"server_broadcast gives participants {missing[:4]} nothing: must give all a payload")
+                raise ValueError(f"server_broadcast in round {ctx.round} leaves out participants {missing[:4]}")
+            checked = {id(tensor) for tensor in trees.tensors(self.state)}
+            for payload in {id(payload): payload for payload in payloads.values()}.values():
+                field = f"a payload of server_broadcast in round {ctx.round}"
+                tree = check_state(payload, field)
+                check_finite({path: tensor for path, tensor in tree.items() if id(tensor) not in checked}, field)
             return payloads
 
     def _aggregate(self, updates: Iterator[ClientUpdate | Partial], ctx: ServerContext) -> State:
@@ -96,8 +101,7 @@ class Aggregator:
         """Score participants. **Returns:** the accuracy of the server's own model, where there is one."""
         if not ids:
             return None
-        infos = [self.infos[id_] for id_ in ids]
-        self.clients.score(ctx.round, self.experiment.algorithm.server_broadcast(self.state, infos, ctx))
+        self.clients.score(ctx.round, self._broadcast(ids, ctx))
         with self.clock.phase("compute"):
             model = self.experiment.algorithm.server_model(self.state, ctx)
             if model is None:

@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fedsim
 from fedsim.core.errors import text_of
+from fedsim.core.tree import State, flat, lent, nested, ordered, sha256, untouched
+from fedsim.core.updates import ClientUpdate
+from fedsim.engine.boundary import Sent, checked, layout_of
 from fedsim.experiment import Experiment
 from fedsim.results.tables import Results
 from fedsim.runtime.base import Interrupt, Runtime
@@ -142,6 +147,54 @@ def test_on_hosts_neither(two_hosts: Callable[[], Runtime], right: list[str], tm
         assert hashes(results_of(experiment(*[kind] * 4), tmp_path / kind, two_hosts)) == right, kind
 
 
+# any update -----------------------------------------------------------------------------------------------------------
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+NAMES = st.text("abc.-: ", min_size=1, max_size=4).filter(lambda name: "::" not in name and name.strip(":") == name)
+TENSORS = st.builds(
+    lambda dtype, shape, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(9).to(dtype),
+    st.sampled_from([*FLOATS, torch.int64, torch.uint8, torch.bool]),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.integers(0, 99),
+)
+STATES = st.recursive(
+    st.dictionaries(NAMES, TENSORS, max_size=3),
+    lambda inner: st.dictionaries(NAMES, TENSORS | inner, min_size=1, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(tree=STATES, weight=st.integers(1, 2**53) | st.floats(1e-200, 1e15))
+def test_a_right_update_passes_as_it_is(tree: State, weight: float) -> None:
+    sent = Sent(layout_of(tree), as_received=False)
+    update, state = checked((ClientUpdate(7, tree, weight, {"a": 1.5}), tree), 7, sent, {})
+    assert sha256(update.tree) == sha256(tree) and state is tree
+    assert list(flat(update.tree)) == list(flat(ordered(tree)))
+    assert (update.client, update.weight, update.metrics) == (7, weight, {"a": 1.5})
+    checked((ClientUpdate(7, tree, weight), {}), 7, Sent({"other": (torch.bool, torch.Size())}, True), tree)
+
+
+@given(tree=STATES.filter(lambda tree: bool(flat(tree))), data=st.data())
+def test_whatever_is_wrong_with_a_tensor_its_path_is_said(tree: State, data: st.DataObject) -> None:
+    leaves = flat(tree)
+    path = data.draw(st.sampled_from(sorted(leaves)))
+    tensor = leaves[path]
+    wrong: list[Any] = [tensor.to("meta"), tensor.to_sparse(), tensor.unsqueeze(0), tensor.tolist(), str(tensor), None]
+    wrong += [tensor.to(torch.int16), torch.cat([tensor.reshape(-1)] * 2 + [torch.ones(1).to(tensor.dtype)])]
+    if tensor.is_floating_point() and tensor.numel():
+        for number in (float("nan"), float("inf"), -float("inf")):
+            wrong.append(tensor.clone())
+            wrong[-1].reshape(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = number
+    one = data.draw(st.sampled_from(wrong))
+    corrupt = nested({**leaves, path: one})
+    said = re.escape(f"ClientUpdate.tree[{path!r}]=")
+    with pytest.raises(ValueError, match=f"^{said}.*: must be "):
+        checked((ClientUpdate(7, corrupt, 1), {}), 7, Sent(layout_of(tree), as_received=False), {})
+    rest = nested({name: leaf for name, leaf in leaves.items() if name != path})
+    with pytest.raises(ValueError, match=f"^{said}missing: must be "):
+        checked((ClientUpdate(7, rest, 0), {}), 7, Sent(layout_of(tree), as_received=False), {})
+
+
 # the server, and the user ---------------------------------------------------------------------------------------------
 
 
@@ -151,6 +204,13 @@ class Diverges(Wrong):
 
     made: str = "nan"
 
+    def server_broadcast(self, state: Any, cohort: Any, ctx: Any) -> Any:
+        payloads = super().server_broadcast(state, cohort, ctx)
+        if ctx.round != ROUND:
+            return payloads
+        sent = {"payload nan": state | {"more": ONES * float("nan")}, "payload list": [ONES]}.get(self.made, state)
+        return {id_: sent for id_ in payloads if id_ != 3 or self.made != "left out"}
+
     def server_aggregate(self, state: Any, updates: Any, ctx: Any) -> Any:
         mean = super().server_aggregate(state, updates, ctx)
         if ctx.round != ROUND:
@@ -158,12 +218,23 @@ class Diverges(Wrong):
         return {"nan": mean | {"more": ONES * float("nan")}, "none": None, "list": {"model": [ONES]}}[self.made]
 
 
+RETURNED, SENT = "the state that server_aggregate in round 2 returned", "a payload of server_broadcast in round 2"
+
+
 @pytest.mark.parametrize(
-    "made, said", [("nan", r"\['more'\]=NaN in 6 of 6"), ("none", "=None: must be"), ("list", r"\['model'\]=a list")]
+    "made, said",
+    [
+        ("nan", rf"{RETURNED}\['more'\]=NaN in 6 of 6"),
+        ("none", f"{RETURNED}=None: must be"),
+        ("list", rf"{RETURNED}\['model'\]=a list"),
+        ("payload nan", rf"{SENT}\['more'\]=NaN in 6 of 6"),
+        ("payload list", f"{SENT}=a list"),
+        ("left out", r"server_broadcast in round 2 leaves out participants \[3\]"),
+    ],
 )
-def test_the_servers_own_state_is_looked_at(made: str, said: str, tmp_path: Path) -> None:
+def test_what_the_server_makes_is_looked_at(made: str, said: str, tmp_path: Path) -> None:
     asked = dataclasses.replace(experiment(), algorithm=Diverges(made=made))
-    with pytest.raises(RunFailed, match=f"the state that server_aggregate in round 2 returned{said}"):
+    with pytest.raises(RunFailed, match=said):
         inline(asked, tmp_path)
     assert len(fedsim.load(tmp_path).rounds) == ROUND
 
@@ -274,8 +345,6 @@ def test_a_message_is_cut_in_the_middle(size: int) -> None:
 
 def test_tensors_that_are_lent_copy_when_they_are_written_to() -> None:
     """What the platform relies on of torch."""
-    from fedsim.core.tree import lent, untouched
-
     held = {"a": {"b": torch.arange(4.0)}, "c": torch.zeros(0)}
     first, second = lent(held), lent(held)
     first["a"]["b"][1:].mul_(5)
