@@ -173,6 +173,13 @@ class Algorithm(abc.ABC):
         """
         return None
 
+    @property
+    def updates_vary(self) -> bool:
+        """Whether the names, shapes and dtypes of an update depend on data, as where clients send a prototype of every
+        class they hold. Where not, an update that looks unlike what a client of its tier sends without data is refused.
+        """
+        return False
+
     def stage(self, round: int) -> str:
         """What the `stage` column calls a round after round 0: "federated", or "finetune" or "local" where nothing is
         shared. Costs are those of the last "federated" one."""

@@ -3,6 +3,7 @@
 import functools
 import json
 
+from fedsim.core.errors import last_line
 from fedsim.core.numerics import PORTABLE, in_force
 from fedsim.engine.aggregator import Aggregator
 from fedsim.engine.clients import ParticipantError
@@ -10,7 +11,7 @@ from fedsim.engine.cohort import Member, federation_sha256, label_histograms, me
 from fedsim.engine.content import content_of, pinned
 from fedsim.engine.cost import cost_of, too_small
 from fedsim.engine.gpu import with_gpu_fractions
-from fedsim.engine.participant import Inbox, Participant, last_line
+from fedsim.engine.participant import Inbox, Participant
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost
@@ -80,6 +81,7 @@ def run(
     _start(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted)
     cost = cost_of(experiment, counted)  # hosts come up meanwhile
     tiers_left_out = too_small(experiment, cost)
+    sent = {} if experiment.algorithm.updates_vary else cost.sent
     excluded_ids = {member.info.id for member in population if member.info.tier in tiers_left_out}
 
     first = store.open(resume, numerics)
@@ -105,7 +107,7 @@ def run(
         for round in range(first, experiment.rounds + 1):
             cohort = round_cohort_of(experiment, round, excluded_ids)
             scored = scored_in(experiment, round, excluded_ids)
-            report = runtime.ask("run_round", round, cohort, scored, watch=progress.within)  # Aggregator.run_round
+            report = runtime.ask("run_round", round, cohort, scored, sent, watch=progress.within)  # of Aggregator
             progress.finished(recorder.round(round, cohort, report))
     except Exception as error:
         reason = error.text if isinstance(error, ParticipantError) else last_line(error)

@@ -26,6 +26,8 @@ def flat(state: Mapping[str, Any], separator: str = PATH) -> Tree:
     """
     found: Tree = {}
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r}: a name in a state must be a text")
         if PATH in name or name[:1] == ":" or name[-1:] == ":":
             raise ValueError(f"{name!r}: a name in a state must not contain {PATH!r}, nor begin or end with ':'")
         if not isinstance(value, Tensor) and isinstance(value, Mapping):
@@ -93,6 +95,26 @@ def clone(state: Mapping[str, Any]) -> State:
     return mapped(lambda tensor: tensor.detach().clone(), ordered(state))
 
 
+def lent(state: Mapping[str, Any]) -> State:
+    """The same for somebody else, who may write into it: memory is shared until then, and copied by the first write."""
+    return mapped(torch._lazy_clone, state)
+
+
+def untouched(borrowed: State, state: State) -> bool:
+    """Whether what is `lent` of a state still has its content."""
+    one, other = flat(borrowed), flat(state)
+    # Some ways of reading, such as `numpy()`, copy the memory as writing does.
+    shared: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return all(shared(one[name]) or torch.equal(one[name], other[name]) for name in other)
+
+
+def given_away(tensor: Tensor) -> Tensor:
+    """A tensor of no graph into whose memory nobody else can write: copied where anybody else holds that memory."""
+    memory = tensor.untyped_storage()
+    alone = memory.resizable() and torch._C._storage_Use_Count(memory._cdata) == 2  # the tensor, and `memory`
+    return tensor if alone else tensor.clone()
+
+
 def to(state: Mapping[str, Any], device: torch.device | str) -> State:
     """The same on another device; tensors already there are not copied."""
     return mapped(lambda tensor: tensor.to(device), state)
@@ -109,7 +131,7 @@ def scaled_sum(sum_: Tree | None, tree: Mapping[str, Tensor], weight: float) -> 
         sum_ = {
             name: torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device) for name, tensor in tree.items()
         }
-    _check_same_names(sum_, tree)
+    _check_alike(sum_, tree)
     for name, total in sum_.items():
         for into, piece in _pieces(total, tree[name].detach()):
             if begun:
@@ -133,7 +155,7 @@ def accumulated(left: Tree | None, right: Mapping[str, Tensor]) -> Tree:
     """
     if left is None:
         return {name: tensor.detach().clone() for name, tensor in right.items()}
-    _check_same_names(left, right)
+    _check_alike(left, right)
     for name, tensor in left.items():
         tensor.add_(right[name])
     return left
@@ -144,9 +166,13 @@ def quotient(sum_: Tree, weight: float, like: Mapping[str, Tensor]) -> Tree:
     return {name: sum_.pop(name).div_(weight).to(like[name].dtype) for name in list(sum_)}
 
 
-def _check_same_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+def _check_alike(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
     if left.keys() != right.keys():
         raise ValueError(f"trees of different names cannot be added: {sorted(left.keys() ^ right.keys())[:4]}")
+    for name, tensor in left.items():
+        if tensor.shape != right[name].shape:
+            shapes = f"{tuple(tensor.shape)} and {tuple(right[name].shape)}"
+            raise ValueError(f"trees of different shapes cannot be added: {name!r} is {shapes}")
 
 
 def sha256(state: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ class Partial:
         """The sum over its weight. `like` gives the dtypes; empty: all float32. Takes the sum's memory: only once."""
         assert self.tree or not trees.flat(like), "the mean of a sum that was used up"
         dtypes = trees.flat(like) or dict.fromkeys(self.tree, torch.empty(0))
+        if unknown := sorted(self.tree.keys() - dtypes.keys()):
+            raise ValueError(f"clients sent {unknown[:4]}, which are no names of what their mean is to be like")
         return trees.nested(trees.quotient(self.tree, self.weight, dtypes))
 
 
@@ -42,7 +44,10 @@ def weighted_sum(updates: Sequence[ClientUpdate]) -> Partial:
     """`(sum_k w_k theta_k, sum_k w_k)` in the order given: what `combine` returns for methods that average."""
     total: Tree | None = None
     for update in updates:
-        total = trees.scaled_sum(total, trees.flat(update.tree), update.weight)
+        try:
+            total = trees.scaled_sum(total, trees.flat(update.tree), update.weight)
+        except ValueError as error:
+            raise ValueError(f"the update of participant {update.client} after those before it: {error}") from None
     assert total is not None
     return Partial(total, sum(update.weight for update in updates))
 

@@ -10,6 +10,7 @@ from fedsim.algorithm import ClientInfo, ClientUpdate, Partial, Payload, ServerC
 from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
 from fedsim.core.tree import State, Tree
+from fedsim.engine.boundary import Sent, check_finite, check_state
 from fedsim.engine.clients import Clients
 from fedsim.engine.clock import Clock
 from fedsim.engine.cohort import RoundCohort
@@ -38,18 +39,21 @@ class Aggregator:
         self.round: int | None = None
         self.state: State = {}
 
-    def run_round(self, round: int, cohort: RoundCohort, scored: Sequence[int]) -> RoundReport:
+    def run_round(
+        self, round: int, cohort: RoundCohort, scored: Sequence[int], sent: Mapping[str, Sent] | None = None
+    ) -> RoundReport:
         """One round: broadcast, local work, aggregation, scores, checkpoint. Round 0 makes the states and scores them.
 
         - `cohort`: who trains. - `scored`: whose models are scored afterwards, in order of id.
+        - `sent`: how updates look, by tier, as far as that is known.
         """
         ctx = self._open(round)
         if round == 0:
-            self.state = trees.ordered(self.experiment.algorithm.server_init(ctx))
+            self.state = _checked(self.experiment.algorithm.server_init(ctx), "server_init")
             self.clients.begin({*cohort.takes_part, *scored})
         else:
             payloads = self._broadcast(cohort.reached, ctx)
-            updates = self.clients.train(round, cohort, payloads)  # lazy: they train while the server aggregates
+            updates = self.clients.train(round, cohort, payloads, sent or {})  # lazy: they train while it aggregates
             self.state = self._aggregate(updates, ctx)
         accuracy_global = self._score(scored, ctx)
         state_sha256 = self._save(round)
@@ -76,21 +80,28 @@ class Aggregator:
     def _broadcast(self, ids: Collection[int], ctx: ServerContext) -> Mapping[int, Payload]:
         with self.clock.phase("broadcast"):
             infos = [self.infos[id_] for id_ in ids]
-            return self.experiment.algorithm.server_broadcast(self.state, infos, ctx)
+            payloads = self.experiment.algorithm.server_broadcast(self.state, infos, ctx)
+            if missing := [id_ for id_ in ids if id_ not in payloads]:
+                raise ValueError(f"server_broadcast in round {ctx.round} leaves out participants {missing[:4]}")
+            checked = {id(tensor) for tensor in trees.tensors(self.state)}
+            for payload in {id(payload): payload for payload in payloads.values()}.values():
+                field = f"a payload of server_broadcast in round {ctx.round}"
+                tree = check_state(payload, field)
+                check_finite({path: tensor for path, tensor in tree.items() if id(tensor) not in checked}, field)
+            return payloads
 
     def _aggregate(self, updates: Iterator[ClientUpdate | Partial], ctx: ServerContext) -> State:
         with self.clock.phase("sum"):
             state = self.experiment.algorithm.server_aggregate(self.state, updates, ctx)
             for _ in updates:
                 pass  # an algorithm that stopped early must not leave replies unread
-        return trees.ordered(state)
+            return _checked(state, f"server_aggregate in round {ctx.round}")
 
     def _score(self, ids: Sequence[int], ctx: ServerContext) -> float | None:
         """Score participants. **Returns:** the accuracy of the server's own model, where there is one."""
         if not ids:
             return None
-        infos = [self.infos[id_] for id_ in ids]
-        self.clients.score(ctx.round, self.experiment.algorithm.server_broadcast(self.state, infos, ctx))
+        self.clients.score(ctx.round, self._broadcast(ids, ctx))
         with self.clock.phase("compute"):
             model = self.experiment.algorithm.server_model(self.state, ctx)
             if model is None:
@@ -126,6 +137,13 @@ class Aggregator:
                 **{f"host {host}": phases for host, phases in self.call.spent().items()},
             },
         )
+
+
+def _checked(state: State, returned_by: str) -> State:
+    """The server's state in order of name. **Raises:** `ValueError` naming a tensor that cannot be gone on from."""
+    field = f"the state that {returned_by} returned"
+    check_finite(check_state(state, field), field)
+    return trees.ordered(state)
 
 
 def coverage(covered: Tree | None) -> tuple[float | None, float | None]:

@@ -10,6 +10,7 @@ from typing import Any
 from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, Payload
 from fedsim.core import tree as trees
 from fedsim.devices import Device
+from fedsim.engine.boundary import Sent
 from fedsim.engine.clock import Clock
 from fedsim.engine.cohort import RoundCohort
 from fedsim.engine.participant import Reply
@@ -102,19 +103,23 @@ class Clients:
             self._note(replies)
 
     def train(
-        self, round: int, cohort: RoundCohort, payloads: Mapping[int, Payload]
+        self, round: int, cohort: RoundCohort, payloads: Mapping[int, Payload], sent: Mapping[str, Sent]
     ) -> Iterator[ClientUpdate | Partial]:
-        """Updates in cohort order, one chunk in memory at a time, without those of stragglers."""
+        """Updates in cohort order, one chunk in memory at a time, without those of stragglers.
+
+        - `sent`: how updates look, by tier.
+        """
         for id_ in cohort.dropped_out:  # what it received is all that is ever known of its round
             self.reports[id_] = ClientReport(outcome="dropped_out", bytes_down=trees.nbytes(payloads[id_]))
         payloads = {id_: payloads[id_] for id_ in cohort.takes_part}
+        policy = dataclasses.replace(self.policy, told=sent or None)
         conditions = self.experiment.conditions
         sum_chunk = SumChunk(self.experiment.algorithm, self.devices, conditions.deadline)
         if conditions.over_selection:
-            replies = list(self.clock.awaited(self.call("train", round, payloads, policy=self.policy)))
+            replies = list(self.clock.awaited(self.call("train", round, payloads, policy=policy)))
             chunks = map(sum_chunk, self._first(replies))
         else:
-            chunks = self.clock.awaited(self.call("train", round, payloads, sum_chunk, self.policy))
+            chunks = self.clock.awaited(self.call("train", round, payloads, sum_chunk, policy))
         for chunk in chunks:
             self._note(chunk.replies, payloads)
             yield from chunk.updates

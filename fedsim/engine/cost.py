@@ -4,19 +4,23 @@ Every tier's participant is run for real, on an empty shard: it builds its trees
 in the last federated round: where models grow on the way, that is the largest.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fedsim.algorithm import ClientContext, ClientInfo, ClientUpdate, Payload, ServerContext
 from fedsim.core import tree as trees
+from fedsim.core.errors import last_line
 from fedsim.core.fields import refuse
 from fedsim.core.tree import State
 from fedsim.data.source import Split
 from fedsim.devices import MEBIBYTE
+from fedsim.engine.boundary import Sent, check_outcome, check_state, layout_of
 from fedsim.engine.cohort import check_checkpoints, tiers_of
 from fedsim.experiment import Experiment, Tier, of_tier
 from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work
@@ -50,10 +54,11 @@ class ParticipantCost:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Means are over the participants of the population."""
+    """Means are over the participants of the population. `sent`: how updates look, by tier; none that is empty."""
 
     target_params: int
     participants: list[ParticipantCost]
+    sent: Mapping[str, Sent] = dataclasses.field(default_factory=dict)
 
     def mean(self, name: str) -> float:
         total = sum(participant.count for participant in self.participants)
@@ -120,6 +125,10 @@ class Call:
     seconds: float
 
 
+class MethodError(RuntimeError):
+    """A method of an algorithm raised where nothing but its costs was asked for. Says which, what, and where."""
+
+
 class DryRun:
     """An experiment with one participant a tier, in the order of tiers, none of whom has data.
 
@@ -139,25 +148,33 @@ class DryRun:
 
         - `timed`: tiers whose participants take the time of a step.
         """
-        server = trees.ordered(self.experiment.algorithm.server_init(self.server(0)))
+        with self._counting("server_init"):
+            server = trees.ordered(self.experiment.algorithm.server_init(self.server(0)))
         calls = []
         for info in self.infos:
             meter, started = self._meter(info.tier in timed), time.perf_counter()
             context = self.client(info, 0, meter)
-            state = trees.ordered(run_client(context, self.experiment.algorithm.client_init(context)))
+            with self._counting("client_init", info):
+                state = run_client(context, self.experiment.algorithm.client_init(context))
+                check_state(state, "client_init's state")
+            state = trees.ordered(state)
             calls.append(Call(tuple(meter.work), {}, None, state, time.perf_counter() - started))
         return DryRunState(server, tuple(call.state for call in calls)), calls
 
     def train(self, held: DryRunState, round: int, timed: Collection[str] = ()) -> list[Call]:
         """A round's local work, from what was held before it, whichever round that was."""
         algorithm, calls = self.experiment.algorithm, []
-        payloads = algorithm.server_broadcast(held.server, self.infos, self.server(round))
+        with self._counting("server_broadcast"):
+            payloads = algorithm.server_broadcast(held.server, self.infos, self.server(round))
         for info, private in zip(self.infos, held.private, strict=True):
             meter, started = self._meter(info.tier in timed), time.perf_counter()
             payload = trees.to(trees.ordered(payloads[info.id]), self.device)
             private = trees.to(trees.ordered(private), self.device)
             context = self.client(info, round, meter)
-            update, state = run_client(context, algorithm.client_update(payload, private, context))
+            with self._counting("client_update", info):
+                returned = run_client(context, algorithm.client_update(payload, private, context))
+                check_outcome(returned, info.id)
+            update, state = returned
             calls.append(Call(tuple(meter.work), payload, update, state, time.perf_counter() - started))
         return calls
 
@@ -189,6 +206,21 @@ class DryRun:
             forms=self.experiment.forms,
         )
 
+    @contextlib.contextmanager
+    def _counting(self, method: str, info: ClientInfo | None = None) -> Iterator[None]:
+        """What goes wrong within is said to be the method's. **Raises:** `MethodError`; `ValueError` as it is."""
+        try:
+            yield
+        except ValueError:
+            raise  # what is asked of the method cannot be met
+        except Exception as error:  # of any kind: the method's own code runs
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            who = f" of tier {info.tier!r}" if info else ""
+            raise MethodError(
+                f"{self.experiment.algorithm.name}: {method}{who}, called without data to count what a run costs, "
+                f"raised {last_line(error)} ({frame.filename}:{frame.lineno}, in {frame.name})"
+            ) from error
+
     def _meter(self, timing: bool) -> Meter:
         return Meter(self.counted, timing=timing)
 
@@ -205,11 +237,16 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
     stage = experiment.algorithm.stage
     last = max((round for round in range(experiment.rounds + 1) if stage(round) == "federated"), default=0)
     start, begun = dry_run.begin()
+    trained = dry_run.train(start, last)
     participants = [
         _participant(dry_run.task, tier, tiers.count(tier), *calls)
-        for tier, *calls in zip(experiment.tiers, begun, dry_run.train(start, last), strict=True)
+        for tier, *calls in zip(experiment.tiers, begun, trained, strict=True)
     ]
-    return Cost(trees.numel(dry_run.task.fresh(experiment.target, 0)), participants)
+    sent: dict[str, Sent] = {}
+    for tier, call in zip(experiment.tiers, trained, strict=True):
+        if call.update is not None and (layout := layout_of(call.update.tree)):
+            sent[tier.name] = Sent(layout, as_received=layout == layout_of(call.payload))
+    return Cost(trees.numel(dry_run.task.fresh(experiment.target, 0)), participants, sent)
 
 
 def too_small(experiment: Experiment, cost: Cost) -> tuple[str, ...]:

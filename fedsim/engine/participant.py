@@ -6,8 +6,7 @@ import os
 import resource
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,14 @@ from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
 from fedsim.core.tree import State
 from fedsim.data.config import PER_TOKEN, Split
+from fedsim.engine import boundary
 from fedsim.engine.cohort import Member
 from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.steps import Asking, asking
 from fedsim.learning.task import Task, load_task, subset
+from fedsim.runtime.base import Interrupt
 from fedsim.storage.checkpoint import private_of
 
 
@@ -49,28 +50,27 @@ Work = Callable[[State, Meter], Asking[Done]]  # with the payload that was recei
 
 
 class Inbox:
-    """What the participants that share it have received: copies, for nobody may write into what was sent.
+    """What the participants that share it have received: a copy of each payload, which is lent to all who were sent it.
 
-    Those who were sent the same share a copy. Somebody who writes into it, against the contract, ends that: the next
-    one gets a new copy.
+    Nobody ever writes into what was sent, nor sees what another one wrote.
     """
 
     def __init__(self) -> None:
         self.call: tuple[str, int] | None = None
-        self.copies: dict[tuple[int, torch.device], tuple[Payload, State, list[int]]] = {}
+        self.copies: dict[tuple[int, torch.device], tuple[Payload, State]] = {}
 
     def copy_of(self, payload: Payload, device: torch.device, call: tuple[str, int]) -> State:
         """A payload on a device. Copies are held as long as the same `call` (method and round) lasts."""
         if call != self.call:
             self.copies.clear()
             self.call = call
-        sent, copy, written = self.copies.get((id(payload), device), ({}, {}, []))
-        if sent is payload and written == [tensor._version for tensor in trees.tensors(copy)]:
-            return trees.mapped(_same, copy)
+        sent, copy = self.copies.get((id(payload), device), ({}, {}))
+        if sent is payload:
+            return trees.lent(copy)
         copy = trees.to(trees.clone(payload), device)
         if len(self.copies) < DISTINCT:
-            self.copies[id(payload), device] = (payload, copy, [tensor._version for tensor in trees.tensors(copy)])
-        return trees.mapped(_same, copy)
+            self.copies[id(payload), device] = (payload, copy)
+        return trees.lent(copy)
 
 
 class Participant:
@@ -104,6 +104,7 @@ class Participant:
         self.sha256 = ""
         self.shard: Split | None = None  # held where it is small: cutting it out anew takes longer than a small model
         self.shard_bytes = 0
+        self.sent: boundary.Sent | None = None
         self.init_flops = 0  # of making the private state, within the current call
 
     @property
@@ -122,20 +123,32 @@ class Participant:
 
         return self._measured(("begin", round), payload, work)
 
+    def tell(self, sent: Mapping[str, boundary.Sent]) -> None:
+        """How updates look, by tier: no call, but known from then on."""
+        self.sent = sent.get(self.member.info.tier)
+
     def train(self, round: int, payload: Payload) -> Asking[Reply]:
         """One round of local work; the update is what is sent."""
 
         def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round, round, meter)
             context = self._context(round, meter)
-            steps = self.experiment.algorithm.client_update(received, trees.mapped(_same, self.state), context)
-            update, state = yield from asking(context, steps)
-            if not _same_tensors(state, self.state):
-                self._keep(round, trees.to(state, self.device))
-            sent = _own(trees.to(update.tree, "cpu"), received, self.state)
-            noted = {"outcome": "in_time", "bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(sent)}
-            noted |= {"upload_params": trees.numel(sent), "metrics": _metrics(update), "weight": update.weight}
-            return ClientUpdate(update.client, sent, update.weight), noted
+            lent = trees.lent(self.state)
+            returned = yield from asking(context, self.experiment.algorithm.client_update(received, lent, context))
+            try:
+                update, state = boundary.checked(returned, context.info.id, self.sent, payload)
+                stays = (state is lent and not lent) or _stays(state, lent, self.state)
+                if not stays:
+                    boundary.check_finite(trees.flat(state), "private state")
+            except ValueError as error:
+                raise self._refused(round, error) from None
+            del returned
+            if not stays:
+                self._keep(round, state)
+            tree = trees.mapped(trees.given_away, update.tree)
+            noted = {"outcome": "in_time", "bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(tree)}
+            noted |= {"upload_params": trees.numel(tree), "metrics": update.metrics or None}
+            return ClientUpdate(update.client, tree, update.weight), noted | {"weight": update.weight}
 
         return self._measured(("train", round), payload, work)
 
@@ -145,8 +158,8 @@ class Participant:
         def work(received: State, meter: Meter) -> Asking[Done]:
             yield from self._enter(round + 1, round, meter)
             context = self._context(round, meter)
-            held = trees.mapped(_same, self.state)
-            scores = self._scores(self.experiment.algorithm.client_model(received, held, context))
+            lent = trees.lent(self.state)
+            scores = self._scores(self.experiment.algorithm.client_model(received, lent, context))
             return None, {"train_seconds": 0.0} | scores  # scoring is not training
 
         return self._measured(("score", round), payload, work)
@@ -167,11 +180,19 @@ class Participant:
         state = yield from asking(context, self.experiment.algorithm.client_init(context))
         self.init_flops = meter.flops - before
         # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
-        self._keep(round, trees.to(state, self.device), on_disk=bool(state or self.init_flops))
+        try:
+            boundary.check_finite(boundary.check_state(state, "client_init's state"), "client_init's state")
+        except ValueError as error:
+            raise self._refused(round, error) from None
+        self._keep(round, state, on_disk=bool(state or self.init_flops))
+
+    def _refused(self, round: int, error: ValueError) -> ValueError:
+        """What a method returned is refused: whose, and when."""
+        return ValueError(f"participant {self.member.info.id}, round {round}: {error}")
 
     def _keep(self, version: int, state: State, on_disk: bool = True) -> None:
         """Save before use: what a reply reports is already on disk."""
-        kept = trees.clone(state)
+        kept = trees.clone(trees.to(state, self.device))
         if on_disk:
             self.versions.save(version, kept)
         self.version, self.state, self.sha256 = version, kept, trees.sha256(kept)
@@ -246,6 +267,10 @@ class Participant:
                 f"participant {info.id} of tier {tier.name!r} ({info.form}, num_gpus={tier.num_gpus:g}) found too "
                 f"little memory on {self.device}: {error}"
             ) from error
+        except (SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, Interrupt):  # the user's, who wants to end the run
+                raise
+            raise RuntimeError(f"a method of participant {self.member.info.id} raised {error!r}") from error
         measured: dict[str, Any] = {
             "train_seconds": time.perf_counter() - started,
             "train_loss": meter.loss,
@@ -258,32 +283,10 @@ class Participant:
         return Reply(update, ClientReport(**measured | noted), self.sha256)
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _same_tensors(state: State, other: State) -> bool:
-    """Whether both are made of the very same tensors, by the same names."""
-    one, two = trees.flat(state), trees.flat(other)
-    return one.keys() == two.keys() and all(one[name] is two[name] for name in one)
-
-
-def _own(state: State, *others: State) -> State:
-    """The same in order of name, of no graph, sharing no memory with others: copied where it does."""
-    held = {tensor.untyped_storage().data_ptr() for other in others for tensor in trees.tensors(other)}
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().clone() if tensor.untyped_storage().data_ptr() in held else tensor.detach()
-
-    return trees.mapped(own, trees.ordered(state))
-
-
-def _metrics(update: ClientUpdate) -> dict[str, float] | None:
-    """What the method wants in the tables; None where it is nothing. **Raises:** `ValueError` for what is no number."""
-    for name, value in update.metrics.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-            raise ValueError(f"ClientUpdate.metrics[{name!r}]={value!r}: must be a finite number")
-    return dict(update.metrics) or None
+def _stays(state: State, lent: State, held: State) -> bool:
+    """Whether a state is made of the very tensors that were lent, by the same names, and nobody wrote into them."""
+    one, two = trees.flat(state), trees.flat(lent)
+    return one.keys() == two.keys() and all(one[n] is two[n] for n in one) and trees.untouched(lent, held)
 
 
 def nullable(number: float) -> float | None:
@@ -316,8 +319,3 @@ def _marks(process: int) -> int | None:
         return os.open("/proc/self/clear_refs", os.O_WRONLY)
     except OSError:
         return None  # not Linux, or not allowed: the mark is then the process's own
-
-
-def last_line(error: BaseException) -> str:
-    """What a traceback ends in."""
-    return traceback.format_exception_only(error)[-1].strip()

@@ -2,12 +2,12 @@
 
 import functools
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from fedsim.core.errors import text_of
 from fedsim.runtime.base import PLAIN, Answer, Failure, Fold, Policy, Together, Traffic
 
 
@@ -28,6 +28,8 @@ def answered(
 
     down = up = 0
     repeated, seconds, replies = list[int](), dict[int, float](), list[tuple[int, Any]]()
+    for id_ in payloads if policy.told is not None else ():
+        participants[id_].tell(policy.told)
     calls = [functools.partial(getattr(participants[id_], method), round, payloads[id_]) for id_ in payloads]
     received = {key: tensor_bytes(payload) for key, payload in {id(p): p for p in payloads.values()}.items()}
     results = side_by_side(calls, policy.together) if policy.together else one_by_one(calls, policy.finish)
@@ -57,7 +59,7 @@ def one_by_one(calls: Sequence[Callable[[], Any]], finish: Callable[[Any], Any])
         started = time.perf_counter()
         try:
             reply = finish(call())
-        except Exception as error:  # whatever it was: the aggregator's policy decides, and the text says it all
+        except Exception as error:  # whatever it was: the aggregator's policy decides, and the text says what
             reply = failed(error)
         yield reply, time.perf_counter() - started
 
@@ -73,10 +75,11 @@ def side_by_side(calls: Sequence[Callable[[], Any]], together: Together) -> Iter
 
 def failed(error: Exception) -> Failure:
     """What stands for the reply of a participant that raised."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+    seen, cause = set[int](), error
+    while cause is not None and id(cause) not in seen and not isinstance(cause, torch.OutOfMemoryError):
+        seen.add(id(cause))  # an error may be its own cause
         cause = cause.__cause__
-    return Failure("".join(traceback.format_exception(error)), cause is not None)
+    return Failure(text_of(error), isinstance(cause, torch.OutOfMemoryError))
 
 
 SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -87,12 +90,20 @@ def tensor_bytes(value: Any) -> int:
     kind = type(value)
     if kind in SCALARS:
         return 0
-    if isinstance(value, torch.Tensor):
+    if kind is torch.Tensor or isinstance(value, torch.Tensor):
         return value.nbytes
     if kind is list or kind is tuple:
-        return sum(map(tensor_bytes, value))
-    if hasattr(kind, "__dataclass_fields__"):
-        value = vars(value)
-    elif not isinstance(value, Mapping):
+        parts = value
+    elif kind is dict:  # asked first, as the faster question
+        parts = value.values()
+    elif hasattr(kind, "__dataclass_fields__"):
+        parts = vars(value).values()
+    elif isinstance(value, Mapping):
+        parts = value.values()
+    else:
         return 0
-    return sum([tensor_bytes(each) for each in value.values() if type(each) not in SCALARS])
+    total = 0
+    for part in parts:
+        if type(part) not in SCALARS:
+            total += tensor_bytes(part)
+    return total

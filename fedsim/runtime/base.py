@@ -58,6 +58,10 @@ class Failure:
     out_of_memory: bool = False
 
 
+class Interrupt(KeyboardInterrupt):
+    """The user's Ctrl-C, and not something that a participant's method raised."""
+
+
 def as_it_is(returned: Any) -> Any:
     return returned
 
@@ -69,11 +73,13 @@ class Policy:
     - `again`: whether one that raises is asked once more; after running out of memory, when nobody else computes.
     - `finish`: makes the reply of what a participant's method returned.
     - `together`: makes the replies of all members of a chunk at once from their calls; None: one after another.
+    - `told`: what participants are told before (`object.tell(told)`); None: nothing.
     """
 
     again: bool = False
     finish: Callable[[Any], Any] = as_it_is
     together: Together | None = None
+    told: Any = None
 
 
 PLAIN = Policy()

@@ -8,17 +8,8 @@ import torch
 
 from fedsim.core.numerics import NATIVE, check, use
 from fedsim.runtime.answering import answered
-from fedsim.runtime.base import (
-    PLAIN,
-    Call,
-    Fold,
-    Policy,
-    Resources,
-    Runtime,
-    Watch,
-    chunks,
-    pin_threads,
-)
+from fedsim.runtime.base import PLAIN, Call, Fold, Policy, Resources, Runtime, Watch, chunks, pin_threads
+from fedsim.runtime.interrupts import interruptible
 
 
 class InlineCall(Call):
@@ -72,7 +63,8 @@ class InlineRuntime(Runtime):
 
     def ask(self, method: str, *args: Any, watch: Watch | None = None) -> Any:
         self.call.watch = watch
-        return getattr(self.aggregator, method)(*args)
+        with interruptible():
+            return getattr(self.aggregator, method)(*args)
 
     def close(self) -> None:
         torch.set_num_threads(self.threads)

@@ -1,7 +1,6 @@
 """One of several runs, computed in this process: what may go wrong with it ends this run and no other."""
 
 import contextlib
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedsim.cluster.doctor import check_nodes
-from fedsim.engine.participant import last_line
+from fedsim.core.errors import last_line, text_of
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.runtime.base import Runtime
@@ -49,7 +48,7 @@ def attempt(
     except (RunFailed, ValueError):
         raise
     except Exception as error:
-        progress.failed(traceback.format_exc())
+        progress.failed(text_of(error))
         raise RunFailed(run_id, last_line(error)) from error
 
 
