@@ -95,6 +95,8 @@ def run(
     )
     recorder = Recorder(store, facts, population, profile)
     progress.begin(experiment, first)
+    if store.damage:
+        progress.noted(store.damage)
     try:
         for round in range(first, experiment.rounds + 1):
             cohort = round_cohort_of(experiment, round, excluded_ids)

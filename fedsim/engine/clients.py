@@ -131,11 +131,6 @@ class Clients:
             self.reports[id_] = ClientReport(outcome="excluded")
         return self._simulated(round)
 
-    def state_sha256(self, server: trees.State) -> str:
-        """Over the server's state and, in order of id, the hash of each participant's private state."""
-        private = ";".join(f"{id_}:{self.private[id_]}" for id_ in sorted(self.private))
-        return trees.sha256_of_text(f"{trees.sha256(server)}|{private}")
-
     # parts ----------------------------------------------------------------------------------------------------------
 
     def _note(self, replies: Sequence[tuple[int, Reply | Failure]], payloads: Mapping[int, Payload] = NOTHING) -> None:

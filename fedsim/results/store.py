@@ -8,21 +8,25 @@ DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from fedsim.core.numerics import NATIVE
+from fedsim.results import manifest as manifests
 from fedsim.results import tables as results
 from fedsim.results.machine import cpu_model
 from fedsim.results.records import Row
-from fedsim.storage.checkpoint import read_json
+from fedsim.storage.checkpoint import check_states
 from fedsim.storage.locking import check_held
 from fedsim.storage.place import Place, delete, sent, size_of, write_atomically
+from fedsim.storage.sealed import Damaged, sealed_json
 
 
 TOKENIZER = "tokenizer"  # the folder's name
@@ -40,6 +44,8 @@ class RunStore:
         self.profile = results.arrow_of("profile", run_id, [])
         self.last: int | None = None
         self.numerics: list[dict[str, Any]] = []  # of the rounds, oldest first: more than one if resumed elsewhere
+        self.files: dict[str, str] = {}  # seals and hashes, as the manifest has them
+        self.damage: str | None = None  # why the last finished round is computed once more
 
     @property
     def wall_seconds(self) -> float:
@@ -85,9 +91,12 @@ class RunStore:
     def open(self, resume: bool, numerics: Mapping[str, Any]) -> int:
         """Prepare to compute; the number of the first round to do. Without `resume` what was there is deleted.
 
+        Every state is read and compared with its hash. Where one of the last finished round is damaged, that round is
+        computed once more, from the one before it; `damage` says why.
+
         - `numerics`: what the rounds to come are computed with.
 
-        **Raises:** `ValueError` naming a file that cannot be read.
+        **Raises:** `ValueError` naming a file that is missing, or not as it was written.
         """
         manifest = self._manifest() if resume else None
         if manifest is None:
@@ -99,14 +108,19 @@ class RunStore:
             return 0
         before = manifest["numerics"]
         self.numerics = before if before[-1] == _bits(numerics) else [*before, _bits(numerics)]
-        self.last = int(manifest["round"])
-        self.rounds = self._rows("rounds", self.last)
+        last = int(manifest["round"])
+        self.rounds = self._rows("rounds", last)
+        if [row["round"] for row in self.rounds] != list(range(last + 1)):
+            raise self._damaged(f"{self.directory}/rounds/{self.run_id}.parquet: rows of finished rounds are missing")
+        self.last = self._newest_intact(last)
+        if self.last < last:
+            if self.last < 0:
+                self.rounds = []
+                return self.open(resume=False, numerics=numerics)
+            self._write_manifest(manifest | {"round": self.last})  # what is written from here on is newer than it
+            self.rounds = self.rounds[: self.last + 1]
         self.clients = results.arrow_of_run(self.directory, "clients", self.run_id, self.last)
         self.profile = results.arrow_of_run(self.directory, "profile", self.run_id, self.last)
-        if [row["round"] for row in self.rounds] != list(range(self.last + 1)):
-            raise ValueError(
-                f"{self.directory}: rows of run {self.run_id} are missing; delete the folder to start anew"
-            )
         return self.last + 1
 
     def save_tokenizer(self, tokenizer: Any) -> None:
@@ -114,6 +128,7 @@ class RunStore:
         if tokenizer is not None:
             with sent(self.folder / TOKENIZER) as here:
                 tokenizer.save_pretrained(here)
+                self.files |= hashes_of_tokenizer(here, self.run_id)
 
     def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""
@@ -124,15 +139,16 @@ class RunStore:
         tables = {"clients": self.clients, "rounds": results.arrow_of("rounds", self.run_id, self.rounds)}
         with ThreadPoolExecutor(len(tables)) as pool:  # most of it is waiting for the disk
             written = [pool.submit(results.replace_table, self.directory, n, self.run_id, t) for n, t in tables.items()]
-        for each in written:
-            each.result()
+        for name, each in zip(tables, written, strict=True):
+            self.files[manifests.table_file(name, self.run_id)] = each.result()
         manifest = {
             "run_id": self.run_id,
             "code_sha256": self.code_sha256,
             "round": round,
             "numerics": self.numerics,
+            manifests.FILES: self.files,
         }
-        write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
+        self._write_manifest(manifest)
         self.last = round
 
     def add_profile(self, rows: list[Row]) -> None:
@@ -148,7 +164,29 @@ class RunStore:
     # parts ----------------------------------------------------------------------------------------------------------
 
     def _manifest(self) -> dict[str, Any] | None:
-        return read_json(self.folder / "manifest.json")
+        return manifests.read(self.directory, self.run_id)
+
+    def _write_manifest(self, manifest: manifests.Manifest) -> None:
+        write_atomically(self.folder / "manifest.json", sealed_json(manifest))
+
+    def _newest_intact(self, last: int) -> int:
+        """The newest finished round whose states are all as they were written: the last, or the one before; -1: none
+        need be, for it would be round 0 that is computed once more."""
+        try:
+            check_states(self.folder, last, self.rounds[last]["state_sha256"])
+            return last
+        except Damaged as damage:
+            self.damage = f"{damage}: round {last} is computed once more"
+            if last == 0:
+                return -1
+            try:
+                check_states(self.folder, last - 1, self.rounds[last - 1]["state_sha256"])
+                return last - 1
+            except Damaged as before:
+                raise self._damaged(f"{damage}; round {last} cannot be computed once more ({before})") from before
+
+    def _damaged(self, what: str) -> Damaged:
+        return manifests.damaged(what, self.directory, self.run_id)
 
     def _run_row(self) -> Row | None:
         rows = self._rows("runs", None)
@@ -165,6 +203,12 @@ class RunStore:
 def _bits(numerics: Mapping[str, Any]) -> dict[str, Any]:
     """What decides bits, of what is in force here."""
     return {"name": numerics["name"], "cpu": cpu_model(), "fingerprint": numerics["fingerprint"]}
+
+
+def hashes_of_tokenizer(folder: Path, run_id: str) -> dict[str, str]:
+    """SHA-256 of each file of a run's tokenizer, as manifests name it."""
+    files = {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {f"checkpoints/{run_id}/{TOKENIZER}/{n}": hashlib.sha256(data).hexdigest() for n, data in files.items()}
 
 
 def run_ids_in(directory: Place) -> set[str]:

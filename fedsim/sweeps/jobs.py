@@ -190,6 +190,9 @@ class Sender(ProgressListener):
     def begin(self, experiment: Experiment, first: int) -> None:
         self.send("tell", "begin", experiment, first)
 
+    def noted(self, text: str) -> None:
+        self.send("tell", "noted", text)
+
     def within(self, method: str, done: int, total: int) -> None:
         if time.monotonic() >= self.next:  # a display draws no faster
             self.next = time.monotonic() + REDRAW_SECONDS

@@ -131,6 +131,9 @@ class RunLines(ProgressListener):
         figures = f"accuracy {accuracy_of(row)}, {megabytes_of(row)} MB sent, {self.clock.left(row['round'])} left"
         self._print(f"round {row['round']}/{self.rounds}: {row['participants']} participants, {figures}")
 
+    def noted(self, text: str) -> None:
+        self._print(text)
+
     def failed(self, reason: str) -> None:
         self._print(reason)
 
@@ -221,9 +224,12 @@ class TableRow(ProgressListener):
         self.round, self.done, self.now = f"{row['round']}/{self.rounds}", row["round"], ""
         self.accuracy, self.sent, self.left = accuracy_of(row), megabytes_of(row), self.clock.left(row["round"])
 
+    def noted(self, text: str) -> None:
+        say(self.console, f"{self.label}: {text}")
+
     def failed(self, reason: str) -> None:
         self._becomes("failed")
-        say(self.console, f"{self.label}: {reason}")
+        self.noted(reason)
 
     def end(self) -> None:
         self._becomes("finished")

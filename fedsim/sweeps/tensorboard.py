@@ -80,6 +80,9 @@ class Board(ProgressListener):
         self.writer = SummaryWriter(str(self.folder), purge_step=first)
         self.inner.begin(experiment, first)
 
+    def noted(self, text: str) -> None:
+        self.inner.noted(text)
+
     def within(self, method: str, done: int, total: int) -> None:
         self.inner.within(method, done, total)
 
