@@ -122,6 +122,8 @@ def clean_command(options: argparse.Namespace, console: Console) -> int:
     say(console, f"freed {freed.bytes / 1e6:.1f} MB: checkpoints of {freed.runs} runs")
     if freed.unfinished:
         say(console, f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)")
+    if freed.foreign:
+        say(console, f"left alone {freed.foreign} folders in {directory}/checkpoints that no manifest says are a run's")
     return 0
 
 

@@ -10,6 +10,7 @@ DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from fedsim.results import tables as results
 from fedsim.results.machine import cpu_model
 from fedsim.results.records import Row
 from fedsim.storage.checkpoint import check_states
-from fedsim.storage.locking import check_held
+from fedsim.storage.locking import Lock, check_held, lock_of
 from fedsim.storage.place import Place, delete, sent, size_of, write_atomically
 from fedsim.storage.sealed import Damaged, sealed_json
 
@@ -45,6 +46,7 @@ class RunStore:
         self.last: int | None = None
         self.numerics: list[dict[str, Any]] = []  # of the rounds, oldest first: more than one if resumed elsewhere
         self.files: dict[str, str] = {}  # seals and hashes, as the manifest has them
+        self.lock: Lock = None  # the folder's, when it was opened
         self.damage: str | None = None  # why the last finished round is computed once more
 
     @property
@@ -98,6 +100,7 @@ class RunStore:
 
         **Raises:** `ValueError` naming a file that is missing, or not as it was written.
         """
+        self.lock = lock_of(self.directory)
         manifest = self._manifest() if resume else None
         if manifest is None:
             delete(self.folder)
@@ -132,7 +135,7 @@ class RunStore:
 
     def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""
-        check_held(self.directory)
+        check_held(self.directory, self.lock)
         self.rounds.append(round_row)
         added = results.arrow_of_columns("clients", self.run_id, client_columns)
         self.clients = pa.concat_tables([self.clients, added])
@@ -153,12 +156,13 @@ class RunStore:
 
     def add_profile(self, rows: list[Row]) -> None:
         """Where the time of a round that is finished went."""
+        check_held(self.directory, self.lock)
         self.profile = pa.concat_tables([self.profile, results.arrow_of("profile", self.run_id, rows)])
         results.replace_table(self.directory, "profile", self.run_id, self.profile)
 
     def finish(self, run_row: Row) -> None:
         """The run finished or failed: the row that says so."""
-        check_held(self.directory)
+        check_held(self.directory, self.lock)
         results.write_table(self.directory, "runs", self.run_id, [run_row])
 
     # parts ----------------------------------------------------------------------------------------------------------
@@ -224,17 +228,20 @@ def runs_in(directory: Place) -> pd.DataFrame:
 
 @dataclasses.dataclass(frozen=True)
 class Freed:
-    """What `clean` deleted, and what it left: runs whose checkpoints went, bytes on disk, unfinished runs."""
+    """What `clean` deleted, and what it left: runs whose checkpoints went, bytes on disk, unfinished runs, and folders
+    that no manifest says are a run's."""
 
     runs: int
     bytes: int
     unfinished: int
+    foreign: int
 
 
 def clean(directory: Place, *, unfinished: bool = False) -> Freed:
     """Delete the checkpoints of finished runs, and what killed processes left half-written; tables stay as they are.
 
-    A run without checkpoints is still known to be finished, but cannot be exported any more.
+    A run without checkpoints is still known to be finished, but cannot be exported any more. Nothing is deleted but
+    what a run writes, where a manifest says that it is one, and nothing behind a link.
 
     - `unfinished`: also those of runs that did not finish: they can then not be resumed.
 
@@ -243,11 +250,34 @@ def clean(directory: Place, *, unfinished: bool = False) -> Freed:
     runs = runs_in(directory)
     finished = {*runs["run_id"][runs["status"] == "finished"]}
     folders = [path for path in sorted((directory / "checkpoints").glob("*")) if path.is_dir()]
-    chosen = [path for path in folders if unfinished or path.name in finished]
-    leftovers = [path for table in results.TABLES for path in (directory / table).glob(".*.tmp")]
-    freed = sum(map(size_of, (*chosen, *leftovers)))
-    for path in chosen:
-        delete(path)
-    for path in leftovers:
-        path.unlink()
-    return Freed(len(chosen), freed, len(folders) - len(chosen))
+    ours = [path for path in folders if _is_of_a_run(path, directory)]
+    chosen = [path for path in ours if unfinished or path.name in finished]
+    leftovers = [path for table in results.TABLES for path in (directory / table).glob(".*.parquet.tmp")]
+    written = [path for folder in chosen for path in _written_in(folder)]
+    written += [path for path in leftovers if re.fullmatch(r"\.[0-9a-f]{16}\.parquet\.tmp", path.name)]
+    freed = sum(map(size_of, written))
+    for path in written:
+        if path.is_dir():
+            delete(path)
+        else:
+            path.unlink(missing_ok=True)
+    for folder in chosen:
+        if isinstance(folder, Path) and not any(folder.iterdir()):
+            folder.rmdir()
+    return Freed(len(chosen), freed, len(ours) - len(chosen), len(folders) - len(ours))
+
+
+def _is_of_a_run(folder: Place, directory: Place) -> bool:
+    """Whether a folder lies in the results folder itself and has a manifest that says whose it is."""
+    if folder.resolve() != directory.resolve() / "checkpoints" / folder.name:
+        return False
+    try:
+        return manifests.read(directory, folder.name) is not None
+    except Damaged:
+        return False
+
+
+def _written_in(folder: Place) -> list[Place]:
+    """What a run writes into its folder, the manifest last."""
+    states = (*folder.glob("server.*.safetensors"), *folder.glob(".server.*.tmp"), *folder.glob(".manifest.json.tmp"))
+    return [*states, folder / "private", folder / TOKENIZER, folder / "manifest.json"]

@@ -187,7 +187,8 @@ def size_of(folder: Place) -> int:
     """Bytes of a file, or of all files in a folder."""
     if isinstance(folder, Remote):
         return sum(size for _, size in folder.files())
-    return sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
+    files = (file for file in (folder, *folder.rglob("*")) if file.is_file() and not file.is_symlink())
+    return sum(file.stat().st_size for file in files)
 
 
 @contextlib.contextmanager

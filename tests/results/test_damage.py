@@ -1,5 +1,6 @@
 """What is kept is not trusted: a flipped bit, a cut, zeroed or deleted file is found before it is used, or harmless."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -17,6 +18,8 @@ from fedsim.results.export import check_tokenizer
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.results.tables import load
+from fedsim.simulation import RunFailed
+from fedsim.storage.locking import locked
 from fedsim.storage.sealed import Damaged
 from tests.support.inline_runs import Cut, Interrupted, Told, inline
 from tests.support.manifests import rewrite
@@ -240,6 +243,54 @@ def test_whoever_reads_while_a_run_writes_is_never_alarmed(experiment: Experimen
     assert len(reads) > 20 and max(rounds for rounds, _ in reads) == 4
 
 
+def test_a_folder_that_is_moved_under_a_run_is_not_made_anew(experiment: Experiment, tmp_path: Path) -> None:
+    """The run stops, and nothing is written where the folder lay."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+
+    class Mover(Told):
+        def finished(self, row: dict) -> None:
+            super().finished(row)
+            if row["round"] == 1:
+                out.rename(moved)
+
+    told = Mover()
+    with locked(out), pytest.raises(RunFailed) as error:
+        inline(experiment, out, progress=told)
+    assert told.rounds == [0, 1] and not out.exists() and "\n" not in str(error.value)
+    assert list(load(moved).rounds["round"]) == [0, 1]
+
+
+@pytest.mark.parametrize("remade", ["by another process", "as a copy", "without its lock"])
+def test_a_folder_that_is_another_one_now_is_not_written_to(
+    remade: str, experiment: Experiment, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    class Remaker(Told):
+        def finished(self, row: dict) -> None:
+            super().finished(row)
+            if row["round"] != 1:
+                return
+            if remade == "without its lock":
+                (out / ".lock").unlink()
+                return
+            out.rename(tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", out)
+            if remade == "by another process":
+                other.enter_context(locked(out))
+            self.before = tables(out)
+
+    def tables(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
+
+    told = Remaker()
+    with contextlib.ExitStack() as other, locked(out), pytest.raises(RunFailed, match="was moved or deleted"):
+        inline(experiment, out, progress=told)
+    assert told.rounds == [0, 1]
+    if remade != "without its lock":
+        assert tables(out) == told.before
+
+
 # export and report ----------------------------------------------------------------------------------------------------
 
 EXPORTED = {
@@ -311,12 +362,12 @@ def test_a_changed_tokenizer_is_not_exported(cut: Path, experiment: Experiment, 
     check_tokenizer(out, run_id, folder)
     for data in flips(path, "tokenizer"):
         path.write_bytes(data)
-        with pytest.raises(Damaged, match="tokenizer.json: is not as it was written"):
+        with pytest.raises(Damaged, match=r"tokenizer\.json: is not as it was written"):
             check_tokenizer(out, run_id, folder)
     path.unlink()
-    with pytest.raises(Damaged, match="tokenizer.json: is missing"):
+    with pytest.raises(Damaged, match=r"tokenizer\.json: is missing"):
         check_tokenizer(out, run_id, folder)
     Tokenizer().save_pretrained(folder)
     more.write_text("{}")
-    with pytest.raises(Damaged, match="special_tokens.json"):
+    with pytest.raises(Damaged, match=r"special_tokens\.json"):
         check_tokenizer(out, run_id, folder)
