@@ -1,14 +1,19 @@
 """A participant's grown model as a folder that plain `transformers` loads, with a card that says how it came about."""
 
+import contextlib
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
 
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
-from fedsim.core.canonical import revived
+from fedsim.core.canonical import parsed, revived
 from fedsim.core.fields import refuse
 from fedsim.core.tree import PATH, State, flat, nested, sha256
 from fedsim.data import bpe, text
@@ -36,13 +41,37 @@ if TYPE_CHECKING:
     from transformers.image_processing_backends import PilBackend
 
 
-def export(directory: Place, run_id: str | None, participant: int, to: Path) -> Path:
-    """Write the model `participant` would deploy after a finished run; needs no data.
+def export(
+    directory: Place, run_id: str | None, participant: int, to: Path, modules: Sequence[ModuleType] = ()
+) -> Path:
+    """Write the model `participant` would deploy after a finished run; needs no data, and fetches nothing.
+
+    - `modules`: where classes of the run's config may lie that are neither fedsim's nor in a module imported already.
 
     **Raises:** `ValueError` naming what is not there: the run, the participant, its checkpoint, its tokenizer.
     """
     run = finished_run(directory, run_id)
-    experiment: Experiment = revived(json.loads(run["config"]))
+    if hashlib.sha256(run["config"].encode()).hexdigest()[:16] != run["run_id"]:
+        raise ValueError(f"{directory}: the config is not that of run {run['run_id']}, whose id is made of it")
+    with offline():
+        try:
+            experiment: Experiment = revived(parsed(run["config"]), Experiment, modules)
+        except ValueError as error:
+            raise ValueError(f"run {run['run_id']}: {error}") from error
+        return _exported(directory, run, experiment, participant, to)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Hugging Face's libraries find only what lies on this machine: a stored config may name anything."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _exported(directory: Place, run: dict[str, Any], experiment: Experiment, participant: int, to: Path) -> Path:
     if not 0 <= participant < experiment.participants:
         refuse("--participant", participant, f"from 0 to {experiment.participants - 1}")
     model, told = deployed(directory, run, experiment, participant)
