@@ -227,6 +227,8 @@ def download(folder: Remote, to: Path, leave_out: tuple[str, ...] = ()) -> int:
     """Copy what is in a folder of an object store into one of this machine. **Returns:** the number of files.
 
     - `leave_out`: how the names of files begin that are not copied.
+
+    **Raises:** `ValueError`, before anything is copied, for an object whose name leads out of the folder.
     """
 
     def one(name: str) -> None:
@@ -235,6 +237,9 @@ def download(folder: Remote, to: Path, leave_out: tuple[str, ...] = ()) -> int:
         write_atomically(target, (folder / name).read_bytes())
 
     names = [file.url.removeprefix(f"{folder.url}/") for file, _ in folder.files()]
+    for name in names:
+        if {*name.split("/")} & {"", ".", ".."} or "\\" in name or "\0" in name:
+            raise ValueError(f"{folder}: an object is called {name!r}, which names no file inside a folder")
     names = [name for name in names if not name.startswith(leave_out)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(one, names))

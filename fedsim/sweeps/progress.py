@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.core.terminal import say
+from fedsim.core.terminal import say, shown
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 
@@ -193,7 +193,7 @@ class RunsTable:
         for row in self.shown(self.console.height - AROUND_ROWS):
             status = Text(row.status, style=STYLES[row.status])
             bar = ProgressBar(row.rounds, row.done, width=BAR_WIDTH) if row.status == "running" else ""
-            table.add_row(Text(row.label), status, bar, row.round, row.accuracy, row.sent, row.left, row.now)
+            table.add_row(shown(row.label), status, bar, row.round, row.accuracy, row.sent, row.left, row.now)
         return table
 
     def shown(self, most: int) -> "list[TableRow]":
