@@ -239,7 +239,7 @@ def difference_figure(rows: Sequence[Row], reading: str) -> Figure | None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(known)), [label_of(row["method"]) for row in known], fontsize=8)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_xlabel(f"percentage points against {known[0]['reference']}")
+    axes.set_xlabel(f"percentage points against {label_of(known[0]['reference'])}")
     return figure
 
 

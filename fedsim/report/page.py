@@ -17,7 +17,7 @@ from markupsafe import Markup
 from fedsim.core.terminal import printable
 
 
-CODE = ("runs", "commands")  # what blocks of code are made of
+CODE = ("config", "hardware", "versions", "commands")  # what blocks of code are made of
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,18 @@ def rendered(form: Literal["html", "markdown"], content: Mapping[str, Any]) -> s
     )
     environment.filters |= {"marked": _marked, "cells": _cells, "pretty": _pretty}
     environment.tests["alarming"] = _alarming
-    content = {name: _plain(value, form == "markdown" and name not in CODE) for name, value in content.items()}
+    content = _plain(content, form == "markdown")
     page = environment.get_template("report.j2").render(content, blocks=environment.get_template(f"{form}.j2"))
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
 
 def _plain(value: Any, escaped: bool) -> Any:
-    """The same with texts that are printable; `escaped`: and in which Markdown finds no tags."""
+    """The same with texts that are printable; `escaped`: and in which Markdown finds neither tags nor lines,
+    but for `CODE`."""
     if isinstance(value, str):
-        return printable(value).replace("<", "&lt;") if escaped else printable(value)
+        return printable(value).replace("<", "&lt;").replace("\n", " ") if escaped else printable(value)
     if isinstance(value, Mapping):
-        return {_plain(name, escaped): _plain(item, escaped) for name, item in value.items()}
+        return {_plain(name, escaped): _plain(item, escaped and name not in CODE) for name, item in value.items()}
     return [_plain(item, escaped) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -67,14 +68,14 @@ def _marked(text: str) -> Markup:
 
 def _cells(cells: Sequence[str], strong: bool = False) -> str:
     """A line of a Markdown table."""
-    escaped = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+    escaped = [cell.replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(f'**{cell}**' if strong else cell for cell in escaped)} |"
 
 
 def _pretty(text: str) -> str:
     """JSON, a line a value, none of which ends a block of code."""
     try:
-        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+        return printable(json.dumps(json.loads(text), indent=2, ensure_ascii=False))
     except (ValueError, RecursionError):
         return json.dumps(text)
 
