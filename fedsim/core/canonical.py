@@ -180,7 +180,8 @@ def class_known(name: str, modules: Sequence[ModuleType] = ()) -> Any:
     for module in (_known_module(lies_in.get(written, written)), *(modules if written == "__main__" else ())):
         kind: Any = getattr(module, "__dict__", {}).get(name)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:
-            return kind if kind.__dataclass_params__.frozen else None
+            parameters = getattr(kind, "__dataclass_params__", None)
+            return kind if parameters is not None and parameters.frozen else None
     return None
 
 

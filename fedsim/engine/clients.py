@@ -17,6 +17,7 @@ from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment
 from fedsim.learning.steps import run_alone, run_batched
 from fedsim.runtime.base import Call, Failure, Policy
+from fedsim.storage.sealed import is_damage
 
 
 NOTHING: Mapping[int, Payload] = {}
@@ -138,7 +139,7 @@ class Clients:
         for id_, reply in replies:
             before = self.reports.get(id_)
             if isinstance(reply, Failure):
-                if self.experiment.on_error != "drop":
+                if self.experiment.on_error != "drop" or is_damage(reply.text):
                     raise ParticipantError(id_, reply.text)
                 received = ClientReport(bytes_down=trees.nbytes(payloads[id_]) if payloads else 0)
                 report = received if before is None else before.then(received)

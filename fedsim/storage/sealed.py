@@ -18,6 +18,11 @@ class Damaged(ValueError):
     """A file is not as it was written."""
 
 
+def is_damage(traceback: str) -> bool:
+    """Whether an error that came as text is a `Damaged`."""
+    return traceback.strip().rpartition("\n")[2].startswith(f"{Damaged.__module__}.{Damaged.__qualname__}: ")
+
+
 def stamp(data: bytearray, seal: str) -> None:
     """Put a seal where `UNSEALED` stands last."""
     place = data.rfind(UNSEALED)

@@ -7,12 +7,14 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
 import fedsim
 from fedsim.cli import main
 from fedsim.core.numerics import NATIVE, in_force
+from fedsim.engine.participant import Participant
 from fedsim.experiment import Experiment
 from fedsim.results.export import check_tokenizer
 from fedsim.results.provenance import code_sha256
@@ -214,6 +216,26 @@ def test_a_manifest_without_its_seal_or_of_another_run_is_refused(cut: Path, exp
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("on_error", ["stop", "drop", "retry"])
+def test_a_state_that_is_damaged_under_a_run_ends_it_whatever_the_policy(
+    on_error: Literal["stop", "drop", "retry"], experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out of the round, its participant would change everybody's numbers without a word."""
+    real = Participant._enter
+
+    def entered(self: Participant, before: int, round: int, meter: Any) -> Any:
+        if (before, round, self.member.info.id) == (2, 2, 1):
+            self.version = None  # as in the host that replaces one
+            zeroed(tmp_path / "checkpoints" / run.run_id / "private/1/state.1.safetensors")
+        return real(self, before, round, meter)
+
+    monkeypatch.setattr(Participant, "_enter", entered)
+    run = dataclasses.replace(experiment, on_error=on_error)
+    with pytest.raises(RunFailed, match=r"participant 1: .*state\.1\.safetensors: not a readable checkpoint"):
+        inline(run, tmp_path)
+    assert list(load(tmp_path).rounds["round"]) == [0, 1]
+
+
 # a run that is under way ----------------------------------------------------------------------------------------------
 
 
@@ -356,8 +378,8 @@ def test_a_changed_tokenizer_is_not_exported(cut: Path, experiment: Experiment, 
     shutil.copytree(cut, out)
     store = RunStore(out, run_id, "")
     store.save_tokenizer(Tokenizer())
-    rewrite(store.folder / "manifest.json", files=store.files)
-    folder = store.folder / "tokenizer"
+    rewrite(out / "checkpoints" / run_id / "manifest.json", files=store.files)
+    folder = out / "checkpoints" / run_id / "tokenizer"
     path, more = folder / "tokenizer.json", folder / "special_tokens.json"
     check_tokenizer(out, run_id, folder)
     for data in flips(path, "tokenizer"):
