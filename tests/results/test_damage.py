@@ -265,7 +265,9 @@ def test_whoever_reads_while_a_run_writes_is_never_alarmed(experiment: Experimen
     assert len(reads) > 20 and max(rounds for rounds, _ in reads) == 4
 
 
-def test_a_folder_that_is_moved_under_a_run_is_not_made_anew(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_folder_that_is_moved_under_a_run_is_not_made_anew(
+    experiment: Experiment, finished: Path, tmp_path: Path
+) -> None:
     """The run stops, and nothing is written where the folder lay."""
     out, moved = tmp_path / "out", tmp_path / "moved"
 
@@ -280,6 +282,7 @@ def test_a_folder_that_is_moved_under_a_run_is_not_made_anew(experiment: Experim
         inline(experiment, out, progress=told)
     assert told.rounds == [0, 1] and not out.exists() and "\n" not in str(error.value)
     assert list(load(moved).rounds["round"]) == [0, 1]
+    assert resumed(experiment, moved) == hashes(finished)
 
 
 @pytest.mark.parametrize("remade", ["by another process", "as a copy", "without its lock"])
