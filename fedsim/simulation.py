@@ -86,7 +86,7 @@ def run(
 
     first = store.open(resume, numerics)
     store.save_tokenizer(task.dataset.tokenizer if task.dataset else None)
-    store.save_classes(task.dataset.class_names if task.dataset else ())
+    store.classes = task.dataset.class_names if task.dataset else ()
     labels = json.dumps(label_histograms(population, task)) if len(population) <= MAX_LABELS else None
     facts = RunFacts(
         experiment=experiment,
@@ -102,6 +102,8 @@ def run(
     )
     recorder = Recorder(store, facts, population, profile)
     progress.begin(experiment, first)
+    if store.damage:
+        progress.noted(store.damage)
     try:
         store.check_content()
         for round in range(first, experiment.rounds + 1):

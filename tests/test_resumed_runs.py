@@ -31,8 +31,6 @@ from fedsim.results.store import RunStore
 from fedsim.results.tables import load
 from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
-from fedsim.simulation import RunFailed
-from fedsim.storage.checkpoint import Versions
 from fedsim.sweeps.runner import check_folder, run_all
 from tests.support.inline_runs import Cut, Interrupted, Told, assert_same_numbers, inline
 
@@ -178,17 +176,6 @@ def test_nobody_can_write_into_what_was_sent(
     monkeypatch.setattr(FedGrow, "client_update", rude)
     inline(tiny_experiment, tmp_path)
     assert_same_numbers(tiny_run, tmp_path)
-
-
-def test_a_checkpoint_that_was_cut_in_half_is_named(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    with pytest.raises(Interrupted):
-        inline(tiny_experiment, tmp_path, progress=Cut(1))
-    path = Versions(tmp_path / "checkpoints" / tiny_experiment.run_id, "server").path(1)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises((RunFailed, ValueError)) as error:
-        inline(tiny_experiment, tmp_path, resume=True)
-    assert str(path) in str(error.value)
-    assert list(load(tmp_path).rounds["round"]) == [0, 1], "what was finished stays readable"
 
 
 # not computed twice ---------------------------------------------------------------------------------------------------

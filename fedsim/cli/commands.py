@@ -14,7 +14,7 @@ from fedsim.core import environment
 from fedsim.core.terminal import say
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cost import Cost, cost_of
-from fedsim.experiment import Experiment, load_experiments, with_settings
+from fedsim.experiment import Experiment, load_experiments, module_named, with_settings
 from fedsim.learning.meter import StepCost
 from fedsim.results.export import export
 from fedsim.results.store import clean, runs_in
@@ -109,7 +109,11 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
 
 
 def export_command(options: argparse.Namespace, console: Console) -> int:
-    folder = export(place(options.directory), options.run, options.participant, options.to)
+    try:
+        modules = [module_named(name) for name in options.modules]
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--import: {error}") from error
+    folder = export(place(options.directory), options.run, options.participant, options.to, modules)
     say(console, f"written: {folder}")
     return 0
 
@@ -122,6 +126,8 @@ def clean_command(options: argparse.Namespace, console: Console) -> int:
     say(console, f"freed {freed.bytes / 1e6:.1f} MB: checkpoints of {freed.runs} runs")
     if freed.unfinished:
         say(console, f"kept those of {freed.unfinished} unfinished runs (--unfinished deletes them)")
+    if freed.foreign:
+        say(console, f"left alone {freed.foreign} folders in {directory}/checkpoints that no manifest says are a run's")
     return 0
 
 

@@ -137,6 +137,15 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
     exporting.add_argument("--participant", type=int, required=True, metavar="I")
     exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    exporting.add_argument(
+        "--import",
+        dest="modules",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="modules of your own in which the run's classes lie, also those of a script",
+    )
     add_numerics(exporting)
     exporting.set_defaults(command="export_command", module="commands")
 

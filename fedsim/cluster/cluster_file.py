@@ -16,6 +16,7 @@ from fedsim.runtime.placement import Capacity, grouped, misfit
 
 # What a user has to set in the files that come with fedsim: these words, and addresses that are for examples only.
 PLACEHOLDERS = re.compile(r"\b\w+-REPLACE\b|\bREPLACE\b|\bPROJECT_ID\b|\b(?:203\.0\.113|192\.0\.2)\.\d+")
+MOST_VALUES = 100_000  # of a file
 RAYS_OWN_WORKERS = 2  # its default of max_workers
 
 
@@ -47,7 +48,8 @@ def read(path: str) -> ClusterFile:
     """**Raises:** `ValueError` for a file that is not one of Ray's cluster launcher."""
     try:
         config = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        _check_size(config)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--cluster={path!r}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict) or "cluster_name" not in config or not isinstance(config.get("provider"), dict):
         raise ValueError(f"--cluster={path!r}: must be a file for `ray up`, with cluster_name and provider")
@@ -56,6 +58,16 @@ def read(path: str) -> ClusterFile:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--cluster={path!r}: available_node_types cannot be understood ({error!r})") from error
     return ClusterFile(Path(path), config, tuple(nodes), workers)
+
+
+def _check_size(config: Any) -> None:
+    """**Raises:** `ValueError` for a file whose aliases stand for more values than anybody writes, or have no end."""
+    waiting, found = [config], 0
+    while waiting:
+        value, found = waiting.pop(), found + 1
+        if found > MOST_VALUES:
+            raise ValueError(f"with its aliases written out, it holds more than {MOST_VALUES} values")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _nodes(config: Mapping[str, Any]) -> tuple[Sequence[NodeType], int]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,7 +17,7 @@ from fedsim.engine.report import RoundReport
 from fedsim.experiment import Experiment
 from fedsim.learning.task import Task, load_task
 from fedsim.runtime.base import Call
-from fedsim.storage.checkpoint import Versions
+from fedsim.storage.checkpoint import Versions, state_sha256
 
 
 class Aggregator:
@@ -68,10 +67,10 @@ class Aggregator:
         private = self.clients.private if round else {}
         if round and self.round != round - 1:
             found = self.versions.load(round)
-            if found is None or found[0] != round - 1:
+            if found is None or found.number != round - 1:
                 raise RuntimeError(f"{self.versions.folder}: no server state of round {round - 1} to go on from")
-            _, self.state, metadata = found
-            private = {int(id_): sha for id_, sha in json.loads(metadata["private"]).items()}
+            self.state = found.state
+            private = {int(id_): sha for id_, sha in json.loads(found.metadata["private"]).items()}
         self.clients.open(private)
         experiment = self.experiment
         task = Task(experiment.task)
@@ -112,11 +111,10 @@ class Aggregator:
 
     def _save(self, round: int) -> str:
         """Write the state down. **Returns:** `state_sha256`."""
-        with self.clock.phase("write"), ThreadPoolExecutor(1) as pool:  # one waits for the disk, the other computes
-            state_sha256 = pool.submit(self.clients.state_sha256, self.state)
-            self.versions.save(round, self.state, {"private": json.dumps(self.clients.private)})
+        with self.clock.phase("write"):
+            server = self.versions.save(round, self.state, {"private": json.dumps(self.clients.private)})
         self.round = round
-        return state_sha256.result()
+        return state_sha256(server, self.clients.private)
 
     def _report(self, round: int, cohort: RoundCohort, state_sha256: str, accuracy_global: float | None) -> RoundReport:
         simulated = self.clients.settle(round, cohort)

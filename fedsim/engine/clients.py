@@ -18,6 +18,7 @@ from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment
 from fedsim.learning.steps import run_alone, run_batched
 from fedsim.runtime.base import Call, Failure, Policy
+from fedsim.storage.sealed import is_damage
 
 
 NOTHING: Mapping[int, Payload] = {}
@@ -136,11 +137,6 @@ class Clients:
             self.reports[id_] = ClientReport(outcome="excluded")
         return self._simulated(round)
 
-    def state_sha256(self, server: trees.State) -> str:
-        """Over the server's state and, in order of id, the hash of each participant's private state."""
-        private = ";".join(f"{id_}:{self.private[id_]}" for id_ in sorted(self.private))
-        return trees.sha256_of_text(f"{trees.sha256(server)}|{private}")
-
     # parts ----------------------------------------------------------------------------------------------------------
 
     def _note(self, replies: Sequence[tuple[int, Reply | Failure]], payloads: Mapping[int, Payload] = NOTHING) -> None:
@@ -148,7 +144,7 @@ class Clients:
         for id_, reply in replies:
             before = self.reports.get(id_)
             if isinstance(reply, Failure):
-                if self.experiment.on_error != "drop":
+                if self.experiment.on_error != "drop" or is_damage(reply.text):
                     raise ParticipantError(id_, reply.text)
                 received = ClientReport(bytes_down=trees.nbytes(payloads[id_]) if payloads else 0)
                 report = received if before is None else before.then(received)

@@ -172,9 +172,8 @@ class Participant:
             return
         found = self.versions.load(before)
         if found is not None:
-            self.version, state, _ = found
+            self.version, state, _, self.sha256 = found
             self.state = trees.to(state, self.device)
-            self.sha256 = trees.sha256(state)
             return
         before, context = meter.flops, self._context(0, meter)
         state = yield from asking(context, self.experiment.algorithm.client_init(context))
@@ -193,9 +192,8 @@ class Participant:
     def _keep(self, version: int, state: State, on_disk: bool = True) -> None:
         """Save before use: what a reply reports is already on disk."""
         kept = trees.clone(trees.to(state, self.device))
-        if on_disk:
-            self.versions.save(version, kept)
-        self.version, self.state, self.sha256 = version, kept, trees.sha256(kept)
+        self.sha256 = self.versions.save(version, kept) if on_disk else trees.sha256(kept)
+        self.version, self.state = version, kept
 
     # parts ----------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,9 @@ class ProgressListener:
     def begin(self, experiment: Experiment, first: int) -> None:
         """A run begins with round `first` (0, or later when it is resumed)."""
 
+    def noted(self, text: str) -> None:
+        """Something about the run that a reader must know."""
+
     def within(self, method: str, done: int, total: int) -> None:
         """Participants that are done with one method of the round that is under way."""
 

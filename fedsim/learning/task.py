@@ -42,7 +42,7 @@ class TaskConfig:
     """
 
     data: DataConfig = DataConfig()
-    family: str = "vit"
+    family: str = dataclasses.field(default="vit", metadata={"module": True})
     patch_size: int = 2
     settings: tuple[tuple[str, str | int | float | bool], ...] = ()
 

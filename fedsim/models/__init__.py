@@ -24,4 +24,7 @@ def get_family(name: str) -> Family:
     """
     if "." not in name and name not in families():
         raise ValueError(f"task.family={name!r}: must be one of {', '.join(families())}, or a module's dotted name")
-    return importlib.import_module(name if "." in name else f"fedsim.models.{name}").FAMILY
+    family = getattr(importlib.import_module(name if "." in name else f"fedsim.models.{name}"), "FAMILY", None)
+    if not isinstance(family, Family):
+        raise ValueError(f"task.family={name!r}: must be a module that declares FAMILY")
+    return family

@@ -69,7 +69,7 @@ def content_of(results: Results, readings: Readings, title: str, commands: Seque
         ],
         "notes": notes(results, readings),
         "runs": runs,
-        "commands": [*typed, *commands],
+        "commands": [" ".join(each.split("\n")) for each in (*typed, *commands)],
         "most_lines": MOST_LINES,
         "worst_percent": f"{100 * WORST_SHARE:.0f}",
     }

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fedsim.core.terminal import printable
 from fedsim.report.comparison import interval
 from fedsim.report.readings import MEGABYTE, by_method, sent_bytes
 
@@ -21,6 +22,7 @@ LINE_STYLES = ["-", "--", ":", "-."]  # of ten colours each
 MOST_PARTICIPANTS = 100  # bars beyond this are too thin to tell apart
 MOST_CLASSES = 20  # in a legend
 MOST_LINES = 14  # in one figure
+LONGEST = 120  # characters of a name
 LOG_FROM = 10  # a logarithmic axis where the methods' totals differ by more than this factor
 PUBLISHED = {"trainable": 59.25, "communication": 73.01}  # % saved: Fed-Grow's abstract, arXiv 2406.13450
 AGAINST = {"rounds": "federated rounds", "MB": "MB sent and received by all participants so far", "FLOPs": "FLOPs"}
@@ -32,6 +34,11 @@ AMOUNTS = {  # of a round
 
 Row = Mapping[str, Any]
 Curve = tuple[list[float], list[float], list[float], list[float]]
+
+
+def label_of(name: str) -> str:
+    """A name as text in a figure: dollars are no mathematics, and a very long one is cut."""
+    return printable(name if len(name) <= LONGEST else f"{name[:LONGEST]}...").replace("$", r"\$")
 
 
 def shown_methods(runs: Sequence[Row]) -> list[str]:
@@ -70,10 +77,18 @@ def accuracy_figure(
             continue
         style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": LINE_STYLES[number // 10 % len(LINE_STYLES)]}
         if against == "MB" and xs[-1] == 0:
-            axes.axhline(means[-1], label=f"{method}, sends nothing", alpha=0.7, linewidth=1.0, **style)
+            axes.axhline(means[-1], label=f"{label_of(method)}, sends nothing", alpha=0.7, linewidth=1.0, **style)
             continue
         width = 2.4 if groups[method][0]["algorithm"] == "fedgrow" else 1.4
-        axes.plot(xs, means, label=method, linewidth=width, marker="o", markersize=3 if len(xs) <= 30 else 0, **style)
+        axes.plot(
+            xs,
+            means,
+            label=label_of(method),
+            linewidth=width,
+            marker="o",
+            markersize=3 if len(xs) <= 30 else 0,
+            **style,
+        )
         axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
         ends += [x for x in xs if x > 0][:1] + xs[-1:]
     if against == "rounds":
@@ -155,14 +170,14 @@ def spread_figure(runs: Sequence[Row], deployed: pd.DataFrame) -> Figure | None:
     for axes, (method, frame) in zip(grid.flat, panels.items(), strict=False):
         heights = 100 * frame["accuracy"]
         axes.bar(range(len(frame)), heights, width=1.0, color=[colours[tier] for tier in frame["tier"].fillna("-")])
-        axes.set_title(_wrapped(method), fontsize=8)
+        axes.set_title(label_of(_wrapped(method)), fontsize=8)
         axes.set_xticks([])
         axes.tick_params(labelsize=8)
         axes.set_ylim(0, 100)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     figure.supylabel("accuracy (%)", fontsize=9)
-    handles = [Patch(color=colour, label=tier) for tier, colour in colours.items()]
+    handles = [Patch(color=colour, label=label_of(tier)) for tier, colour in colours.items()]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, title="tier", title_fontsize=8)
     return figure
 
@@ -196,7 +211,7 @@ def savings_figure(rows: Sequence[Row]) -> Figure | None:
         side = "right" if name == "trainable" else "left"
         axes.text(PUBLISHED[name], len(known) - 0.1, f" {PUBLISHED[name]} % ", color=colour, fontsize=8, ha=side)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(places, [row["method"] for row in known], fontsize=8)
+    axes.set_yticks(places, [label_of(row["method"]) for row in known], fontsize=8)
     axes.set_ylim(-0.7, len(known) - 0.2)
     axes.set_xlim(min(-5.0, 1.05 * lowest), 105)
     axes.set_xlabel("% saved against FedAvg of the target (left of 0: more than FedAvg; cut off at -100)")
@@ -222,9 +237,9 @@ def difference_figure(rows: Sequence[Row], reading: str) -> Figure | None:
         clear = row[f"{reading}_p"] < 0.05
         axes.errorbar(mean, place, xerr=half, fmt="o", markersize=5, color="C0", mfc="C0" if clear else "white")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(known)), [row["method"] for row in known], fontsize=8)
+    axes.set_yticks(range(len(known)), [label_of(row["method"]) for row in known], fontsize=8)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_xlabel(f"percentage points against {known[0]['reference']}")
+    axes.set_xlabel(f"percentage points against {label_of(known[0]['reference'])}")
     return figure
 
 
@@ -240,7 +255,7 @@ def time_figure(rows: Sequence[Row]) -> Figure | None:
     rest = [row["seconds"] - row["local_seconds"] for row in known]
     axes.barh(places, local, color="C1", label="round 0: what participants\ndo alone, and scoring")
     axes.barh(places, rest, left=local, color="C0", label="federated rounds")
-    axes.set_yticks(places, [row["method"] for row in known], fontsize=8)
+    axes.set_yticks(places, [label_of(row["method"]) for row in known], fontsize=8)
     axes.set_xlabel("seconds a run (wall time, mean over seeds)")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     return figure

@@ -50,7 +50,7 @@ class Study(Results):
         """
         from matplotlib.figure import Figure  # takes a second, and most ask for tables
 
-        from fedsim.report.figures import AMOUNTS, curve
+        from fedsim.report.figures import AMOUNTS, curve, label_of
 
         columns = [name for name, kind in self.rounds.dtypes.items() if pd.api.types.is_numeric_dtype(kind)]
         if y not in columns:
@@ -64,7 +64,7 @@ class Study(Results):
             raise ValueError(f"y={y!r}: no round of these runs has it")
         for method, runs in by_method(shown).items():
             x, means, low, high = curve([self._readings.rounds[run["run_id"]] for run in runs], against, y)
-            (line,) = axes.plot(x, means, label=method)
+            (line,) = axes.plot(x, means, label=label_of(method))
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set(xlabel=f"{against}{'' if against == 'rounds' else ', all participants, so far'}", ylabel=y)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fedsim.core.canonical import class_written
+from fedsim.core.canonical import class_known
 
 
 NOT_A_VARIANT = {"seed", "name", "suite"}  # what may differ between two configs of the same variant
@@ -30,7 +30,7 @@ def variant_names(runs: Runs) -> list[str]:
 def settings_of(runs: Runs) -> list[str]:
     """What each run is compared within; small models are named where runs that look alike differ in them."""
     labels = [_setting(run) for run in runs]
-    forms = [_small_forms(run["parsed"]) for run in runs]
+    forms = [small_forms(run["parsed"]) for run in runs]
     several = {label for label in labels if len({f for of, f in zip(labels, forms, strict=True) if of == label}) > 1}
     return [f"{label}, {form}" if label in several else label for label, form in zip(labels, forms, strict=True)]
 
@@ -42,7 +42,7 @@ def _setting(run: Row) -> str:
     return f"{run['suite']}: {data}, {run['participants']} participants{cohort}"
 
 
-def _small_forms(config: Mapping[str, Any]) -> str:
+def small_forms(config: Mapping[str, Any]) -> str:
     def named(form: Mapping[str, Any]) -> str:
         mlp = f" (mlp {form['mlp']})" if form.get("mlp") else ""
         return f"{form['width']}x{form['depth']}{mlp}"
@@ -118,17 +118,14 @@ def _default(config: Any, field: str) -> str | None:
         config = config[int(part)] if isinstance(config, list) else config.get(part)
         if config is None:
             return None
-    default = _defaults(config.get("class", "")).get(name) if isinstance(config, dict) else None
+    default = _defaults(str(config.get("class", ""))).get(name) if isinstance(config, dict) else None
     return default
 
 
 @functools.lru_cache(maxsize=256)
 def _defaults(class_name: str) -> Mapping[str, str]:
-    try:
-        kind = class_written(class_name) if "." in class_name else None
-    except (ImportError, AttributeError):
-        return {}  # a class of somebody's own module, which is not here: nothing goes without saying
-    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    kind = class_known(class_name)
+    fields = () if kind is None else dataclasses.fields(kind)  # somebody's own, not here: nothing goes without saying
     return {f.name: _text(f.default) for f in fields if f.default is not dataclasses.MISSING and _is_leaf(f.default)}
 
 

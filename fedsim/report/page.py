@@ -14,6 +14,11 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedsim.core.terminal import printable
+
+
+CODE = ("config", "hardware", "versions", "commands")  # what blocks of code are made of
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -29,7 +34,7 @@ class Picture:
 
 
 def rendered(form: Literal["html", "markdown"], content: Mapping[str, Any]) -> str:
-    """The whole page. In HTML everything that is not the template's own is escaped."""
+    """The whole page. Everything that is not the template's own is text: tags in it are shown, and do nothing."""
     environment = Environment(
         loader=PackageLoader("fedsim.report"),
         autoescape=form == "html",
@@ -39,8 +44,19 @@ def rendered(form: Literal["html", "markdown"], content: Mapping[str, Any]) -> s
     )
     environment.filters |= {"marked": _marked, "cells": _cells, "pretty": _pretty}
     environment.tests["alarming"] = _alarming
+    content = _plain(content, form == "markdown")
     page = environment.get_template("report.j2").render(content, blocks=environment.get_template(f"{form}.j2"))
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+
+
+def _plain(value: Any, escaped: bool) -> Any:
+    """The same with texts that are printable; `escaped`: and in which Markdown finds neither tags nor lines,
+    but for `CODE`."""
+    if isinstance(value, str):
+        return printable(value).replace("<", "&lt;").replace("\n", " ") if escaped else printable(value)
+    if isinstance(value, Mapping):
+        return {_plain(name, escaped): _plain(item, escaped and name not in CODE) for name, item in value.items()}
+    return [_plain(item, escaped) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _marked(text: str) -> Markup:
@@ -57,7 +73,11 @@ def _cells(cells: Sequence[str], strong: bool = False) -> str:
 
 
 def _pretty(text: str) -> str:
-    return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    """JSON, a line a value, none of which ends a block of code."""
+    try:
+        return printable(json.dumps(json.loads(text), indent=2, ensure_ascii=False))
+    except (ValueError, RecursionError):
+        return json.dumps(text)
 
 
 def _alarming(note: str) -> bool:

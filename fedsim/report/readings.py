@@ -9,7 +9,6 @@ Runs are compared within a *setting*: one suite, one data set, one population of
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -18,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from fedsim.core.canonical import with_todays_names
-from fedsim.report.names import method_names, settings_of
+from fedsim.core.canonical import parsed, with_todays_names
+from fedsim.report.names import method_names, settings_of, small_forms
 from fedsim.results.tables import Results
 
 
@@ -124,9 +123,19 @@ def histories(results: Results) -> dict[str, list[dict[str, Any]]]:
 def finished_runs(results: Results) -> list[dict[str, Any]]:
     """The finished runs, with their `setting` and `method` in words."""
     finished = [run for run in records(results.runs) if run["status"] == "finished"]
-    runs = [run | {"parsed": with_todays_names(json.loads(run["config"]))} for run in finished]
+    runs = [run | {"parsed": _config_of(run)} for run in finished]
     runs = [run | {"setting": setting} for run, setting in zip(runs, settings_of(runs), strict=True)]
     return [run | {"method": method} for run, method in zip(runs, method_names(runs), strict=True)]
+
+
+def _config_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config. **Raises:** `ValueError` if it is none whose tiers can be told."""
+    try:
+        config = with_todays_names(parsed(run["config"]))
+        small_forms(config)
+        return config
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"run {run['run_id']}: its config cannot be understood ({error!r})") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

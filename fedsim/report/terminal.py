@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.terminal import shown
 from fedsim.report.notes import notes
 from fedsim.report.readings import by_setting, read, records
 from fedsim.report.tables import COMPACT, cells, summary
@@ -28,7 +29,9 @@ def print_summary(
         console.width = 120
     readings = read(results, reference=reference)
     for setting, rows in by_setting(records(summary(readings))).items():
-        grid = Table(title=setting, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", title_style="bold")
+        grid = Table(
+            title=_text(setting, console), box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", title_style="bold"
+        )
         grid.add_column("method", overflow="fold")
         for heading in list(COMPACT)[1:]:
             narrow = "\n".join(textwrap.wrap(heading, 8, break_long_words=False))
@@ -46,7 +49,7 @@ def print_summary(
 
 
 def _text(line: str, console: Console) -> Text:
-    """Without markup (labels may hold brackets), and printable on terminals that know ASCII only."""
+    """Without markup (labels may hold brackets), and as terminals that know ASCII only can show it."""
     if not console.encoding.lower().startswith("utf"):
         line = line.replace("±", "+-").encode("ascii", "replace").decode()
-    return Text(line)
+    return shown(line)

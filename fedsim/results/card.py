@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsim.algorithm import ClientInfo, Payload
+from fedsim.core.terminal import printable
 from fedsim.core.tree import State, nbytes, numel
 from fedsim.data.config import KNOWN
 from fedsim.experiment import Experiment
@@ -68,7 +69,13 @@ def card(model: Deployed) -> str:
     """A README for the exported folder: front matter of a model card, then prose."""
     experiment, data = model.experiment, model.experiment.task.data
     loader = PackageLoader("fedsim.results")
-    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=loader,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+    )
     text = environment.get_template("card.j2").render(
         metadata=metadata(model).to_yaml(),
         model=model,

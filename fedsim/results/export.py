@@ -1,16 +1,21 @@
 """A participant's grown model as a folder that plain `transformers` loads, with a card that says how it came about."""
 
+import contextlib
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
 
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
-from fedsim.core.canonical import revived
+from fedsim.core.canonical import parsed, revived
 from fedsim.core.fields import refuse
-from fedsim.core.tree import PATH, State, flat, nested
+from fedsim.core.tree import PATH, State, flat, nested, sha256
 from fedsim.data import bpe, text
 from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import DataConfig
@@ -22,11 +27,13 @@ from fedsim.learning.meter import Meter
 from fedsim.learning.task import Task
 from fedsim.models import get_family
 from fedsim.results import card
+from fedsim.results import manifest as manifests
 from fedsim.results import tables as results
 from fedsim.results.provenance import code_sha256
-from fedsim.results.store import CLASSES, TOKENIZER
-from fedsim.storage.checkpoint import Versions, private_of, read_json
+from fedsim.results.store import TOKENIZER, hashes_of_tokenizer
+from fedsim.storage.checkpoint import Versions, private_of
 from fedsim.storage.place import Place, fetched
+from fedsim.storage.sealed import Damaged
 
 
 if TYPE_CHECKING:
@@ -34,19 +41,43 @@ if TYPE_CHECKING:
     from transformers.image_processing_backends import PilBackend
 
 
-def export(directory: Place, run_id: str | None, participant: int, to: Path) -> Path:
-    """Write the model `participant` would deploy after a finished run; needs no data.
+def export(
+    directory: Place, run_id: str | None, participant: int, to: Path, modules: Sequence[ModuleType] = ()
+) -> Path:
+    """Write the model `participant` would deploy after a finished run; needs no data, and fetches nothing.
+
+    - `modules`: where classes of the run's config may lie that are neither fedsim's nor in a module imported already.
 
     **Raises:** `ValueError` naming what is not there: the run, the participant, its checkpoint, its tokenizer.
     """
     run = finished_run(directory, run_id)
-    experiment: Experiment = revived(json.loads(run["config"]))
+    if hashlib.sha256(run["config"].encode()).hexdigest()[:16] != run["run_id"]:
+        raise ValueError(f"{directory}: the config is not that of run {run['run_id']}, whose id is made of it")
+    with offline():
+        try:
+            experiment: Experiment = revived(parsed(run["config"]), Experiment, modules)
+        except ValueError as error:
+            raise ValueError(f"run {run['run_id']}: {error}") from error
+        return _exported(directory, run, experiment, participant, to)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Hugging Face's libraries find only what lies on this machine: a stored config may name anything."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _exported(directory: Place, run: dict[str, Any], experiment: Experiment, participant: int, to: Path) -> Path:
     if not 0 <= participant < experiment.participants:
         refuse("--participant", participant, f"from 0 to {experiment.participants - 1}")
     model, told = deployed(directory, run, experiment, participant)
     data, kept = experiment.task.data, directory / "checkpoints" / run["run_id"]
     if not data.class_names:
-        data = replace(data, class_names=tuple(read_json(kept / CLASSES) or ()))
+        data = replace(data, class_names=tuple((manifests.read(directory, run["run_id"]) or {}).get("classes", ())))
     if bpe.parsed(data.tokenizer) is None:
         write(model, data, card.card(told), to)
         return to
@@ -54,6 +85,7 @@ def export(directory: Place, run_id: str | None, participant: int, to: Path) -> 
     if not folder.is_dir():
         raise ValueError(f"{folder}: the tokenizer that was trained for the run is not there any more")
     with fetched(folder) as here:
+        check_tokenizer(directory, run["run_id"], here)
         write(model, replace(data, tokenizer=str(here)), card.card(told), to)
     return to
 
@@ -84,18 +116,20 @@ def deployed(
 
     **Raises:** `ValueError` if the checkpoints are not there.
     """
-    folder = directory / "checkpoints" / experiment.run_id
-    manifest = read_json(folder / "manifest.json")
+    run_id = run["run_id"]
+    folder, manifest = directory / "checkpoints" / run_id, manifests.read(directory, run_id)
     if manifest is None:
-        raise ValueError(f"{folder}: holds no checkpoint of run {experiment.run_id}")
+        raise ValueError(f"{folder}: holds no checkpoint of run {run_id}")
     last = int(manifest["round"])
-    server = Versions(folder, "server").load(last + 1)
-    private = private_of(folder / "private", participant).load(last + 1)
-    clients = results.rows_of(results.read_run(directory, "clients", experiment.run_id), "clients")
+    clients = results.rows_of(results.read_run(directory, "clients", run_id), "clients")
     sizes = {row["client"]: row["num_examples"] for row in clients}
-    if server is None or (private is None and participant not in sizes):
-        raise ValueError(f"--participant={participant}: took part in no round of run {experiment.run_id}")
-    held, state = server[1], private[1] if private is not None else {}  # an empty one is not written
+    try:
+        held, state = states_of(folder, last, participant, sealed=manifests.FILES in manifest)
+    except Damaged as error:
+        raise manifests.damaged(str(error), directory, run_id) from error
+    if state is None and participant not in sizes:
+        raise ValueError(f"--participant={participant}: took part in no round of run {run_id}")
+    state = {} if state is None else state  # an empty one is not written
     parts = any(not isinstance(each, torch.Tensor) for each in (*held.values(), *state.values()))
     if not parts and run["code_sha256"] != code_sha256(experiment.algorithm):
         held, state = in_parts(experiment, last, held, state, participant)
@@ -113,7 +147,7 @@ def deployed(
     payload = algorithm.server_broadcast(held, [info], at_server)[participant]
     model: Any = algorithm.client_model(payload, state, at_client)
     if not hasattr(model, "config"):
-        raise ValueError(f"run {experiment.run_id}: {algorithm.name} deploys several models, which no folder can hold")
+        raise ValueError(f"run {run_id}: {algorithm.name} deploys several models, which no folder can hold")
     told = card.Deployed(
         experiment=experiment,
         form=get_family(experiment.task.family).form(model.config),
@@ -125,6 +159,37 @@ def deployed(
         private=state,
     )
     return model, told
+
+
+def states_of(folder: Place, last: int, participant: int, sealed: bool) -> tuple[State, State | None]:
+    """What the server and a participant hold after round `last`; None: nothing is written of the participant.
+
+    - `sealed`: compare the private state with the hash that the server has of it; earlier versions of fedsim wrote
+      files without seals.
+
+    **Raises:** `Damaged` naming what is missing, or not as it was written.
+    """
+    versions, own = Versions(folder, "server"), private_of(folder / "private", participant)
+    server, private = versions.load(last + 1, sealed), own.load(last + 1, sealed)
+    if server is None or server.number != last:
+        raise Damaged(f"{versions.path(last)}: is missing")
+    known = json.loads(server.metadata.get("private", "{}")).get(str(participant)) if sealed else None
+    if known not in (None, sha256({}) if private is None else private.sha256):
+        raise Damaged(f"{own.folder}: the private state of participant {participant} after round {last} is missing")
+    return server.state, None if private is None else private.state
+
+
+def check_tokenizer(directory: Place, run_id: str, here: Path) -> None:
+    """Compare a run's tokenizer, copied to `here`, with its manifest. **Raises:** `Damaged` naming a file."""
+    listed = (manifests.read(directory, run_id) or {}).get(manifests.FILES)
+    if listed is None:
+        return  # of an earlier version
+    found = hashes_of_tokenizer(here, run_id)
+    known = {name: digest for name, digest in listed.items() if name.startswith(f"checkpoints/{run_id}/{TOKENIZER}/")}
+    for name in sorted(found.keys() | known.keys()):
+        if found.get(name) != known.get(name):
+            what = "is missing" if name not in found else "is not as it was written"
+            raise manifests.damaged(f"{directory / name}: {what}", directory, run_id)
 
 
 def in_parts(experiment: Experiment, last: int, server: State, private: State, participant: int) -> tuple[State, State]:

@@ -18,11 +18,10 @@ from pathlib import Path
 import psutil
 
 from fedsim.core import environment, numerics
+from fedsim.core.canonical import PACKAGES, ROOT
 from fedsim.storage.place import place, write_atomically
 
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("fedsim", "fedgrow_algo", "baselines")
 REPORTED = ("fedsim", "torch", "ray", "transformers", "datasets", "numpy", "pandas", "pyarrow", "scikit-learn")
 ANSWER_SECONDS = 5.0
 

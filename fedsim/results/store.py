@@ -5,14 +5,16 @@ DIR/checkpoints/<run_id>/manifest.json       written last: what it does not vouc
 DIR/checkpoints/<run_id>/server.<r>.safetensors
 DIR/checkpoints/<run_id>/private/<participant>/state.<r>.safetensors
 DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
-DIR/checkpoints/<run_id>/classes.json        where the classes have names
 DIR/outdated/<run_id>.<n>/                   what was computed by other sources, or from other data: all of the above
 """
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,21 +22,24 @@ import pyarrow as pa
 
 from fedsim.core.numerics import NATIVE
 from fedsim.engine.content import Content
+from fedsim.results import manifest as manifests
 from fedsim.results import tables as results
 from fedsim.results.machine import cpu_model
 from fedsim.results.records import Row
-from fedsim.storage.checkpoint import read_json
-from fedsim.storage.locking import check_held
+from fedsim.storage.checkpoint import check_states
+from fedsim.storage.locking import Lock, check_held, lock_of
 from fedsim.storage.place import Place, delete, move, sent, size_of, write_atomically
+from fedsim.storage.sealed import Damaged, sealed_json
 
 
-TOKENIZER, CLASSES = "tokenizer", "classes.json"  # the folder's and the file's name
+TOKENIZER = "tokenizer"  # the folder's name
 
 
 class RunStore:
     """Reads and writes what belongs to one run.
 
     - `content`: what the run reads; None: not looked at.
+    - `classes`: what the classes of its data are called, in order, for whoever exports a model of it.
     """
 
     def __init__(self, directory: Place, run_id: str, code_sha256: str, content: Content | None = None) -> None:
@@ -46,6 +51,10 @@ class RunStore:
         self.profile = results.arrow_of("profile", run_id, [])
         self.last: int | None = None
         self.numerics: list[dict[str, Any]] = []  # of the rounds, oldest first: more than one if resumed elsewhere
+        self.classes: Sequence[str] = ()
+        self.files: dict[str, str] = {}  # seals and hashes, as the manifest has them
+        self.lock: Lock = None  # the folder's, when it was opened
+        self.damage: str | None = None  # why the last finished round is computed once more
 
     @property
     def wall_seconds(self) -> float:
@@ -110,10 +119,14 @@ class RunStore:
     def open(self, resume: bool, numerics: Mapping[str, Any]) -> int:
         """Prepare to compute; the number of the first round to do. Without `resume` what was there is moved aside.
 
+        Every state is read and compared with its hash. Where one of the last finished round is damaged, that round is
+        computed once more, from the one before it; `damage` says why.
+
         - `numerics`: what the rounds to come are computed with.
 
-        **Raises:** `ValueError` naming a file that cannot be read.
+        **Raises:** `ValueError` naming a file that is missing, or not as it was written.
         """
+        self.lock = lock_of(self.directory)
         manifest = self._manifest() if resume else None
         if manifest is None:
             self._move_aside()
@@ -122,14 +135,19 @@ class RunStore:
             return 0
         before = manifest["numerics"]
         self.numerics = before if before[-1] == _bits(numerics) else [*before, _bits(numerics)]
-        self.last = int(manifest["round"])
-        self.rounds = self._rows("rounds", self.last)
+        last = int(manifest["round"])
+        self.rounds = self._rows("rounds", last)
+        if [row["round"] for row in self.rounds] != list(range(last + 1)):
+            raise self._damaged(f"{self.directory}/rounds/{self.run_id}.parquet: rows of finished rounds are missing")
+        self.last = self._newest_intact(last)
+        if self.last < last:
+            if self.last < 0:
+                self.rounds = []
+                return self.open(resume=False, numerics=numerics)
+            self._write_manifest(manifest | {"round": self.last})  # what is written from here on is newer than it
+            self.rounds = self.rounds[: self.last + 1]
         self.clients = results.arrow_of_run(self.directory, "clients", self.run_id, self.last)
         self.profile = results.arrow_of_run(self.directory, "profile", self.run_id, self.last)
-        if [row["round"] for row in self.rounds] != list(range(self.last + 1)):
-            raise ValueError(
-                f"{self.directory}: rows of run {self.run_id} are missing; delete the folder to start anew"
-            )
         return self.last + 1
 
     def save_tokenizer(self, tokenizer: Any) -> None:
@@ -137,41 +155,40 @@ class RunStore:
         if tokenizer is not None:
             with sent(self.folder / TOKENIZER) as here:
                 tokenizer.save_pretrained(here)
-
-    def save_classes(self, names: Sequence[str]) -> None:
-        """Keep what the classes of the data are called, in order; nothing if they have no names."""
-        if names:
-            write_atomically(self.folder / CLASSES, json.dumps(names).encode())
+                self.files |= hashes_of_tokenizer(here, self.run_id)
 
     def commit(self, round: int, round_row: Row, client_columns: Mapping[str, Sequence]) -> None:
         """A round is finished: its rows, then the manifest that vouches for them."""
-        check_held(self.directory)
+        check_held(self.directory, self.lock)
         self.rounds.append(round_row)
         added = results.arrow_of_columns("clients", self.run_id, client_columns)
         self.clients = pa.concat_tables([self.clients, added])
         tables = {"clients": self.clients, "rounds": results.arrow_of("rounds", self.run_id, self.rounds)}
         with ThreadPoolExecutor(len(tables)) as pool:  # most of it is waiting for the disk
             written = [pool.submit(results.replace_table, self.directory, n, self.run_id, t) for n, t in tables.items()]
-        for each in written:
-            each.result()
+        for name, each in zip(tables, written, strict=True):
+            self.files[manifests.table_file(name, self.run_id)] = each.result()
         manifest = {
             "run_id": self.run_id,
             "code_sha256": self.code_sha256,
             "round": round,
             "numerics": self.numerics,
             "content": self.content.as_json() if self.content else {},
+            "classes": self.classes,
+            manifests.FILES: self.files,
         }
-        write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
+        self._write_manifest(manifest)
         self.last = round
 
     def add_profile(self, rows: list[Row]) -> None:
         """Where the time of a round that is finished went."""
+        check_held(self.directory, self.lock)
         self.profile = pa.concat_tables([self.profile, results.arrow_of("profile", self.run_id, rows)])
         results.replace_table(self.directory, "profile", self.run_id, self.profile)
 
     def finish(self, run_row: Row) -> None:
         """The run finished or failed: the row that says so."""
-        check_held(self.directory)
+        check_held(self.directory, self.lock)
         results.write_table(self.directory, "runs", self.run_id, [run_row])
 
     # parts ----------------------------------------------------------------------------------------------------------
@@ -193,7 +210,29 @@ class RunStore:
             path.unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any] | None:
-        return read_json(self.folder / "manifest.json")
+        return manifests.read(self.directory, self.run_id)
+
+    def _write_manifest(self, manifest: manifests.Manifest) -> None:
+        write_atomically(self.folder / "manifest.json", sealed_json(manifest))
+
+    def _newest_intact(self, last: int) -> int:
+        """The newest finished round whose states are all as they were written: the last, or the one before; -1: none
+        need be, for it would be round 0 that is computed once more."""
+        try:
+            check_states(self.folder, last, self.rounds[last]["state_sha256"])
+            return last
+        except Damaged as damage:
+            self.damage = f"{damage}: round {last} is computed once more"
+            if last == 0:
+                return -1
+            try:
+                check_states(self.folder, last - 1, self.rounds[last - 1]["state_sha256"])
+                return last - 1
+            except Damaged as before:
+                raise self._damaged(f"{damage}; round {last} cannot be computed once more ({before})") from before
+
+    def _damaged(self, what: str) -> Damaged:
+        return manifests.damaged(what, self.directory, self.run_id)
 
     def _run_row(self) -> Row | None:
         rows = self._rows("runs", None)
@@ -216,6 +255,12 @@ def _bits(numerics: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": numerics["name"], "cpu": cpu_model(), "fingerprint": numerics["fingerprint"]}
 
 
+def hashes_of_tokenizer(folder: Path, run_id: str) -> dict[str, str]:
+    """SHA-256 of each file of a run's tokenizer, as manifests name it."""
+    files = {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {f"checkpoints/{run_id}/{TOKENIZER}/{n}": hashlib.sha256(data).hexdigest() for n, data in files.items()}
+
+
 def run_ids_in(directory: Place) -> set[str]:
     """Every run that left something in a results folder."""
     tables = {path.stem for table in results.TABLES for path in (directory / table).glob("*.parquet")}
@@ -229,17 +274,20 @@ def runs_in(directory: Place) -> pd.DataFrame:
 
 @dataclasses.dataclass(frozen=True)
 class Freed:
-    """What `clean` deleted, and what it left: runs whose checkpoints went, bytes on disk, unfinished runs."""
+    """What `clean` deleted, and what it left: runs whose checkpoints went, bytes on disk, unfinished runs, and folders
+    that no manifest says are a run's."""
 
     runs: int
     bytes: int
     unfinished: int
+    foreign: int
 
 
 def clean(directory: Place, *, unfinished: bool = False) -> Freed:
     """Delete the checkpoints of finished runs, and what killed processes left half-written; tables stay as they are.
 
-    A run without checkpoints is still known to be finished, but cannot be exported any more.
+    A run without checkpoints is still known to be finished, but cannot be exported any more. Nothing is deleted but
+    what a run writes, where a manifest says that it is one, and nothing behind a link.
 
     - `unfinished`: also those of runs that did not finish: they can then not be resumed.
 
@@ -248,11 +296,34 @@ def clean(directory: Place, *, unfinished: bool = False) -> Freed:
     runs = runs_in(directory)
     finished = {*runs["run_id"][runs["status"] == "finished"]}
     folders = [path for path in sorted((directory / "checkpoints").glob("*")) if path.is_dir()]
-    chosen = [path for path in folders if unfinished or path.name in finished]
-    leftovers = [path for table in results.TABLES for path in (directory / table).glob(".*.tmp")]
-    freed = sum(map(size_of, (*chosen, *leftovers)))
-    for path in chosen:
-        delete(path)
-    for path in leftovers:
-        path.unlink()
-    return Freed(len(chosen), freed, len(folders) - len(chosen))
+    ours = [path for path in folders if _is_of_a_run(path, directory)]
+    chosen = [path for path in ours if unfinished or path.name in finished]
+    leftovers = [path for table in results.TABLES for path in (directory / table).glob(".*.parquet.tmp")]
+    written = [path for folder in chosen for path in _written_in(folder)]
+    written += [path for path in leftovers if re.fullmatch(r"\.[0-9a-f]{16}\.parquet\.tmp", path.name)]
+    freed = sum(map(size_of, written))
+    for path in written:
+        if path.is_dir():
+            delete(path)
+        else:
+            path.unlink(missing_ok=True)
+    for folder in chosen:
+        if isinstance(folder, Path) and not any(folder.iterdir()):
+            folder.rmdir()
+    return Freed(len(chosen), freed, len(ours) - len(chosen), len(folders) - len(ours))
+
+
+def _is_of_a_run(folder: Place, directory: Place) -> bool:
+    """Whether a folder lies in the results folder itself and has a manifest that says whose it is."""
+    if folder.resolve() != directory.resolve() / "checkpoints" / folder.name:
+        return False
+    try:
+        return manifests.read(directory, folder.name) is not None
+    except Damaged:
+        return False
+
+
+def _written_in(folder: Place) -> list[Place]:
+    """What a run writes into its folder, the manifest last."""
+    states = (*folder.glob("server.*.safetensors"), *folder.glob(".server.*.tmp"), *folder.glob(".manifest.json.tmp"))
+    return [*states, folder / "private", folder / TOKENIZER, folder / "manifest.json"]

@@ -23,8 +23,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedsim.results import manifest as manifests
 from fedsim.results.columns import DEPLOYED, SCHEMA_KEY, SCHEMA_VERSION, SCHEMAS, TABLES
 from fedsim.storage.place import AT_ONCE, Place, Remote, place, write_atomically
+from fedsim.storage.sealed import UNSEALED, Damaged, check_sealed, sealed
+
+
+VOUCHED = ("rounds", "clients")  # tables whose rows a run's manifest vouches for
+SEAL_KEY = b"fedsim_seal"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +83,28 @@ def write_table(directory: Place, table: str, run_id: str, rows: Sequence[Mappin
 
     **Returns:** the file's path. Raises `OSError` naming it when it cannot be written; what lay there before stays.
     """
-    return replace_table(directory, table, run_id, arrow_of(table, run_id, rows))
+    replace_table(directory, table, run_id, arrow_of(table, run_id, rows))
+    return place(directory) / table / f"{run_id}.parquet"
 
 
-def replace_table(directory: Place, table: str, run_id: str, content: pa.Table) -> Place:
-    """`write_table` of rows that `arrow_of` has made."""
+def replace_table(directory: Place, table: str, run_id: str, content: pa.Table) -> str:
+    """`write_table` of rows that `arrow_of` has made. **Returns:** the file's seal."""
     path = place(directory) / table / f"{run_id}.parquet"
     assert run_id and Path(run_id).name == run_id and run_id[0] not in "._", f"run_id {run_id!r} cannot name a file"
     # Serialised in memory, so that a disk that fills up fails in one plain write.
     buffer = pa.BufferOutputStream()
-    pq.write_table(content, buffer, write_page_checksum=True)
+    with pq.ParquetWriter(buffer, content.schema, write_page_checksum=True) as file:
+        file.write_table(content)
+        file.add_key_value_metadata({SEAL_KEY: UNSEALED})
+    data, seal = sealed(buffer.getvalue())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, data)
     except OSError as error:
         raise OSError(error.errno, f"results not written: {error.strerror or error}", str(path)) from error
     if isinstance(path, Path):
         _sync_folder(path.parent)
-    return path
+    return seal
 
 
 def arrow_of(table: str, run_id: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -135,8 +145,7 @@ def _check_names(table: str, found: set[str]) -> None:
 
 def arrow_of_run(directory: Place, table: str, run_id: str, last: int) -> pa.Table:
     """One run's rows of a table up to round `last`, as they lie on disk; empty if it has none yet."""
-    path, schema = place(directory) / table / f"{run_id}.parquet", TABLES[table]
-    part = _read_file(path, schema) if path.exists() else schema.empty_table()
+    part = _read(place(directory), table, run_id)
     return part.filter(pa.array(part["round"].to_numpy() <= last))
 
 
@@ -145,16 +154,15 @@ def read_table(directory: Place, table: str) -> pd.DataFrame:
 
     Raises `ValueError` for a folder without any results, a file that cannot be read, or one of a newer schema.
     """
-    schema, folder = TABLES[table], place(directory)
+    folder = place(directory)
     _check_has_results(folder)
-    parts = _each(_files(folder, table), lambda path: _read_file(path, schema))
-    return pa.concat_tables([schema.empty_table(), *parts]).to_pandas()
+    parts = _each(_run_ids(folder, table), folder, lambda run_id: _read(folder, table, run_id))
+    return pa.concat_tables([TABLES[table].empty_table(), *parts]).to_pandas()
 
 
 def read_run(directory: Place, table: str, run_id: str) -> pd.DataFrame:
     """One run's rows of one table; empty if it has none yet."""
-    path, schema = place(directory) / table / f"{run_id}.parquet", SCHEMAS[table]
-    return (_read_file(path, schema) if path.exists() else schema.empty_table()).to_pandas()
+    return _read(place(directory), table, run_id).to_pandas()
 
 
 def rows_of(frame: pd.DataFrame, table: str) -> list[dict[str, Any]]:
@@ -198,7 +206,8 @@ def _last_rows(directory: Place) -> tuple[pd.DataFrame, pd.DataFrame]:
         [pa.schema([TABLES["clients"].field(name) for name in names]).empty_table()] for names in (DEPLOYED, hashed)
     )
     columns = tuple(dict.fromkeys((*DEPLOYED, *hashed)))
-    for part in _each(_files(directory, "clients"), lambda path: _read_file(path, TABLES["clients"], columns)):
+    run_ids = _run_ids(directory, "clients")
+    for part in _each(run_ids, directory, lambda run_id: _read(directory, "clients", run_id, columns)):
         trained.append(part.select(hashed).filter(part["small_sha256"].is_valid()))
         part = part.select(DEPLOYED).filter(part["accuracy"].is_valid())
         if part.num_rows:
@@ -207,12 +216,12 @@ def _last_rows(directory: Place) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pa.concat_tables(scored).to_pandas(), pa.concat_tables(trained).to_pandas()
 
 
-def _each(files: Sequence[Place], read: Callable[[Place], pa.Table]) -> Iterable[pa.Table]:
-    """What is read from each file, in order; from an object store, where one waits for every answer, many at once."""
-    if any(isinstance(file, Remote) for file in files):
+def _each(run_ids: Sequence[str], directory: Place, read: Callable[[str], pa.Table]) -> Iterable[pa.Table]:
+    """What is read of each run, in order; from an object store, where one waits for every answer, many at once."""
+    if isinstance(directory, Remote):
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(read, files))
-    return map(read, files)
+            return list(pool.map(read, run_ids))
+    return map(read, run_ids)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -229,6 +238,12 @@ def _files(directory: Place, table: str) -> Sequence[Place]:
     return sorted(path for path in (directory / table).glob("*.parquet") if path.name[0] not in "._")
 
 
+def _run_ids(directory: Place, table: str) -> list[str]:
+    """The runs that have a part of a table, or whose manifest may say that there must be one."""
+    looked_in = SCHEMAS if table in VOUCHED else (table,)
+    return sorted({path.stem for each in looked_in for path in _files(directory, each)})
+
+
 def _check_has_results(directory: Place) -> None:
     if not any(_files(directory, table) for table in SCHEMAS):
         what = "is not a folder" if not directory.is_dir() else "holds no results"
@@ -236,11 +251,50 @@ def _check_has_results(directory: Place) -> None:
         raise ValueError(f"{directory} {what}: looked for {looked_for} in it")
 
 
-def _read_file(path: Place, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """A file's rows; of all columns, or of those named alone."""
-    source = pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path
+def _read(directory: Place, table: str, run_id: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One run's part of a table, of all columns or of those named alone; without rows if it has none yet.
+
+    Whoever writes a run replaces its tables, then its manifest: it is read first here, so that the table is as old or
+    newer. What does not fit is looked at again as long as the manifest changes meanwhile.
+    """
+    manifest = manifests.read(directory, run_id) if table in VOUCHED else None
+    while True:
+        try:
+            return _vouched(manifest, directory, table, run_id, columns)
+        except Damaged as error:
+            before, manifest = manifest, manifests.read(directory, run_id) if table in VOUCHED else None
+            if manifest == before:
+                raise manifests.damaged(str(error), directory, run_id) from error
+
+
+def _vouched(
+    manifest: manifests.Manifest | None, directory: Place, table: str, run_id: str, columns: Sequence[str] | None
+) -> pa.Table:
+    """The same, held against a manifest. **Raises:** `Damaged` for what is missing, or not as it was written."""
+    name = manifests.table_file(table, run_id)
+    path, schema = directory / table / f"{run_id}.parquet", TABLES[table]
+    known = manifest[manifests.FILES].get(name) if manifest and manifests.FILES in manifest else None
     try:
-        with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        if known is None:
+            return schema.empty_table() if columns is None else schema.empty_table().select(columns)
+        raise Damaged(f"{path} is missing, with all that run {run_id} wrote into it") from error
+    part, seal = _read_file(path, data, schema, columns)
+    if manifest is not None and known not in (None, seal):
+        newest = part["round"].to_numpy().max() if part.num_rows else -1
+        if newest <= manifest["round"]:  # else it holds a round that is under way
+            raise Damaged(f"{path} is not the file that the run's manifest vouches for")
+    return part
+
+
+def _read_file(
+    path: Place, data: bytes, schema: pa.Schema, columns: Sequence[str] | None
+) -> tuple[pa.Table, str | None]:
+    """A file's rows, and its seal."""
+    try:
+        seal = check_sealed(data)
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
             _check_version(path, metadata.get(SCHEMA_KEY))
             known = set(file.schema_arrow.names)
@@ -248,14 +302,10 @@ def _read_file(path: Place, schema: pa.Schema, columns: Sequence[str] | None = N
             part = file.read(
                 None if columns is None else [name for name in columns if name in known], use_threads=False
             )
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
-    except OSError as error:
-        if error.errno is not None:  # the system's refusal to read; pyarrow's own complaints carry no number
-            raise
-        raise ValueError(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
+    except (Damaged, pa.ArrowException, OSError) as error:
+        raise Damaged(f"{path} is not a readable Parquet file (cut off or damaged): {error}") from error
     kept = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    return _conform(path, part, kept)
+    return _conform(path, part, kept), seal
 
 
 def _conform(path: Place, part: pa.Table, schema: pa.Schema) -> pa.Table:

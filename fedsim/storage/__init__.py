@@ -1,4 +1,5 @@
 """STORAGE: where files lie.
 
-`place` (a folder or an object store), `checkpoint` (versions of a tree), `locking` (one writer).
+`place` (a folder or an object store), `checkpoint` (versions of a tree), `sealed` (files that show whether they were
+changed), `locking` (one writer).
 """

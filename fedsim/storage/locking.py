@@ -23,8 +23,11 @@ SILENT_SECONDS = 20.0  # without a beat, and the holder is taken for dead
 SETTLE_SECONDS = 1.0  # between writing a claim and believing it: of two who write at once, the later one holds
 
 
+Lock = tuple[int, int] | None  # which file is the lock of a folder on disk; None: it has none, or is no such folder
+
+
 class LockLost(OSError):
-    """Somebody else has taken a results folder over: this process was silent for too long."""
+    """A results folder is not this process's any more: somebody has taken it over, or moved or deleted it."""
 
 
 @contextlib.contextmanager
@@ -55,14 +58,27 @@ def locked(directory: Place, say: Callable[[str], None] = lambda text: None) -> 
         lock.release()
 
 
-def check_held(directory: Place) -> None:
-    """- `directory`: as `locked` yields it.
+def lock_of(directory: Place) -> Lock:
+    """What `check_held` compares with. - `directory`: as `locked` yields it."""
+    if isinstance(directory, Remote):
+        return None
+    try:
+        found = os.stat(directory / ".lock")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino  # no other file's as long as whoever holds the lock keeps it open
 
-    **Raises:** `LockLost` if it is in an object store and somebody has taken it over from this process.
+
+def check_held(directory: Place, lock: Lock = None) -> None:
+    """- `directory`: as `locked` yields it. - `lock`: of a folder on disk, as it was when this process began to write.
+
+    **Raises:** `LockLost` if somebody has taken the folder over from this process, moved it or deleted it.
     """
     heart = directory.holder if isinstance(directory, Remote) else None
     if heart is not None and not heart.still_ours():
         raise LockLost(f"{directory}: another process has taken this folder over; this one was silent for too long")
+    if lock_of(directory) != lock:
+        raise LockLost(f"{directory}: was moved or deleted while this process wrote to it: nothing more is written")
 
 
 class LockHeartbeat:

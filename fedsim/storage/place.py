@@ -199,7 +199,8 @@ def size_of(folder: Place) -> int:
     """Bytes of a file, or of all files in a folder."""
     if isinstance(folder, Remote):
         return sum(size for _, size in folder.files())
-    return sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
+    files = (file for file in (folder, *folder.rglob("*")) if file.is_file() and not file.is_symlink())
+    return sum(file.stat().st_size for file in files)
 
 
 @contextlib.contextmanager
@@ -238,6 +239,8 @@ def download(folder: Remote, to: Path, leave_out: tuple[str, ...] = ()) -> int:
     """Copy what is in a folder of an object store into one of this machine. **Returns:** the number of files.
 
     - `leave_out`: how the names of files begin that are not copied.
+
+    **Raises:** `ValueError`, before anything is copied, for an object whose name leads out of the folder.
     """
 
     def one(name: str) -> None:
@@ -246,6 +249,9 @@ def download(folder: Remote, to: Path, leave_out: tuple[str, ...] = ()) -> int:
         write_atomically(target, (folder / name).read_bytes())
 
     names = [file.url.removeprefix(f"{folder.url}/") for file, _ in folder.files()]
+    for name in names:
+        if {*name.split("/")} & {"", ".", ".."} or "\\" in name or "\0" in name:
+            raise ValueError(f"{folder}: an object is called {name!r}, which names no file inside a folder")
     names = [name for name in names if not name.startswith(leave_out)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(one, names))

@@ -26,7 +26,7 @@ from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.runtime import Choice
 from fedsim.simulation import RunFailed
-from fedsim.storage.locking import check_held
+from fedsim.storage.locking import check_held, lock_of
 from fedsim.storage.place import Place
 from fedsim.sweeps.attempt import Compute, PendingRun, attempt, opened
 from fedsim.sweeps.progress import REDRAW_SECONDS, Overview
@@ -59,6 +59,7 @@ def run_at_once(
         (pending_run.experiment.participants, max(t.num_cpus for t in pending_run.experiment.tiers))
         for pending_run in pending_runs
     ]
+    lock = lock_of(out)
     waiting, workers, failures = deque(pending_runs), list[Worker](), list[RunFailed]()
     with choice.shared(jobs, demands) as shared:
         patience = 0.0
@@ -67,7 +68,7 @@ def run_at_once(
                 while waiting and len(workers) < jobs:
                     workers.append(Worker(context, out, compute, shared))
                     workers[-1].give(waiting.popleft())
-                check_held(out)
+                check_held(out, lock)
                 for worker in _with_news(workers):
                     match worker.receive():
                         case ("tell", method, *arguments):
@@ -189,6 +190,9 @@ class Sender(ProgressListener):
 
     def begin(self, experiment: Experiment, first: int) -> None:
         self.send("tell", "begin", experiment, first)
+
+    def noted(self, text: str) -> None:
+        self.send("tell", "noted", text)
 
     def within(self, method: str, done: int, total: int) -> None:
         if time.monotonic() >= self.next:  # a display draws no faster

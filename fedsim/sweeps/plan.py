@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.core.terminal import say
+from fedsim.core.terminal import say, shown
 from fedsim.data.source import load
 from fedsim.engine.cohort import cohort_of, members, scored_in, tiers_of
 from fedsim.experiment import Experiment
@@ -230,7 +230,7 @@ def _table(experiments: Sequence[Experiment], planner: Planner) -> Table:
         justify = "left" if number < len(SETTING) else "right"
         table.add_column(heading, Text(footer), justify=justify, no_wrap=not folded, overflow="fold")
     for setting, estimate in rows.items():
-        table.add_row(*map(Text, (*setting, *estimate.cells())))
+        table.add_row(*map(shown, (*setting, *estimate.cells())))
     return table
 
 

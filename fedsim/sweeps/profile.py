@@ -4,6 +4,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from fedsim.core.terminal import shown
+
 
 PHASES = ("broadcast", "compute", "sum", "write", "idle")
 
@@ -20,11 +22,11 @@ def print_profile(profile: pd.DataFrame, console: Console) -> None:
         for what, chosen in (("round 0", ~federated), ("a round, on average", federated))
     ]
     for algorithm, what, rows in parts:
-        table = Table(title=f"{algorithm}: seconds of {what}", title_justify="left")
+        table = Table(title=shown(f"{algorithm}: seconds of {what}"), title_justify="left")
         table.add_column("place")
         for phase in PHASES:
             table.add_column(phase, justify="right")
         for place in dict.fromkeys(rows["place"].tolist()):
             there = rows[rows["place"] == place]
-            table.add_row(place, *(f"{there[f'{phase}_seconds'].mean():.3f}" for phase in PHASES))
+            table.add_row(shown(place), *(f"{there[f'{phase}_seconds'].mean():.3f}" for phase in PHASES))
         console.print(table)

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.core.terminal import say
+from fedsim.core.terminal import say, shown
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 
@@ -129,6 +129,9 @@ class RunLines(ProgressListener):
         figures = f"accuracy {accuracy_of(row)}, {megabytes_of(row)} MB sent, {self.clock.left(row['round'])} left"
         self._print(f"round {row['round']}/{self.rounds}: {row['participants']} participants, {figures}")
 
+    def noted(self, text: str) -> None:
+        self._print(text)
+
     def failed(self, reason: str) -> None:
         self._print(reason)
 
@@ -188,7 +191,7 @@ class RunsTable:
         for row in self.shown(self.console.height - AROUND_ROWS):
             status = Text(row.status, style=STYLES[row.status])
             bar = ProgressBar(row.rounds, row.done, width=BAR_WIDTH) if row.status == "running" else ""
-            table.add_row(Text(row.label), status, bar, row.round, row.accuracy, row.sent, row.left, row.now)
+            table.add_row(shown(row.label), status, bar, row.round, row.accuracy, row.sent, row.left, row.now)
         return table
 
     def shown(self, most: int) -> "list[TableRow]":
@@ -219,9 +222,12 @@ class TableRow(ProgressListener):
         self.round, self.done, self.now = f"{row['round']}/{self.rounds}", row["round"], ""
         self.accuracy, self.sent, self.left = accuracy_of(row), megabytes_of(row), self.clock.left(row["round"])
 
+    def noted(self, text: str) -> None:
+        say(self.console, f"{self.label}: {text}")
+
     def failed(self, reason: str) -> None:
         self._becomes("failed")
-        say(self.console, f"{self.label}: {reason}")
+        self.noted(reason)
 
     def end(self) -> None:
         self._becomes("finished")

@@ -4,10 +4,12 @@ DIR/tensorboard/<label>, <run id>        tensorboard --logdir DIR/tensorboard
 """
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsim.core.terminal import printable
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.storage.place import Place
@@ -51,7 +53,8 @@ class Boards:
 
     def begin(self, found: Sequence[tuple[Experiment, str]]) -> None:
         labels = labels_of([experiment for experiment, _ in found])
-        self.names = {run_id: f"{label}, {run_id}".replace("/", "-") for run_id, label in labels.items()}
+        names = {run_id: printable(f"{label[:80]}, {run_id}") for run_id, label in labels.items()}
+        self.names = {run_id: re.sub(r"[/\\\n\t]", "-", name).lstrip(".") for run_id, name in names.items()}
         self.inner.begin(found)
 
     def of(self, run_id: str) -> ProgressListener:
@@ -79,6 +82,9 @@ class Board(ProgressListener):
         # Of rounds that are computed again, TensorBoard forgets what it had been told.
         self.writer = SummaryWriter(str(self.folder), purge_step=first)
         self.inner.begin(experiment, first)
+
+    def noted(self, text: str) -> None:
+        self.inner.noted(text)
 
     def within(self, method: str, done: int, total: int) -> None:
         self.inner.within(method, done, total)

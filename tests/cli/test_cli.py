@@ -20,6 +20,7 @@ from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost
 from fedsim.learning.steps import Asking
 from fedsim.results.tables import load
+from tests.support.manifests import rewrite
 
 
 TINY = "benchmarks.suites:tiny"
@@ -212,20 +213,61 @@ def test_clean_frees_checkpoints_of_finished_runs_and_keeps_the_tables(
     size = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*") if path.is_file())
     cut = out / "checkpoints" / "0123456789abcdef"
     shutil.copytree(out / "checkpoints" / run_id, cut)
-    (out / "rounds" / ".x.parquet.tmp").write_bytes(b"1234")
+    rewrite(cut / "manifest.json", run_id=cut.name, files={})
+    (out / "rounds" / f".{run_id}.parquet.tmp").write_bytes(b"1234")
     before = load(out).rounds
 
     assert main(["clean", str(out)]) == 0
     said = capsys.readouterr().out
     assert f"freed {(size + 4) / 1e6:.1f} MB: checkpoints of 1 runs" in said and "1 unfinished" in said
     assert [path.name for path in (out / "checkpoints").iterdir()] == [cut.name]
-    assert not (out / "rounds" / ".x.parquet.tmp").exists()
+    assert not list((out / "rounds").glob(".*"))
     assert load(out).rounds.equals(before) and load(out).runs.status.tolist() == ["finished"]
     assert main(["export", str(out), "--participant", "0", "--to", str(tmp_path / "model")]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
 
     assert main(["clean", str(out), "--unfinished"]) == 0
     assert not cut.exists() and load(out).rounds.equals(before)
+
+
+def test_clean_deletes_nothing_but_what_a_run_writes(
+    tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders and files of others stay, and what lies behind links."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(tiny_run, out)
+    (run_id,) = load(out).runs.run_id
+    for folder in (elsewhere, out / "checkpoints" / "mine", out / "checkpoints" / run_id / "mine"):
+        folder.mkdir()
+        (folder / "notes.txt").write_text("keep")
+    (out / "rounds" / ".draft.tmp").write_text("keep")
+    (out / "checkpoints" / "linked").symlink_to(elsewhere)
+    shutil.copytree(out / "checkpoints" / run_id, out / "checkpoints" / "renamed")
+    shutil.rmtree(out / "checkpoints" / run_id / "private")
+    (out / "checkpoints" / run_id / "private").symlink_to(elsewhere)
+
+    assert main(["clean", str(out), "--unfinished"]) == 0
+    assert "left alone 3 folders" in capsys.readouterr().out
+    kept = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.t*t") if path.name == "notes.txt"}
+    own = f"out/checkpoints/{run_id}/mine/notes.txt"
+    assert kept == {
+        "elsewhere/notes.txt",
+        "out/checkpoints/mine/notes.txt",
+        "out/checkpoints/renamed/mine/notes.txt",
+        own,
+    }
+    assert (out / "rounds" / ".draft.tmp").exists() and (out / "checkpoints" / "renamed" / "manifest.json").exists()
+    assert not list((out / "checkpoints" / run_id).glob("server.*"))
+
+
+def test_clean_does_not_follow_a_link_to_checkpoints(tmp_path: Path, tiny_run: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(tiny_run, out)
+    (out / "checkpoints").rename(elsewhere)
+    (out / "checkpoints").symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    assert main(["clean", str(out), "--unfinished"]) == 0
+    assert sorted(elsewhere.rglob("*")) == before
 
 
 def test_clean_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,16 @@ def test_what_is_no_such_file(tmp_path: Path, text: str) -> None:
         read(str(tmp_path / "missing.yaml"))
 
 
+BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+
+
+@pytest.mark.parametrize("more", [f"a0: &a0 [x]\n{BOMB}", "loop: &x [*x]\n", "d: " + "[" * 5000 + "]" * 5000])
+def test_a_file_that_is_endless_when_it_is_written_out(tmp_path: Path, more: str) -> None:
+    (tmp_path / "x.yaml").write_text(f"cluster_name: x\nprovider: {{type: aws}}\n{more}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(str(tmp_path / "x.yaml"))
+
+
 def test_the_files_that_come_with_fedsim_lack_only_what_a_user_must_set(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(ROOT)

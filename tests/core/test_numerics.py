@@ -28,6 +28,7 @@ from fedsim.runtime import Choice
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
 from fedsim.sweeps.runner import run_all
+from tests.support.manifests import rewrite
 from tests.support.other_processors import ELSEWHERE, needs_avx2
 
 
@@ -183,16 +184,15 @@ def cut(tiny_run: Path, tiny_experiment: Experiment, tmp_path: Path) -> Path:
     shutil.copytree(tiny_run, out)
     (out / "runs" / f"{run_id}.parquet").unlink()
     manifest = out / "checkpoints" / run_id / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"round": 1}))
+    rewrite(manifest, round=1)
     return out
 
 
 def changed(out: Path, **numerics: str | None) -> None:
     """What the finished rounds of a cut run were computed with."""
     (manifest,) = out.glob("checkpoints/*/manifest.json")
-    content = json.loads(manifest.read_text())
-    content["numerics"][-1] |= numerics
-    manifest.write_text(json.dumps(content))
+    *before, last = json.loads(manifest.read_text())["numerics"]
+    rewrite(manifest, numerics=[*before, last | numerics])
 
 
 def test_a_run_goes_on_where_nothing_has_changed(cut: Path, tiny_experiment: Experiment, tiny_run: Path) -> None:

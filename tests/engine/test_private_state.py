@@ -66,6 +66,8 @@ def kept(tiny_experiment: Experiment, folder: Path, how: str) -> tuple[list[int]
 
 
 def test_a_state_changed_in_place_is_kept_like_a_new_one(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    for folder in ("anew", "in place"):
+        (tmp_path / folder).mkdir()
     anew = kept(tiny_experiment, tmp_path / "anew", "anew")
     in_place = kept(tiny_experiment, tmp_path / "in place", "in place")
     assert anew == in_place == ([1, 2], sha256({"seen": {"rounds": torch.tensor(2.0)}}))

@@ -85,7 +85,7 @@ def told(experiment: Experiment, **changes: Any) -> card.Deployed:
         "form": experiment.target,
         "info": ClientInfo(1, "phone", experiment.tiers[0].form, 1234),
         "round": experiment.rounds,
-        "run": {"versions": '{"torch": "2.0"}', "code_sha256": "abc", "git_commit": None},
+        "run": {"versions": '{"torch": "2.0"}', "code_sha256": "abc", "git_commit": None, "run_id": experiment.run_id},
         "clients": [row | {"accuracy": 0.1}, row | trained, row | scored],
         "received": {"width.embed": torch.zeros(20, 10), "depth.norm": torch.zeros(3, 2)},
         "private": {"middle.classifier.bias": torch.zeros(7)},

@@ -35,6 +35,7 @@ from tests.support.family_rows import (
     examples,
     model_inputs,
 )
+from tests.support.manifests import rewrite
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -283,6 +284,7 @@ def test_export_wants_to_know_which_run_of_several(
     out, other = tmp_path / "out", dataclasses.replace(tiny_experiment, seed=1)
     shutil.copytree(tiny_run, out)
     shutil.copytree(out / "checkpoints" / tiny_experiment.run_id, out / "checkpoints" / other.run_id)
+    rewrite(out / "checkpoints" / other.run_id / "manifest.json", run_id=other.run_id, files={})
     (row,) = rows_of(read_table(out, "runs"), "runs")
     changed = {"run_id": other.run_id, "seed": 1, "config": other.canonical_json()}
     write_table(out, "runs", other.run_id, [row | changed])

@@ -353,3 +353,19 @@ def test_no_secret_is_in_what_a_run_writes(bucket: Remote, store: Store, tiny_ex
     assert found == [] and len(bucket.files()) > 5
     text = json.dumps(fedsim.load(bucket / "out").runs.to_dict("records"), default=str)
     assert store.environment["AWS_ACCESS_KEY_ID"] not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/../../outside", "a//b", "..", "/etc/x", "a/./b", "..\\outside", "a\0b"]
+)
+def test_an_object_never_leads_out_of_the_folder_it_is_fetched_into(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a bucket calls its objects; nothing is copied then."""
+    folder, here = Remote("s3://bucket/out"), tmp_path / "here"
+    listed = [(Remote(f"{folder.url}/{each}"), 1) for each in ("runs/x.parquet", name)]
+    monkeypatch.setattr(Remote, "files", lambda self, deep=True: listed)
+    monkeypatch.setattr(Remote, "read_bytes", lambda self: b"data")
+    with pytest.raises(ValueError, match="names no file inside a folder"):
+        download(folder, here)
+    assert not list(tmp_path.iterdir())

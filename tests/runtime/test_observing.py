@@ -21,6 +21,7 @@ from fedsim.sweeps.progress import overview_for
 from fedsim.sweeps.runner import run_all
 from fedsim.sweeps.tensorboard import SCALARS, Boards
 from tests.support.disturbed import small
+from tests.support.manifests import rewrite
 
 
 PHASES = [f"{phase}_seconds" for phase in ("broadcast", "compute", "sum", "write", "idle")]
@@ -60,7 +61,7 @@ def test_a_profile_goes_on_where_a_run_was_cut(observed: Path, tiny_experiment: 
     run_id = tiny_experiment.run_id
     (out / "runs" / f"{run_id}.parquet").unlink()
     manifest = out / "checkpoints" / run_id / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"round": 2', '"round": 1'))
+    rewrite(manifest, round=1)
     assert Versions(manifest.parent, "server").load(before=2) is not None
     assert RunStore(out, run_id, "").open(resume=True, numerics=in_force(NATIVE)) == 2
     assert run_all([tiny_experiment], out=out, make_runtime=InlineRuntime, profile=True) == []
