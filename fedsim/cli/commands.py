@@ -11,6 +11,7 @@ from rich.console import Console
 from fedsim.cli.options import SUITES, address_of, report_failures
 from fedsim.cluster.doctor import PROBLEM, as_json, examine, print_findings
 from fedsim.core import environment
+from fedsim.core.fields import path_of
 from fedsim.core.terminal import say
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cost import Cost, cost_of
@@ -30,7 +31,7 @@ from fedsim.sweeps.tensorboard import Boards
 
 def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
-    out = place(options.out or Path("results") / options.target.partition(":")[2])
+    out = place(Path("results", options.target.partition(":")[2]) if options.out is None else options.out)
     data_dir, typed = environment.data_dir(), ["fedsim", *options.words]
     overview = Boards(overview_for(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
@@ -109,13 +110,13 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
 
 
 def export_command(options: argparse.Namespace, console: Console) -> int:
-    folder = export(place(options.directory), options.run, options.participant, options.to)
+    folder = export(place(options.directory, "DIR"), options.run, options.participant, path_of(options.to, "--to"))
     say(console, f"written: {folder}")
     return 0
 
 
 def clean_command(options: argparse.Namespace, console: Console) -> int:
-    directory = place(options.directory)
+    directory = place(options.directory, "DIR")
     runs_in(directory)  # a folder without results is refused before a lock is made in it
     with locked(directory):
         freed = clean(directory, unfinished=options.unfinished)
@@ -149,7 +150,7 @@ def doctor_command(options: argparse.Namespace, console: Console) -> int:
         from fedsim.cluster.submit import examine as examine_cluster
 
         return examine_cluster(options, console)
-    out = place(options.out) if options.out else None
+    out = place(options.out) if options.out is not None else None
     runtime = Choice("ray", address=address_of(options))()
     try:
         findings = examine(runtime, out)

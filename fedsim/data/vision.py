@@ -4,13 +4,15 @@ Shape legend: N images, C channels (1 or 3), H = W = image_size.
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from fedsim.core.memory import check_memory
 
 
 def pixels(images: Iterable[Any], image_size: int, channels: int) -> Tensor:
@@ -25,6 +27,8 @@ def pixels(images: Iterable[Any], image_size: int, channels: int) -> Tensor:
     """
     mode = "L" if channels == 1 else "RGB"
     arrays = []
+    if isinstance(images, Sized):
+        check_memory("task.data.image_size", image_size, len(images) * channels * image_size**2)
     for cell in images:
         image = _opened(cell)
         if image.mode != mode:
@@ -42,6 +46,7 @@ def column_pixels(table: Any, column: str, image_size: int, channels: int) -> Te
 
     **Returns:** uint8 `(N, C, H, W)`.
     """
+    check_memory("task.data.image_size", image_size, len(table) * channels * image_size**2)
     cells = (cell for batch in table.select_columns([column]).iter(batch_size=256) for cell in batch[column])
     try:
         return pixels(cells, image_size, channels)

@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 
+from fedsim.core.fields import shown
+from fedsim.core.modules import module_named
 from fedsim.models.family import Family, Form, Inputs
 
 
@@ -22,5 +24,12 @@ def get_family(name: str) -> Family:
     **Raises:** `ValueError` naming the families there are.
     """
     if "." not in name and name not in families():
-        raise ValueError(f"task.family={name!r}: must be one of {', '.join(families())}, or a module's dotted name")
-    return importlib.import_module(name if "." in name else f"fedsim.models.{name}").FAMILY
+        raise ValueError(
+            f"task.family={shown(name)}: must be one of {', '.join(families())}, or a module's dotted name"
+        )
+    what = f"task.family={shown(name)}"
+    module = module_named(name, what) if "." in name else importlib.import_module(f"fedsim.models.{name}")
+    family = getattr(module, "FAMILY", None)
+    if not isinstance(family, Family):
+        raise ValueError(f"{what}: must be a module that declares FAMILY, an instance of fedsim.models.Family")
+    return family

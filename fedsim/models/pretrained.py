@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,6 +61,7 @@ class Checkpoint:
         check_types(self, "checkpoint")
         if not self.path:
             refuse("checkpoint.path", self.path, "a folder, or a hub name together with checkpoint.hub=true")
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
 
 
 def form_of(family: str, checkpoint: Checkpoint) -> Form:

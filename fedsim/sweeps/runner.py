@@ -14,6 +14,7 @@ from fedsim.engine.cohort import check_checkpoints, members
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
+from fedsim.models import get_family
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore, run_ids_in
 from fedsim.runtime import Choice
@@ -32,6 +33,8 @@ def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
     **Raises:** `ValueError` naming the field, and for a checkpoint the participants who were to start from it.
     """
     for experiment in experiments:
+        for form in (*experiment.forms, experiment.middle, experiment.target):
+            get_family(experiment.task.family).check_memory(form, experiment.task.inputs)
         check_checkpoints(experiment)
         members(experiment, load_task(experiment.task, data_dir))
 
