@@ -41,11 +41,9 @@ def _operator(preset: str, task: Task, small: Form, large: Form) -> Operator:
     try:
         return Operator(by_name(preset), task.specs(small), task.specs(large), small.axes, large.axes, post_norm)
     except ValueError as error:
-        sizes = {
-            field.name: (getattr(small, field.name), getattr(large, field.name)) for field in dataclasses.fields(small)
-        }
-        told = ", ".join(f"form.{name} {old} and {new}" for name, (old, new) in sizes.items() if old != new)
-        raise ValueError(f"growing {small} into {large}: {error} ({told or 'of equal forms'})") from error
+        sizes = {name: (size, vars(large)[name]) for name, size in vars(small).items() if size != vars(large)[name]}
+        told = ", ".join(f"form.{name} {old} and {new}" for name, (old, new) in sizes.items())
+        raise ValueError(f"growing {small} into {large}: {error} ({told})") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from fedsim.core.fields import shown
+from fedsim.core.fields import refuse, shown
 from fedsim.core.modules import module_named
 from fedsim.models.family import Family, Form, Inputs
 
@@ -31,5 +31,5 @@ def get_family(name: str) -> Family:
     module = module_named(name, what) if "." in name else importlib.import_module(f"fedsim.models.{name}")
     family = getattr(module, "FAMILY", None)
     if not isinstance(family, Family):
-        raise ValueError(f"{what}: must be a module that declares FAMILY, an instance of fedsim.models.Family")
+        refuse("task.family", name, "a module that declares FAMILY, an instance of fedsim.models.Family")
     return family

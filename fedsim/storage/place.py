@@ -142,8 +142,8 @@ def place(text: "str | os.PathLike[str] | Remote", named: str = "--out") -> Plac
     bucket = rest.partition("/")[0]
     if any(mark in rest for mark in "@?#"):  # it would be written into the tables, and into logs
         raise ValueError(
-            f"{named}: '{scheme}://...': must be {scheme}://BUCKET/PREFIX and no more: credentials, region and endpoint "
-            "come from the machine's role, its configuration files, or environment variables"
+            f"{named}: '{scheme}://...': must be {scheme}://BUCKET/PREFIX and no more: credentials, region and "
+            "endpoint come from the machine's role, its configuration files, or environment variables"
         )
     if scheme not in SCHEMES:
         raise ValueError(f"{named}={shown(text)}: must be a path, or begin with one of s3://, gs://")

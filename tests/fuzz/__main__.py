@@ -12,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 
 import hypothesis
-from hypothesis import strategies as st
 
 from benchmarks.suites import tiny
 from fedsim.experiment import with_settings
