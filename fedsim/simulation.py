@@ -7,6 +7,7 @@ from fedsim.core.numerics import PORTABLE, in_force
 from fedsim.engine.aggregator import Aggregator
 from fedsim.engine.clients import ParticipantError
 from fedsim.engine.cohort import Member, federation_sha256, label_histograms, members, round_cohort_of, scored_in
+from fedsim.engine.content import content_of, pinned
 from fedsim.engine.cost import cost_of, too_small
 from fedsim.engine.gpu import with_gpu_fractions
 from fedsim.engine.participant import Inbox, Participant, last_line
@@ -14,6 +15,7 @@ from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost
 from fedsim.learning.task import load_task
+from fedsim.models.pretrained import check_content
 from fedsim.results.machine import SameEnvironment
 from fedsim.results.provenance import code_sha256
 from fedsim.results.recorder import Recorder
@@ -65,11 +67,12 @@ def run(
     """
     progress = progress or ProgressListener()
     counted = {} if counted is None else counted
-    experiment = with_gpu_fractions(experiment, runtime.probe)
+    experiment = pinned(with_gpu_fractions(experiment, runtime.probe), data_dir)
     numerics = in_force(runtime.numerics)
     task = load_task(experiment.task, data_dir)
     population = members(experiment, task)
-    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm))
+    content = content_of(experiment, data_dir)
+    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm), content)
     if resume:
         store.check_numerics(numerics, resume_anywhere)
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
@@ -87,6 +90,7 @@ def run(
         run_id=experiment.run_id,
         suite=suite,
         code_sha256=store.code_sha256,
+        content=store.content_read() if first else content,
         cost=cost,
         federation_sha256=federation_sha256(experiment, population),
         labels=labels,
@@ -96,6 +100,7 @@ def run(
     recorder = Recorder(store, facts, population, profile)
     progress.begin(experiment, first)
     try:
+        store.check_content()
         for round in range(first, experiment.rounds + 1):
             cohort = round_cohort_of(experiment, round, excluded_ids)
             scored = scored_in(experiment, round, excluded_ids)
@@ -152,8 +157,14 @@ def _participant(
     counted: dict[tuple, StepCost],
     inbox: Inbox,
 ) -> Participant:
-    """What a runtime calls to make a participant, wherever it puts it."""
+    """What a runtime calls to make a participant, wherever it puts it.
+
+    **Raises:** `ValueError` where the data or its checkpoint hold something else than they did for the driver.
+    """
     environment.check()
+    load_task(experiment.task, data_dir)
+    if member.info.checkpoint is not None:
+        check_content(member.info.checkpoint)
     return Participant(experiment, member, data_dir, environment.folder, counted, inbox)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.suites import tiny
 from fedgrow_algo.fedgrow import FedGrow
-from fedsim.data.source import load
+from fedsim.data.source import _loaded
 from fedsim.experiment import Experiment, with_settings
 from fedsim.learning.meter import StepCost
 from fedsim.runtime.base import Runtime
@@ -153,7 +153,7 @@ def said() -> Iterator[list[str]]:
 @pytest.fixture
 def read_again(no_network: None) -> None:
     """Data are read from files in this test, which may have the names of others."""
-    load.cache_clear()
+    _loaded.cache_clear()
 
 
 @pytest.fixture(scope="session")

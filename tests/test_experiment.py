@@ -25,7 +25,7 @@ from fedsim.simulation import run
 from tests.support.every_field import FIELDS
 
 
-PLACEMENT = {"num_cpus", "num_gpus", "memory_mb", "resources", "gpu_fraction"}
+PLACEMENT = {"num_cpus", "num_gpus", "memory_mb", "resources", "gpu_fraction", "sha256"}
 LEAVES = [path for path in FIELDS if not any(other.startswith(path + ".") for other in FIELDS)]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -115,6 +116,13 @@ def check_range(
             refuse(field, value, f"at most {most}")
         if math.isinf(value):
             refuse(field, value, "finite")
+
+
+def check_sha256(instance: Any, prefix: str) -> None:
+    """Refuse a field `sha256` that is no such hash; None passes."""
+    value = instance.sha256
+    if value is not None and not re.fullmatch(r"[0-9a-f]{64}", value):
+        refuse(dotted(prefix, "sha256"), value, "64 digits of 0..9 and a..f, or None")
 
 
 def dotted(prefix: str, name: str) -> str:

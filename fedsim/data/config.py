@@ -1,11 +1,11 @@
 """What an experiment says about its data (`DataConfig`) and what it gets for it (`Dataset`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from fedsim.core.fields import check_range, check_types, refuse
+from fedsim.core.fields import check_range, check_sha256, check_types, refuse
 from fedsim.data import bpe, text
 
 
@@ -71,6 +71,7 @@ class DataConfig:
     - `class_names`: the classes' names in order, or none. Tags named "O", "B-..." and "I-..." get entity scores.
     - `tokenizer`: "bytes", "bpe:SPLIT:SIZE" (`fedsim.data.bpe`), a folder, or a hub name (with `hub`).
     - `max_length`: tokens an example.
+    - `sha256`: what `Dataset.fingerprint` must be; None: anything. No part of what a run is called.
     """
 
     name: str = "digits"
@@ -93,6 +94,7 @@ class DataConfig:
     class_names: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     max_length: int = 64
+    sha256: str | None = field(default=None, metadata={"placement": True})
 
     def __post_init__(self) -> None:
         check_types(self, "task.data")
@@ -130,6 +132,7 @@ class DataConfig:
         if self.objective != "classes" and images:
             accepted = f"'classes' for images (task.data.name={self.name!r}, task.data.image={self.image!r})"
             refuse("task.data.objective", self.objective, accepted)
+        check_sha256(self, "task.data")
         self._check_classes()
 
     def _check_classes(self) -> None:
@@ -233,7 +236,7 @@ class Dataset:
     - `kind`: "image", "text", "tokens", "lm" or "mlm".
     - `num_classes`: how many there are among the labels of examples; 1 where tokens are labelled.
     - `vocab_size`: None for images.
-    - `fingerprint`: sha256 over all tensors, so that a run can record which data it saw.
+    - `fingerprint`: sha256 over all tensors and the tokenizer's special ids: the content that a run saw.
     - `tokenizer`: the one that was trained for these data; None where it came with them.
     """
 

@@ -21,8 +21,7 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 
 def tables(config: DataConfig, data_dir: str | None, cache: str) -> dict[str, Any]:
     """The source's `datasets.Dataset`s under "train" and, unless it has one split only, "test"."""
-    known = KNOWN.get(config.name)
-    path = Path(data_dir or "<FEDSIM_DATA_DIR>" if known else "", config.name).expanduser()
+    known, path = KNOWN.get(config.name), path_of(config, data_dir)
     if path.exists():
         return _read(_found(path, config), config, cache)
     if config.hub:
@@ -33,6 +32,11 @@ def tables(config: DataConfig, data_dir: str | None, cache: str) -> dict[str, An
     else:
         remedy = f"no file or folder {path.absolute()}, nor one of {', '.join((*EMBEDDED, *KNOWN))};"
     raise ValueError(f"task.data.name={config.name!r}: {remedy} allow the hub with --set task.data.hub=true")
+
+
+def path_of(config: DataConfig, data_dir: str | None) -> Path:
+    """Where a data set is looked for."""
+    return Path(data_dir or "<FEDSIM_DATA_DIR>" if config.name in KNOWN else "", config.name).expanduser()
 
 
 def _found(path: Path, config: DataConfig) -> dict[str, list[Path]]:

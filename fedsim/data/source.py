@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedsim.core.fields import refuse
 from fedsim.core.seeding import numpy_generator
 from fedsim.data import bpe, embedded, files, tags, text, vision
 from fedsim.data.config import EMBEDDED, PER_TOKEN, DataConfig, Dataset, Split, cifar10, digits, pydoc, sst2
+from fedsim.data.content import Stamp, stamp
 from fedsim.data.partition import train_validation
 
 
@@ -35,9 +37,8 @@ USUAL_TAGS = ("ner_tags", "tags", "labels")
 SUBSET_SEED = 0
 
 
-@lru_cache(maxsize=8)
 def load(config: DataConfig, data_dir: str | None) -> Dataset:
-    """Load a data set; a second call in the same process with equal arguments returns the same object.
+    """Load a data set; as long as its files stay, a second call in the same process returns the same object.
 
     **Arguments:**
 
@@ -45,6 +46,34 @@ def load(config: DataConfig, data_dir: str | None) -> Dataset:
 
     **Raises:** `ValueError` if there are no such data, or they are not what `config` promises.
     """
+    if config.sha256 is not None:
+        return _pinned(config, data_dir)
+    return _loaded(config, data_dir, stamp(*paths(config, data_dir)))
+
+
+def paths(config: DataConfig, data_dir: str | None) -> list[Path]:
+    """The files and folders on this machine that a data set is read from, a tokenizer's among them."""
+    if config.name in EMBEDDED:
+        return []
+    named = [files.path_of(config, data_dir)]
+    named += [Path(config.tokenizer)] if config.kind != "image" else []
+    return [path for path in named if path.exists()]
+
+
+@lru_cache(maxsize=8)
+def _pinned(config: DataConfig, data_dir: str | None) -> Dataset:
+    """The content is known to be right once it was held against its hash: files are not looked at again."""
+    found = load(replace(config, sha256=None), data_dir)
+    if found.fingerprint != config.sha256:
+        raise ValueError(
+            f"task.data.name={config.name!r}: its content has changed: sha256 {config.sha256} then, "
+            f"{found.fingerprint} now"
+        )
+    return found
+
+
+@lru_cache(maxsize=8)
+def _loaded(config: DataConfig, data_dir: str | None, stamp: Stamp) -> Dataset:
     vocab_size, tokenizer = config.vocab_size, None
     if config.name in EMBEDDED:
         splits = _embedded(config)
@@ -67,7 +96,7 @@ def load(config: DataConfig, data_dir: str | None) -> Dataset:
         test=splits["test"],
         num_classes=1 if config.kind in PER_TOKEN else config.num_classes,
         vocab_size=vocab_size,
-        fingerprint=_fingerprint(splits),
+        fingerprint=_fingerprint(splits, (vocab_size, *config.special_ids, config.mask_id)),
         tokenizer=tokenizer,
     )
 
@@ -277,8 +306,8 @@ def _checked_labels(labels: np.ndarray, config: DataConfig) -> Tensor:
     return torch.from_numpy(shifted)
 
 
-def _fingerprint(splits: dict[str, Split]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(splits: dict[str, Split], ids: tuple[int | None, ...]) -> str:
+    digest = hashlib.sha256(f"{ids}\n".encode())
     for name, split in sorted(splits.items()):
         # Pairs, not a dict: token classes have labels among the inputs as well.
         tensors = [*split.inputs.items(), ("labels", split.labels)]

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core import tree as trees
-from fedsim.core.fields import check_types, refuse
+from fedsim.core.fields import check_sha256, check_types, refuse
 from fedsim.core.seeding import derive, torch_seeded
 from fedsim.core.tree import Tree
-from fedsim.data import bpe
+from fedsim.data import bpe, content
+from fedsim.data.content import stamp
 from fedsim.data.text import BYTE_END
 from fedsim.models import Family, Form, Inputs, get_family
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 DECIDED = {"image_size": "task.data.image_size", "num_channels": "task.data.channels", "patch_size": "task.patch_size"}
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+
+READ = (".json", ".safetensors", ".bin")  # suffixes of the files that a model is read from
 
 PROBE = "Any text will do: 0123456789 ÄÖÜ naïve 東京"  # some of it one byte a letter, some two or three
 
@@ -51,14 +54,17 @@ class Checkpoint:
     - `path`: a folder, or a hub name (with `hub`).
     - `hub`: whether a name may be fetched from the hub; a folder never needs it.
     - `revision`: the hub's branch, tag or commit; only a commit names the same weights for ever.
+    - `sha256`: what `sha256_of` must give; None: anything. No part of what a run is called.
     """
 
     path: str
     hub: bool = False
     revision: str | None = None
+    sha256: str | None = dataclasses.field(default=None, metadata={"placement": True})
 
     def __post_init__(self) -> None:
         check_types(self, "checkpoint")
+        check_sha256(self, "checkpoint")
         if not self.path:
             refuse("checkpoint.path", self.path, "a folder, or a hub name together with checkpoint.hub=true")
         object.__setattr__(self, "path", os.path.expanduser(self.path))
@@ -83,7 +89,14 @@ def load(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: 
 
     **Raises:** `ValueError` naming what is not as the experiment says: a field with both values, or parameters.
     """
-    return dict(_loaded(family, form, inputs, checkpoint, seed, _contents(checkpoint)))
+    check_content(checkpoint)
+    return dict(_loaded(family, form, inputs, checkpoint, seed, stamp(folder_of(checkpoint))))
+
+
+def check_content(checkpoint: Checkpoint) -> None:
+    """**Raises:** `ValueError` with both hashes if a checkpoint does not hold what its `sha256` says."""
+    if checkpoint.sha256 not in (None, found := sha256_of(checkpoint)):
+        raise ValueError(f"{_named(checkpoint)}: its content has changed: sha256 {checkpoint.sha256} then, {found} now")
 
 
 def check(
@@ -96,7 +109,7 @@ def check(
     **Raises:** `ValueError` as `load` does, or for a tokenizer that is not the task's.
     """
     _check_config(family, form, inputs, checkpoint)
-    _check_tokenizer(tokenizer, hub, inputs, checkpoint, _contents(checkpoint))
+    _check_tokenizer(tokenizer, hub, inputs, checkpoint, stamp(folder_of(checkpoint)))
     load(family, form, inputs, checkpoint, seed)
 
 
@@ -303,10 +316,23 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"local_files_only": local, "revision": checkpoint.revision or "main", "trust_remote_code": False}
 
 
-def _contents(checkpoint: Checkpoint) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of each file of a folder: what is remembered of a checkpoint is forgotten with these."""
-    found = [(path, path.stat()) for path in sorted(Path(checkpoint.path).glob("*")) if path.is_file()]
-    return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in found)
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """Where its files lie; fetched from the hub if it may be."""
+    from transformers.utils.hub import cached_file
+
+    if Path(checkpoint.path).is_dir():
+        return Path(checkpoint.path)
+    with _readable(checkpoint, "its config.json could not be read"):
+        source = _source(checkpoint)
+        del source["trust_remote_code"]
+        found = cached_file(checkpoint.path, "config.json", **source)
+    return Path(str(found)).parent
+
+
+def sha256_of(checkpoint: Checkpoint) -> str:
+    """Hash of what a model is read from: its config and weights."""
+    files = sorted(path for path in folder_of(checkpoint).iterdir() if path.suffix in READ)
+    return trees.sha256_of_text("".join(f"{path.name} {content.sha256_of(path)}\n" for path in files))
 
 
 @contextlib.contextmanager

@@ -73,6 +73,8 @@ RUNS = (
     Column("peak_bytes", "int?", "peak_bytes", "largest memory of any participant in a training step, by count",
            "bytes"),
     Column("command", "str?", "run.command", "what was typed to start it"),
+    Column("data_sha256", "str?", "run.content.data_sha256", "of the content of its data, as it was read"),
+    Column("checkpoints_sha256", "str?", "run.content.checkpoints_sha256", "of the checkpoints; null without any"),
     METHOD,
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedsim.algorithm import ClientInfo
 from fedsim.engine.cohort import RoundCohort
+from fedsim.engine.content import Content
 from fedsim.engine.cost import Cost, whole
 from fedsim.engine.report import ClientReport, RoundReport
 from fedsim.experiment import Experiment
@@ -34,6 +35,7 @@ class RunFacts:
     run_id: str
     suite: str
     code_sha256: str
+    content: Content
     cost: Cost
     federation_sha256: str
     labels: str | None

@@ -5,6 +5,7 @@ DIR/checkpoints/<run_id>/manifest.json       written last: what it does not vouc
 DIR/checkpoints/<run_id>/server.<r>.safetensors
 DIR/checkpoints/<run_id>/private/<participant>/state.<r>.safetensors
 DIR/checkpoints/<run_id>/tokenizer/          where one was trained for the run
+DIR/outdated/<run_id>.<n>/                   what was computed by other sources, or from other data: all of the above
 """
 
 import dataclasses
@@ -17,22 +18,26 @@ import pandas as pd
 import pyarrow as pa
 
 from fedsim.core.numerics import NATIVE
+from fedsim.engine.content import Content
 from fedsim.results import tables as results
 from fedsim.results.machine import cpu_model
 from fedsim.results.records import Row
 from fedsim.storage.checkpoint import read_json
 from fedsim.storage.locking import check_held
-from fedsim.storage.place import Place, delete, sent, size_of, write_atomically
+from fedsim.storage.place import Place, delete, move, sent, size_of, write_atomically
 
 
 TOKENIZER = "tokenizer"  # the folder's name
 
 
 class RunStore:
-    """Reads and writes what belongs to one run."""
+    """Reads and writes what belongs to one run.
 
-    def __init__(self, directory: Place, run_id: str, code_sha256: str) -> None:
-        self.directory, self.run_id, self.code_sha256 = directory, run_id, code_sha256
+    - `content`: what the run reads; None: not looked at.
+    """
+
+    def __init__(self, directory: Place, run_id: str, code_sha256: str, content: Content | None = None) -> None:
+        self.directory, self.run_id, self.code_sha256, self.content = directory, run_id, code_sha256, content
         self.folder = directory / "checkpoints" / run_id
         self.private = self.folder / "private"
         self.rounds: list[Row] = []
@@ -46,14 +51,33 @@ class RunStore:
         return sum(row["wall_seconds"] for row in self.rounds)
 
     def status(self) -> str:
-        """`finished`, `unfinished`, `absent`, or `outdated`: computed, at least in part, by other sources."""
-        row = self._run_row()
-        if row is not None and row["status"] == "finished":
-            return "finished" if row["code_sha256"] == self.code_sha256 else "outdated"
-        manifest = self._manifest()
-        if manifest is None:
+        """`finished`, `unfinished`, `absent`, or `outdated`: `outdated_by` says by what."""
+        row, manifest = self._run_row(), self._manifest()
+        if not _finished(row) and manifest is None:
             return "absent"
-        return "unfinished" if manifest["code_sha256"] == self.code_sha256 else "outdated"
+        return "outdated" if self.outdated_by() else "finished" if _finished(row) else "unfinished"
+
+    def outdated_by(self) -> str | None:
+        """What has changed since the run was computed, so that it is to be computed again: sources; if it has finished,
+        also what it has read, with both hashes. None: nothing."""
+        row, manifest = self._run_row(), self._manifest()
+        if (before := manifest or row) is None:
+            return None
+        if before["code_sha256"] != self.code_sha256:
+            return "the code has changed"
+        return self._content_change() if _finished(row) else None
+
+    def content_read(self) -> Content:
+        """What the run has read, as far as it is known."""
+        if known := (self._manifest() or {}).get("content"):
+            return Content(**known)
+        row = self._run_row() or {}
+        return Content(row.get("data_sha256"), row.get("checkpoints_sha256"))
+
+    def check_content(self) -> None:
+        """**Raises:** `ValueError` if what the finished rounds have read has changed, so that none may follow them."""
+        if change := self._content_change():
+            raise ValueError(f"{change}; bring back what rounds up to {self.last} have read, or give another folder")
 
     def check_numerics(self, numerics: Mapping[str, Any], anywhere: bool = False) -> None:
         """**Raises:** `ValueError` if what is finished of the run has other bits than `numerics` would give here."""
@@ -83,7 +107,7 @@ class RunStore:
         return json.loads(row["hardware"]).get("numerics", {}).get("name", NATIVE)
 
     def open(self, resume: bool, numerics: Mapping[str, Any]) -> int:
-        """Prepare to compute; the number of the first round to do. Without `resume` what was there is deleted.
+        """Prepare to compute; the number of the first round to do. Without `resume` what was there is moved aside.
 
         - `numerics`: what the rounds to come are computed with.
 
@@ -91,9 +115,7 @@ class RunStore:
         """
         manifest = self._manifest() if resume else None
         if manifest is None:
-            delete(self.folder)
-            for table in results.TABLES:
-                (self.directory / table / f"{self.run_id}.parquet").unlink(missing_ok=True)
+            self._move_aside()
             self.private.mkdir(parents=True, exist_ok=True)
             self.numerics = [_bits(numerics)]
             return 0
@@ -131,6 +153,7 @@ class RunStore:
             "code_sha256": self.code_sha256,
             "round": round,
             "numerics": self.numerics,
+            "content": self.content.as_json() if self.content else {},
         }
         write_atomically(self.folder / "manifest.json", json.dumps(manifest).encode())
         self.last = round
@@ -147,6 +170,22 @@ class RunStore:
 
     # parts ----------------------------------------------------------------------------------------------------------
 
+    def _content_change(self) -> str | None:
+        return self.content.change_from(self.content_read()) if self.content else None
+
+    def _move_aside(self) -> None:
+        """Keep what is there of the run, out of sight of whoever reads the tables; delete what no manifest names."""
+        parts = {table: self.directory / table / f"{self.run_id}.parquet" for table in results.TABLES}
+        if self.outdated_by() is not None:
+            kept = self.directory / "outdated"
+            number = 1 + sum(each.name.startswith(f"{self.run_id}.") for each in kept.glob("*"))
+            for table, path in parts.items():
+                move(path, kept / f"{self.run_id}.{number}" / path.name.replace(self.run_id, table))
+            move(self.folder, kept / f"{self.run_id}.{number}" / "checkpoint")
+        delete(self.folder)
+        for path in parts.values():
+            path.unlink(missing_ok=True)
+
     def _manifest(self) -> dict[str, Any] | None:
         return read_json(self.folder / "manifest.json")
 
@@ -160,6 +199,10 @@ class RunStore:
         if last is not None:
             frame = frame.loc[frame["round"] <= last]
         return results.rows_of(frame, table)
+
+
+def _finished(row: Row | None) -> bool:
+    return row is not None and row["status"] == "finished"
 
 
 def _bits(numerics: Mapping[str, Any]) -> dict[str, Any]:

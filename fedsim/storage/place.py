@@ -186,6 +186,18 @@ def delete(folder: Place) -> None:
         folder.system.delete_dir(folder.path)
 
 
+def move(source: Place, target: Place) -> None:
+    """Give a file or a folder another path beside it; nothing if it is not there."""
+    if isinstance(source, Path):
+        if source.exists():
+            Path(str(target)).parent.mkdir(parents=True, exist_ok=True)
+            source.rename(str(target))
+        return
+    inside = [file for file, _ in source.files()] or ([source] if source.exists() else [])
+    for file in inside:
+        file.system.move(file.path, f"{place(target)}{file.url.removeprefix(source.url)}".partition("://")[2])
+
+
 def size_of(folder: Place) -> int:
     """Bytes of a file, or of all files in a folder."""
     if isinstance(folder, Remote):

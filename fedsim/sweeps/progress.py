@@ -85,11 +85,9 @@ def overview_for(console: Console) -> Overview:
 
 
 def say_found(console: Console, label: str, experiment: Experiment, status: str) -> None:
-    """A line where a results folder holds something that decides what is done: all of a run, or other sources' runs."""
+    """A line where a results folder holds all of a run."""
     if status == "finished":
         say(console, f"{label}: finished before, run {experiment.run_id}")
-    elif status == "outdated":
-        say(console, f"{label}: computed again, the code has changed")
 
 
 # plain lines ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,12 +12,13 @@ from fedsim.core import environment
 from fedsim.core.numerics import in_force, settle
 from fedsim.core.terminal import say
 from fedsim.engine.cohort import check_checkpoints, members
+from fedsim.engine.content import content_of
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.models import get_family
 from fedsim.results.provenance import code_sha256
-from fedsim.results.store import RunStore, run_ids_in
+from fedsim.results.store import RunStore, run_ids_in, runs_in
 from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
@@ -24,7 +26,7 @@ from fedsim.storage.locking import locked
 from fedsim.storage.place import Place, place
 from fedsim.sweeps.attempt import PendingRun, attempt, opened
 from fedsim.sweeps.jobs import run_at_once
-from fedsim.sweeps.progress import Lines, Overview, overview_for
+from fedsim.sweeps.progress import Lines, Overview, labels_of, overview_for
 
 
 def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
@@ -54,6 +56,39 @@ def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) ->
             raise ValueError(
                 f"--out={str(out)!r}: holds run {run_id}, which is unfinished: add --resume to go on with it"
             )
+
+
+def store_of(out: Place, experiment: Experiment, data_dir: str | None) -> RunStore:
+    """An experiment's place in a results folder, with the content that it would read now."""
+    content = content_of(experiment, data_dir)
+    return RunStore(out, experiment.run_id, code_sha256(experiment.algorithm), content)
+
+
+def check_joined(out: Place, experiments: Sequence[Experiment], stores: Mapping[str, RunStore]) -> None:
+    """Refuse (`ValueError`) a folder whose other runs have read the same data, or checkpoints, with another content."""
+    others = sorted(run_ids_in(out) - stores.keys())
+    configs = dict(runs_in(out)[["run_id", "config"]].to_numpy()) if others else {}
+    ours = {_reads(experiment.canonical_json()): stores[experiment.run_id].content for experiment in experiments}
+    for run_id in filter(configs.__contains__, others):
+        before, (data, checkpoints) = RunStore(out, run_id, "").content_read(), _reads(configs[run_id])
+        for (our_data, our_checkpoints), content in ours.items():
+            assert content is not None
+            alike = dataclasses.replace(
+                content,
+                data_sha256=content.data_sha256 if data == our_data else None,
+                checkpoints_sha256=content.checkpoints_sha256 if checkpoints == our_checkpoints else None,
+            )
+            if change := alike.change_from(before):
+                raise ValueError(
+                    f"--out={str(out)!r}: holds run {run_id}, which has read something else under the same name: "
+                    f"{change}; bring it back, or give another folder"
+                )
+
+
+def _reads(config: str) -> tuple[str, str]:
+    """What names the data, and the checkpoints, in an experiment's canonical JSON."""
+    experiment = json.loads(config)
+    return json.dumps(experiment["task"]["data"]), json.dumps([tier.get("checkpoint") for tier in experiment["tiers"]])
 
 
 def run_all(
@@ -102,7 +137,8 @@ def run_all(
         counted={},
     )
 
-    stores = {one.run_id: RunStore(out, one.run_id, code_sha256(one.algorithm)) for one in experiments}
+    stores = {one.run_id: store_of(out, one, data_dir) for one in experiments}
+    check_joined(out, experiments, stores)
     found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]
     pending_runs = [
         PendingRun(experiment, status == "unfinished") for experiment, status in found if status != "finished"
@@ -114,6 +150,11 @@ def run_all(
         finished = [stores[one.run_id].finished_with() for one, status in found if status == "finished"]
         if others := sum(numerics != choice.numerics for numerics in finished):
             tell(f"finished runs that were not computed with {choice.numerics} numerics, kept as they are: {others}")
+    labels = labels_of([experiment for experiment, _ in found])
+    for experiment, status in found:
+        if status == "outdated":
+            why = stores[experiment.run_id].outdated_by()
+            tell(f"{labels[experiment.run_id]}: computed again, {why}; what there was is moved to {out}/outdated")
     overview.begin(found)
     try:
         if isinstance(choice, Choice) and jobs > 1 and pending_runs:

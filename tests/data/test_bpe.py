@@ -13,7 +13,7 @@ from benchmarks.suites import tiny
 from fedsim.data import bpe, text
 from fedsim.data.config import DataConfig
 from fedsim.data.partition import Partition
-from fedsim.data.source import load
+from fedsim.data.source import _loaded, load
 from fedsim.experiment import Experiment
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
@@ -85,7 +85,7 @@ def test_data_are_read_with_the_public_splits_tokenizer(folder: Path) -> None:
     assert by_bytes.tokenizer is None and by_bytes.fingerprint != data.fingerprint
     before = data.fingerprint
     (folder / "public.csv").write_text("text,label\n" + "the film is good,0\n" * 9)
-    load.cache_clear()
+    _loaded.cache_clear()
     assert load(config(folder), None).fingerprint != before  # what is public decides the tokens
 
 
@@ -134,9 +134,9 @@ def test_a_run_stores_its_tokenizer_and_an_export_brings_it_along(folder: Path, 
     run_id = run(chosen, runtime=runtime, out=out)
     runtime.close()
     stored = out / "checkpoints" / run_id / "tokenizer"
+    data = load(chosen.task.data, None)
     (folder / "public.csv").unlink()  # an export needs no data
     exported = export(out, None, 0, tmp_path / "model")
-    data = load(chosen.task.data, None)  # remembered from the run
     assert data.tokenizer is not None
     line = (folder / "test.csv").read_text().splitlines()[1].rpartition(",")[0]
     for place in (stored, exported):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fedsim.data import text
-from fedsim.data.source import DataConfig, cifar10, digits, load, pydoc, sst2
+from fedsim.data.source import DataConfig, _loaded, cifar10, digits, load, pydoc, sst2
 from tests.support.data_files import csv_file, picture
 
 
@@ -85,7 +85,7 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"task\.data\.train_split='big'"):
         load(replace(config, train_split="big"), None)
     csv_file(tmp_path, "train.tsv", ["text\tlabel", "a\t0"])
-    load.cache_clear()
+    _loaded.cache_clear()
     with pytest.raises(ValueError, match=r"\['train\.csv', 'train\.tsv'\]"):
         load(config, None)
     (tmp_path / "train.tsv").rename(tmp_path / "test.tsv")

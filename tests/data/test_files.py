@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedsim.data.partition import Partition
-from fedsim.data.source import DataConfig, load
+from fedsim.data.source import DataConfig, _loaded, load
 from tests.support.data_files import csv_file, decoded, picture, reloaded, same_data
 
 
@@ -261,7 +261,7 @@ def test_groups_are_numbered_alike_in_both_splits_and_under_a_limit(tmp_path):
     assert few.groups is not None
     assert few.groups.tolist() == [number[decoded(row)] for row in few.inputs["input_ids"]]
     write("test", [100, None])
-    load.cache_clear()
+    _loaded.cache_clear()
     with pytest.raises(ValueError, match=r"task\.data\.group='by': must be .*; it holds None"):
         load(config, None)
 

@@ -12,7 +12,7 @@ import torch
 
 from fedsim.data import text
 from fedsim.data.config import DataConfig
-from fedsim.data.source import load
+from fedsim.data.source import _loaded, load
 from tests.support.tagged_words import BL, BP, IL, IP, NAMES, NONE, OO, both, tagged, word_pieces
 
 
@@ -109,7 +109,7 @@ def test_rows_without_a_tagged_token_are_dropped_with_their_group(tmp_path: Path
     assert data.train.inputs["input_ids"][:, 0].tolist() == [97, 98]
     assert data.train.groups is not None and data.train.groups.tolist() == [1, 3] and len(data.train) == 2
     tagged(tmp_path, [[""], []], [[OO], []], "test", by=[1, 2])
-    load.cache_clear()
+    _loaded.cache_clear()
     with pytest.raises(ValueError, match=r"task\.data\.text='tokens': .*no row of the test split holds one"):
         load(config, None)
 

@@ -22,7 +22,7 @@ COLUMNS = {
         trainable_params double, upload_params double, status string, wall_seconds double, git_commit string,
         code_sha256 string, versions string, hardware string, config string, bytes_per_upload int64, model string,
         federation_sha256 string, error string, labels string, held_bytes int64, peak_bytes int64,
-        command string, method string
+        command string, data_sha256 string, checkpoints_sha256 string, method string
     """,
     "rounds": """
         run_id string, algorithm string, seed int64, round int64, stage string, accuracy_mean double,

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fedsim.data.source import DataConfig, Dataset, load
+from fedsim.data.source import DataConfig, Dataset, _loaded, load
 
 
 def same_data(first: Dataset, second: Dataset) -> bool:
@@ -13,7 +13,7 @@ def same_data(first: Dataset, second: Dataset) -> bool:
 
 
 def reloaded(config: DataConfig, data_dir: str | None = None) -> Dataset:
-    load.cache_clear()
+    _loaded.cache_clear()
     return load(config, data_dir)
 
 

@@ -1,0 +1,82 @@
+"""What a run reads, by content: a path says where data and checkpoints lie, not what they hold."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from fedsim.core.tree import sha256_of_text
+from fedsim.data.content import sha256s
+from fedsim.data.source import load, paths
+from fedsim.experiment import Experiment
+from fedsim.models import pretrained
+
+
+SHORT = 16  # digits of a hash in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a run has read.
+
+    - `data_sha256`: of all examples, as tensors. - `checkpoints_sha256`: of all checkpoints; None: there are none.
+    - `files`: hash of each file, by path. Two runs read the same if the two hashes above agree; files tell what
+      differs if they do not.
+    """
+
+    data_sha256: str | None = None
+    checkpoints_sha256: str | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def change_from(self, before: "Content") -> str | None:
+        """Which files hold something else than `before`, with both hashes; None if the same was read.
+
+        What is not known of one of them is not compared.
+        """
+        pairs = (before.data_sha256, self.data_sha256), (before.checkpoints_sha256, self.checkpoints_sha256)
+        differing = [pair for pair in pairs if None not in pair and pair[0] != pair[1]]
+        if not differing:
+            return None
+        changed = [(path, was, self.files.get(path)) for path, was in before.files.items() if path in self.files]
+        found = [_changed(path, was, now) for path, was, now in changed if was != now]
+        found += [f"{path} is new" for path in self.files if before.files and path not in before.files]
+        found += [f"{path} is gone" for path in before.files if path not in self.files]
+        return "; ".join(found[:4]) or "; ".join(_changed("what is read", *pair) for pair in differing)
+
+
+def _changed(what: str, was: str | None, now: str | None) -> str:
+    return f"{what} has changed: sha256 {str(was)[:SHORT]} then, {str(now)[:SHORT]} now"
+
+
+def pinned(experiment: Experiment, data_dir: str | None) -> Experiment:
+    """The experiment with the content of its data and checkpoints: whoever reads anything else in its name raises.
+
+    **Raises:** `ValueError` where the data are missing, or not as the experiment says.
+    """
+    data = dataclasses.replace(experiment.task.data, sha256=load(experiment.task.data, data_dir).fingerprint)
+    tiers = tuple(
+        tier
+        if tier.checkpoint is None
+        else dataclasses.replace(
+            tier, checkpoint=dataclasses.replace(tier.checkpoint, sha256=pretrained.sha256_of(tier.checkpoint))
+        )
+        for tier in experiment.tiers
+    )
+    return dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, data=data), tiers=tiers)
+
+
+def content_of(experiment: Experiment, data_dir: str | None) -> Content:
+    """What an experiment reads if it is run now."""
+    experiment = pinned(experiment, data_dir)
+    checkpoints = [tier.checkpoint for tier in experiment.tiers if tier.checkpoint is not None]
+    folders = [pretrained.folder_of(checkpoint) for checkpoint in checkpoints]
+    files = [sha256s(path) for path in (*paths(experiment.task.data, data_dir), *dict.fromkeys(folders))]
+    together = "".join(f"{each.path} {each.sha256}\n" for each in checkpoints)
+    return Content(
+        data_sha256=experiment.task.data.sha256,
+        checkpoints_sha256=sha256_of_text(together) if checkpoints else None,
+        files=functools.reduce(lambda one, other: one | other, files, {}),
+    )
