@@ -82,6 +82,7 @@ def run(
     tiers_left_out = too_small(experiment, cost)
     excluded_ids = {member.info.id for member in population if member.info.tier in tiers_left_out}
 
+    store.config = experiment.canonical_json()
     first = store.open(resume, numerics)
     store.save_tokenizer(task.dataset.tokenizer if task.dataset else None)
     labels = json.dumps(label_histograms(population, task)) if len(population) <= MAX_LABELS else None

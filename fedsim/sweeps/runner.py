@@ -18,13 +18,14 @@ from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.models import get_family
 from fedsim.results.provenance import code_sha256
-from fedsim.results.store import RunStore, run_ids_in, runs_in
+from fedsim.results.store import RunStore, config_of, run_ids_in, runs_in
 from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.storage.locking import locked
 from fedsim.storage.place import Place, place
 from fedsim.sweeps.attempt import PendingRun, attempt, opened
+from fedsim.sweeps.differences import told
 from fedsim.sweeps.jobs import run_at_once
 from fedsim.sweeps.progress import Lines, Overview, labels_of, overview_for
 
@@ -46,9 +47,11 @@ def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) ->
     wanted = {experiment.run_id: experiment for experiment in experiments}
     others = sorted(run_ids_in(out) - set(wanted))
     if others:
+        there, (here, *_) = config_of(out, others[0]), wanted.values()
+        fields = f": {told(there, here.canonical_json())}" if there else ""
         raise ValueError(
             f"--out={str(out)!r}: holds a different experiment (run {', '.join(others[:3])}; this one is "
-            f"{', '.join(list(wanted)[:3])}): give another folder, or the settings that run was started with"
+            f"{', '.join(list(wanted)[:3])}){fields}: give another folder, or the settings that run was started with"
         )
     for run_id, experiment in wanted.items():
         status = RunStore(out, run_id, code_sha256(experiment.algorithm)).status()

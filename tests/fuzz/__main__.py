@@ -48,9 +48,12 @@ def main() -> int:
     options = command.parse_args()
     found, slow, began, statuses = Counter[str](), list[tuple[float, Request]](), time.monotonic(), Counter[str]()
     os.environ["FEDSIM_NUMERICS"] = "native"
-    with tempfile.TemporaryDirectory() as folder:
-        workspace(Path(folder), with_settings(tiny(), TINY_SETTINGS))
+    with tempfile.TemporaryDirectory() as outer:
+        folder = Path(outer, "here")
+        folder.mkdir()
+        workspace(folder, with_settings(tiny(), TINY_SETTINGS))
         os.chdir(folder)
+        os.environ["HOME"] = str(folder / "home")
         asked = [(each, answer) for each in drawn(options.requests, options.seed)]
         others = filter(encodable, drawn(2 * options.processes + 1, options.seed + 1))
         asked += [(each, answer_of_process) for each in [*others][: options.processes]]

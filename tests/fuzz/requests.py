@@ -145,6 +145,7 @@ def every_field() -> dict[str, tuple[str, ...]]:
 
 
 FIELDS = every_field()
+ALIASES = {"limit": ("examples",)}  # what a message may call a field that decides it
 VALUES = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(TEXTS), st.sampled_from(PATHS), st.text(max_size=8))
 
 
@@ -154,7 +155,8 @@ def settings(draw: st.DrawFn, target: str) -> Request:
     path = draw(st.one_of(*[st.sampled_from(FIELDS.get(target, FIELDS[TINY]))] * 6, st.sampled_from(NOWHERE)))
     path_words = [word for word in path.split(".") if not word.isdigit()]
     setting = f"{path}={draw(VALUES)}" if draw(st.integers(0, 30)) else draw(st.sampled_from(TEXTS))
-    return Request(("--set", setting), (path_words[-1] if path_words else "--set", "--set"))
+    names = [path_words[-1], *ALIASES.get(path_words[-1], ())] if path_words else []
+    return Request(("--set", setting), (*names, "--set"))
 
 
 def _option_value(action: argparse.Action) -> st.SearchStrategy[str]:
