@@ -128,7 +128,7 @@ def clean_command(options: argparse.Namespace, console: Console) -> int:
 
 def experiments_for(options: argparse.Namespace) -> list[Experiment]:
     """What `fedsim submit` will run: of MODULE:FUNCTION, or of suites at one seed, for all seeds ask for the same."""
-    if options.target:
+    if options.target is not None:
         return [with_settings(each, options.settings) for each in load_experiments(options.target)]
     known = suites_of(SUITES)
     chosen = argparse.Namespace(**{**vars(options), "seeds": [(options.seeds or [0])[0]]})

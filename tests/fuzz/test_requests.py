@@ -1,7 +1,6 @@
 """2,000 wrong requests: each is answered with a status, the field's name, and no traceback, before anything starts."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
