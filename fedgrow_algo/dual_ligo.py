@@ -41,7 +41,9 @@ def _operator(preset: str, task: Task, small: Form, large: Form) -> Operator:
     try:
         return Operator(by_name(preset), task.specs(small), task.specs(large), small.axes, large.axes, post_norm)
     except ValueError as error:
-        raise ValueError(f"growing {small} into {large}: {error}") from error
+        sizes = {name: (size, vars(large)[name]) for name, size in vars(small).items() if size != vars(large)[name]}
+        told = ", ".join(f"form.{name} {old} and {new}" for name, (old, new) in sizes.items())
+        raise ValueError(f"growing {small} into {large}: {error} ({told})") from error
 
 
 @dataclasses.dataclass(frozen=True)

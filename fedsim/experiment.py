@@ -5,19 +5,16 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import inspect
 import json
-import os
-import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, Literal
 
 from fedsim.algorithm import Algorithm
 from fedsim.core.canonical import canonical
-from fedsim.core.fields import check_range, check_types, matches, refuse
+from fedsim.core.fields import WHOLE, check_range, check_types, matches, refuse, shown
+from fedsim.core.modules import called, module_named
 from fedsim.data.partition import Partition
 from fedsim.devices import Conditions, Device, device_named
 from fedsim.learning.task import Task, TaskConfig
@@ -25,6 +22,9 @@ from fedsim.models import Form, get_family
 from fedsim.models.pretrained import Checkpoint, form_of
 
 
+TIMED = "conditions.deadline and conditions.over_selection"
+LITERAL = 10_000  # characters that are read as a Python literal; longer ones are a text
+TARGET = "MODULE:FUNCTION"  # what commands call the words that name experiments
 PLACEMENT = {"placement": True}  # marks fields that say where a run is computed: left out of its identity
 
 
@@ -122,7 +122,7 @@ class Experiment:
     participants: int = 6
     cohort: int | None = None
     rounds: int = 10
-    seed: int = 0
+    seed: int = dataclasses.field(default=0, metadata={"most": WHOLE})
     validation_share: float = 0.1
     eval_every: int = 1
     scored: Literal["auto", "everyone", "cohort"] = "auto"
@@ -145,7 +145,7 @@ class Experiment:
             refuse("tiers", [tier.name for tier in self.tiers], "tiers of different names")
         if self.conditions.timed and not all(tier.device for tier in self.tiers):
             nameless = [tier.name for tier in self.tiers if not tier.device]
-            refuse("tiers.device", None, f"given for every tier, as conditions ask for simulated time: {nameless}")
+            refuse("tiers.device", None, f"given for every tier, as {TIMED} ask for simulated time: {nameless}")
         if self.participants < len(self.tiers):
             refuse("participants", self.participants, f"at least the number of tiers, {len(self.tiers)}")
         task = Task(self.task)
@@ -156,10 +156,10 @@ class Experiment:
         self._check_method(task)
 
     def _check_forms(self, task: Task) -> None:
-        for size in ("width", "depth", "inner") if self.intermediate else ():
+        for name, size in (("width", "width"), ("depth", "depth"), ("mlp", "inner")) if self.intermediate else ():
             middle, target = getattr(self.intermediate, size), getattr(self.target, size)
             if target < middle:
-                refuse(f"target.{size}", target, f"at least intermediate.{size}={middle}: growth never shrinks")
+                refuse(f"target.{name}", target, f"at least intermediate.{name}={middle}: growth never shrinks")
         name, larger = ("intermediate", self.intermediate) if self.intermediate else ("target", self.target)
         for tier in self.tiers:
             if tier.form.width > larger.width:
@@ -231,37 +231,29 @@ def function_at(target: str) -> Callable[..., Any]:
     """What `module:function` names. **Raises:** `ValueError` saying which part of it does not lead anywhere."""
     module_name, _, function_name = target.partition(":")
     if not function_name or not module_name or module_name.startswith("."):
-        refuse("MODULE:FUNCTION", target, "an importable module and a function in it, such as benchmarks.suites:tiny")
-    try:
-        module = module_named(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"MODULE:FUNCTION={target!r}: {error} (looked in {os.getcwd()} as well)") from error
-    function = getattr(module, function_name, None)
+        refuse(TARGET, target, "an importable module and a function in it, such as benchmarks.suites:tiny")
+    what = f"{TARGET}={shown(target)}"
+    module = module_named(module_name, what)
+    function = called(lambda: getattr(module, function_name, None), what)
     if not callable(function):
         names = [name for name, item in vars(module).items() if callable(item) and not name.startswith("_")]
-        refuse("MODULE:FUNCTION", target, f"a function of {module_name}{nearest(function_name, names)}")
+        refuse(TARGET, target, f"a function of {module_name}{nearest(function_name, names)}")
     try:
         inspect.signature(function).bind()
-    except TypeError as error:
-        raise ValueError(f"MODULE:FUNCTION={target!r}: is called without arguments, but {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: is called without arguments, but {error}") from error
     return function
 
 
 def experiments_from(target: str, function: Callable[[], Any]) -> list[Experiment]:
     """What the function that `target` names returns. **Raises:** `ValueError` if that is no experiment."""
-    result = function()
+    result = called(function, f"{TARGET}={shown(target)}")
     results = result if isinstance(result, list | tuple) else [result]
-    experiments = [item for item in results if isinstance(item, Experiment)]
-    if not experiments or len(experiments) < len(results):
-        refuse("MODULE:FUNCTION", target, "a function that returns an Experiment or a list of them")
-    return experiments
-
-
-def module_named(name: str) -> ModuleType:
-    """A module that the user names; it may lie where the command is typed. **Raises:** `ModuleNotFoundError`."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return importlib.import_module(name)
+    others = [item for item in results if not isinstance(item, Experiment)]
+    if others or not results:
+        returned = shown(others[0]) if others else "an empty list"
+        refuse(TARGET, target, f"a function that returns an Experiment or a list of them, not {returned}")
+    return list(results)
 
 
 def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment:
@@ -284,8 +276,8 @@ def parsed(text: str) -> Any:
     if text.lower() in words:
         return words[text.lower()]
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text) if len(text) <= LITERAL else text
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         try:
             return float(text)  # inf, nan
         except ValueError:
@@ -317,7 +309,7 @@ def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -
             values[name] = changes[(name,)]
             if part is not None and not (name in hints and matches(values[name], hints[name])):
                 fields = ", ".join(f"{field}.{inner.name}" for inner in dataclasses.fields(part))
-                raise ValueError(f"{field}={values[name]!r}: set its fields instead: {fields}")
+                raise ValueError(f"{field}={shown(values[name])}: set its fields instead: {fields}")
             if typing.get_origin(hints.get(name)) is tuple and isinstance(values[name], str | int | float):
                 of_parts = dataclasses.is_dataclass(typing.get_args(hints[name])[0])
                 values[name] = values[name] if of_parts else (values[name],)

@@ -84,6 +84,7 @@ def run(
     sent = {} if experiment.algorithm.updates_vary else cost.sent
     excluded_ids = {member.info.id for member in population if member.info.tier in tiers_left_out}
 
+    store.config = experiment.canonical_json()
     first = store.open(resume, numerics)
     store.save_tokenizer(task.dataset.tokenizer if task.dataset else None)
     store.classes = task.dataset.class_names if task.dataset else ()

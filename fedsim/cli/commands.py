@@ -11,10 +11,12 @@ from rich.console import Console
 from fedsim.cli.options import SUITES, address_of, report_failures
 from fedsim.cluster.doctor import PROBLEM, as_json, examine, print_findings
 from fedsim.core import environment
+from fedsim.core.fields import path_of
+from fedsim.core.modules import module_named
 from fedsim.core.terminal import say
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.cost import Cost, cost_of
-from fedsim.experiment import Experiment, load_experiments, module_named, with_settings
+from fedsim.experiment import Experiment, load_experiments, with_settings
 from fedsim.learning.meter import StepCost
 from fedsim.results.export import export
 from fedsim.results.store import clean, runs_in
@@ -30,7 +32,7 @@ from fedsim.sweeps.tensorboard import Boards
 
 def run_command(options: argparse.Namespace, console: Console) -> int:
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
-    out = place(options.out or Path("results") / options.target.partition(":")[2])
+    out = place(Path("results", options.target.partition(":")[2]) if options.out is None else options.out)
     data_dir, typed = environment.data_dir(), ["fedsim", *options.words]
     overview = Boards(overview_for(console), out) if options.tensorboard else None
     check_data(experiments, data_dir)
@@ -109,17 +111,15 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
 
 
 def export_command(options: argparse.Namespace, console: Console) -> int:
-    try:
-        modules = [module_named(name) for name in options.modules]
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--import: {error}") from error
-    folder = export(place(options.directory), options.run, options.participant, options.to, modules)
+    modules = [module_named(name, f"--import={name!r}") for name in options.modules]
+    directory, to = place(options.directory, "DIR"), path_of(options.to, "--to")
+    folder = export(directory, options.run, options.participant, to, modules)
     say(console, f"written: {folder}")
     return 0
 
 
 def clean_command(options: argparse.Namespace, console: Console) -> int:
-    directory = place(options.directory)
+    directory = place(options.directory, "DIR")
     runs_in(directory)  # a folder without results is refused before a lock is made in it
     with locked(directory):
         freed = clean(directory, unfinished=options.unfinished)
@@ -133,7 +133,7 @@ def clean_command(options: argparse.Namespace, console: Console) -> int:
 
 def experiments_for(options: argparse.Namespace) -> list[Experiment]:
     """What `fedsim submit` will run: of MODULE:FUNCTION, or of suites at one seed, for all seeds ask for the same."""
-    if options.target:
+    if options.target is not None:
         return [with_settings(each, options.settings) for each in load_experiments(options.target)]
     known = suites_of(SUITES)
     chosen = argparse.Namespace(**{**vars(options), "seeds": [(options.seeds or [0])[0]]})
@@ -155,7 +155,7 @@ def doctor_command(options: argparse.Namespace, console: Console) -> int:
         from fedsim.cluster.submit import examine as examine_cluster
 
         return examine_cluster(options, console)
-    out = place(options.out) if options.out else None
+    out = place(options.out) if options.out is not None else None
     runtime = Choice("ray", address=address_of(options))()
     try:
         findings = examine(runtime, out)

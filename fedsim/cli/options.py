@@ -4,7 +4,7 @@ import argparse
 import functools
 import gc
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -21,20 +21,32 @@ if TYPE_CHECKING:
 SUITES = "benchmarks.suites"  # where --suite NAME is looked up, as if MODULE:FUNCTION had been typed
 
 
+LONGEST = 2000  # characters of a message
+
+
+class Words(argparse.ArgumentParser):
+    """A parser whose messages are cut as all are."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_cut(message))
+
+
 def exit_status(command: Callable[[], int], console: Console) -> int:
     """Run a command; turn what it raises into a message and an exit status."""
     try:
         return command()
-    except ValueError as error:
-        say(Console(stderr=True), f"error: {error}")
-        return 2
-    except OSError as error:
-        say(Console(stderr=True), f"error: {error}")
-        return 1
+    except (ValueError, OSError, MemoryError) as error:
+        say(Console(stderr=True), f"error: {_cut(str(error)) or 'this machine has too little memory'}")
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         say(console, "interrupted: every finished round is on disk")
         gc.freeze()  # or Python takes seconds, as it ends, to collect what torch and transformers are made of
         return 130
+
+
+def _cut(message: str) -> str:
+    """A message of any length, as it is said."""
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
 
 
 def add_experiment(command: argparse.ArgumentParser) -> None:

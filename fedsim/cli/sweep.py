@@ -37,7 +37,10 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
     if options.jobs < 1:
         raise ValueError(f"--jobs={options.jobs}: must be at least 1")
     wanted = wanted_of(options)
-    out, data_dir = place(options.out or Path("results") / "+".join(wanted)), environment.data_dir()
+    out, data_dir = (
+        place(Path("results", "+".join(wanted)) if options.out is None else options.out),
+        environment.data_dir(),
+    )
     if options.dry_run:
         machine = Machine(options.runtime, options.hosts, options.jobs, os.cpu_count() or 1)
         print_plan(wanted, out=out, data_dir=data_dir, machine=machine, console=console)
@@ -83,8 +86,8 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
 def report_command(options: argparse.Namespace, console: Console) -> int:
     if options.out is not None and not options.out.endswith((".html", ".htm")):
         raise ValueError(f"--out={options.out!r}: must end with .html")
-    results = load(*options.directories)
-    out = place(options.out) if options.out else None
+    results = load(*(place(each, "DIR") for each in options.directories))
+    out = place(options.out) if options.out is not None else None
     path = write_report(results.directories[0], out, results, options.reference)
     print(path)
     if options.open and not (isinstance(path, Path) and webbrowser.open(path.resolve().as_uri())):

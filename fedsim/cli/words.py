@@ -6,13 +6,14 @@ Importing torch and what is built on it takes seconds: it waits until the words 
 import argparse
 import contextlib
 import importlib
+import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from fedsim.cli.options import (
+    Words,
     add_experiment,
     add_numerics,
     add_reference,
@@ -27,6 +28,8 @@ from fedsim.cli.options import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     console = Console()
     options = parser().parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fedsim", description="Study how participants grow a transformer together.")
+    top = Words(prog="fedsim", description="Study how participants grow a transformer together.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run an experiment (or each of a list) into a results folder")
@@ -136,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("directory", metavar="DIR", help="results folder")
     exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
     exporting.add_argument("--participant", type=int, required=True, metavar="I")
-    exporting.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    exporting.add_argument("--to", required=True, metavar="FOLDER")
     exporting.add_argument(
         "--import",
         dest="modules",

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fedsim.core.fields import path_of, refuse
 from fedsim.runtime.base import Resources
 from fedsim.runtime.placement import Capacity, grouped, misfit
 
@@ -46,8 +47,11 @@ class ClusterFile:
 
 def read(path: str) -> ClusterFile:
     """**Raises:** `ValueError` for a file that is not one of Ray's cluster launcher."""
+    file = path_of(path, "--cluster")
+    if not file.is_file():
+        refuse("--cluster", path, "a file for `ray up`")
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(file.read_text())
         _check_size(config)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--cluster={path!r}: cannot be read ({' '.join(str(error).split())})") from error
@@ -57,7 +61,7 @@ def read(path: str) -> ClusterFile:
         nodes, workers = _nodes(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--cluster={path!r}: available_node_types cannot be understood ({error!r})") from error
-    return ClusterFile(Path(path), config, tuple(nodes), workers)
+    return ClusterFile(file, config, tuple(nodes), workers)
 
 
 def _check_size(config: Any) -> None:

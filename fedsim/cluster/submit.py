@@ -13,6 +13,7 @@ from rich.console import Console
 from fedsim.cluster import cluster_file
 from fedsim.cluster.cluster_file import ClusterFile
 from fedsim.cluster.doctor import OK, PROBLEM, Finding, of_token, print_findings
+from fedsim.core.fields import path_of
 from fedsim.core.terminal import say
 from fedsim.engine.cohort import tiers_of
 from fedsim.experiment import Experiment
@@ -247,7 +248,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 def _fetched_to(options: argparse.Namespace) -> Path:
     name = options.target.partition(":")[2] if options.target else "+".join(options.suite or ["job"])
-    return Path(options.fetch or Path("results") / "fetched" / name)
+    return Path("results", "fetched", name) if options.fetch is None else path_of(options.fetch, "--fetch")
 
 
 def _checked(to: Path) -> Path:

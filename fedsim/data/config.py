@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from fedsim.core.fields import check_range, check_sha256, check_types, refuse
+from fedsim.core.fields import WHOLE, check_range, check_sha256, check_types, refuse
 from fedsim.data import bpe, text
 
 
@@ -90,13 +90,13 @@ class DataConfig:
     group: str | int | None = None
     label_offset: int = 0
     header: bool = True
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata={"most": WHOLE})
     image_size: int = 8
     channels: int = 1
     num_classes: int = 10
     class_names: tuple[str, ...] = ()
     tokenizer: str = "bytes"
-    max_length: int = 64
+    max_length: int = field(default=64, metadata={"most": 100_000})
     image_mean: tuple[float, ...] = field(default=(), metadata={"later": True})
     image_std: tuple[float, ...] = field(default=(), metadata={"later": True})
     sha256: str | None = field(default=None, metadata={"placement": True})

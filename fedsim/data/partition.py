@@ -45,7 +45,7 @@ def dirichlet(
     def draw() -> list[np.ndarray]:
         parts: list[list[np.ndarray]] = [[] for _ in range(participants)]
         for members in classes:
-            p_K = rng.dirichlet(np.full(participants, alpha))
+            p_K = rng.dirichlet(np.full(participants, float(alpha)))
             cuts = (np.cumsum(p_K)[:-1] * len(members)).astype(np.int64)
             for part, piece in zip(parts, np.split(rng.permutation(members), cuts), strict=True):
                 part.append(piece)
@@ -61,7 +61,7 @@ def by_size(n: int, participants: int, alpha: float, min_size: int, rng: np.rand
     """
 
     def draw() -> list[np.ndarray]:
-        cuts = (np.cumsum(rng.dirichlet(np.full(participants, alpha)))[:-1] * n).astype(np.int64)
+        cuts = (np.cumsum(rng.dirichlet(np.full(participants, float(alpha))))[:-1] * n).astype(np.int64)
         return np.split(rng.permutation(n), cuts)
 
     return _draw_until(draw, n, participants, alpha, min_size)

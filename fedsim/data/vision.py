@@ -7,7 +7,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fedsim.core.memory import check_memory
 from fedsim.data.config import DataConfig
 from fedsim.data.table import Table
 
@@ -34,6 +35,8 @@ def pixels(images: Iterable[Any], image_size: int, channels: int) -> Tensor:
 
     **Returns:** uint8 `(N, C, H, W)`.
     """
+    if isinstance(images, Sized):
+        check_memory("task.data.image_size", image_size, len(images) * channels * image_size**2)
     arrays = [_array(_opened(cell), image_size, channels) for cell in images]
     if not arrays:
         return torch.empty((0, channels, image_size, image_size), dtype=torch.uint8)
@@ -45,6 +48,7 @@ def column_pixels(table: Table, column: str, image_size: int, channels: int) -> 
 
     **Returns:** uint8 `(N, C, H, W)`. **Raises:** `ValueError` naming the file, or the row, of what is no image.
     """
+    check_memory("task.data.image_size", image_size, len(table) * channels * image_size**2)
     reading: list[Any] = []  # the one that is being decoded
 
     def cells() -> Iterable[Any]:

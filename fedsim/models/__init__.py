@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 
+from fedsim.core.fields import refuse, shown
+from fedsim.core.modules import module_named
 from fedsim.models.family import Family, Form, Inputs
 
 
@@ -23,8 +25,12 @@ def get_family(name: str) -> Family:
     **Raises:** `ValueError` naming the families there are.
     """
     if "." not in name and name not in families():
-        raise ValueError(f"task.family={name!r}: must be one of {', '.join(families())}, or a module's dotted name")
-    family = getattr(importlib.import_module(name if "." in name else f"fedsim.models.{name}"), "FAMILY", None)
+        raise ValueError(
+            f"task.family={shown(name)}: must be one of {', '.join(families())}, or a module's dotted name"
+        )
+    what = f"task.family={shown(name)}"
+    module = module_named(name, what) if "." in name else importlib.import_module(f"fedsim.models.{name}")
+    family = getattr(module, "FAMILY", None)
     if not isinstance(family, Family):
-        raise ValueError(f"task.family={name!r}: must be a module that declares FAMILY")
+        refuse("task.family", name, "a module that declares FAMILY, an instance of fedsim.models.Family")
     return family

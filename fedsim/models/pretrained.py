@@ -61,6 +61,7 @@ class Checkpoint:
         check_sha256(self, "checkpoint")
         if not self.path:
             refuse("checkpoint.path", self.path, "a folder, or a hub name together with checkpoint.hub=true")
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
 
     @property
     def source(self) -> str:

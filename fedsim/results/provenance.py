@@ -1,11 +1,14 @@
 """Where numbers come from: sources, commit, versions, hardware."""
 
 import functools
+import hashlib
 import inspect
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -15,11 +18,56 @@ from fedsim.results.machine import ROOT, cpu_model, sha256_of, sources
 
 
 def code_sha256(algorithm: Any) -> str:
-    """Hash of the sources a run's numbers depend on: the packages', and the algorithm's own file."""
-    files, own = sources(), inspect.getsourcefile(type(algorithm))
-    if own is not None:
-        files.add(Path(own).resolve())
-    return sha256_of(files)
+    """Hash of the sources a run's numbers depend on: the packages', and the algorithm's own file.
+
+    A class that was typed into a notebook's cell or a prompt has no file: its code is hashed, and that of the functions
+    and classes beside it that it names.
+    """
+    try:
+        own = inspect.getsourcefile(type(algorithm))
+    except (OSError, TypeError):
+        typed = "\n".join(_typed(type(algorithm), type(algorithm).__module__, set()))
+        return hashlib.sha256((sha256_of(sources()) + typed).encode()).hexdigest()
+    return sha256_of(sources() | ({Path(own).resolve()} if own is not None else set()))
+
+
+def _typed(item: Any, module: str, seen: set[Any]) -> Iterator[str]:
+    """What decides what a class or function of a module without a file does, the same in every process."""
+    if isinstance(item, type | FunctionType):
+        if item in seen or item.__module__ != module:
+            yield item.__qualname__
+            return
+        seen.add(item)
+    inner: list[Any] = []
+    if isinstance(item, str | int | float | bytes | None):
+        yield repr(item)
+    elif isinstance(item, frozenset):
+        yield repr(sorted(map(repr, item)))  # their order is not the same in every process
+    elif isinstance(item, tuple | list | dict):
+        yield f"{type(item).__name__} of {len(item)}"
+        inner = [*item, *item.values()] if isinstance(item, dict) else [*item]
+    elif isinstance(item, type):
+        own = {name: each for name, each in vars(item).items() if not name.startswith("__")}
+        members = own | {name: each for name, each in vars(item).items() if isinstance(each, FunctionType)}
+        yield f"{item.__qualname__}: {sorted(members)}"  # without what Python notes in a class, as `__slotnames__`
+        inner = [*item.__bases__, *(members[name] for name in sorted(members))]
+    elif isinstance(item, CodeType):
+        yield f"{item.co_name} {item.co_code.hex()} {item.co_names} {item.co_varnames} {item.co_freevars}"
+        inner = [*item.co_consts]
+    elif isinstance(item, FunctionType):
+        named = [item.__globals__.get(name) for name in _names(item.__code__)]
+        closure = [cell.cell_contents for cell in item.__closure__ or ()]
+        inner = [item.__code__, item.__defaults__, item.__kwdefaults__, *closure, *named]
+    else:  # what methods are wrapped in
+        inner = [each for name in ("fget", "func", "__func__") if (each := getattr(item, name, None)) is not None]
+    for each in inner:
+        yield from _typed(each, module, seen)
+
+
+def _names(code: CodeType) -> list[str]:
+    """The global names in a function, and in those that it defines."""
+    within = [name for each in code.co_consts if isinstance(each, CodeType) for name in _names(each)]
+    return [*code.co_names, *within]
 
 
 @functools.cache

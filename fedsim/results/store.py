@@ -50,6 +50,7 @@ class RunStore:
         self.clients = results.arrow_of("clients", run_id, [])  # of every round so far: converted once
         self.profile = results.arrow_of("profile", run_id, [])
         self.last: int | None = None
+        self.config: str | None = None  # the experiment's canonical JSON
         self.numerics: list[dict[str, Any]] = []  # of the rounds, oldest first: more than one if resumed elsewhere
         self.classes: Sequence[str] = ()
         self.files: dict[str, str] = {}  # seals and hashes, as the manifest has them
@@ -173,6 +174,7 @@ class RunStore:
             "code_sha256": self.code_sha256,
             "round": round,
             "numerics": self.numerics,
+            "config": self.config,
             "content": self.content.as_json() if self.content else {},
             "classes": self.classes,
             manifests.FILES: self.files,
@@ -265,6 +267,12 @@ def run_ids_in(directory: Place) -> set[str]:
     """Every run that left something in a results folder."""
     tables = {path.stem for table in results.TABLES for path in (directory / table).glob("*.parquet")}
     return tables | {path.parent.name for path in (directory / "checkpoints").glob("*/manifest.json")}
+
+
+def config_of(directory: Place, run_id: str) -> str | None:
+    """The canonical JSON of a run's experiment, as far as its row or its manifest tells."""
+    row = RunStore(directory, run_id, "")._run_row()
+    return row["config"] if row else (RunStore(directory, run_id, "")._manifest() or {}).get("config")
 
 
 def runs_in(directory: Place) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from fedsim.runtime.private_ray import Prestart
 
 RUNTIMES = ("ray", "inline")
+MOST = 10_000  # host processes, or logical GPUs
 
 
 def silent(text: str) -> None:
@@ -44,9 +46,9 @@ class Choice:
         if self.name not in RUNTIMES:
             raise ValueError(f"runtime={self.name!r}: must be one of {', '.join(RUNTIMES)}")
         for option, number, least in (("hosts", self.hosts, 1), ("gpus", self.gpus, 0)):
-            if number is not None and number < least:
-                raise ValueError(f"--{option}={number}: must be at least {least}")
-        if self.wait < 0 or (self.wait and (self.hosts is None or self.address is None)):
+            if number is not None and not least <= number <= MOST:
+                raise ValueError(f"--{option}={number}: must be at least {least} and at most {MOST}")
+        if not 0 <= self.wait < math.inf or (self.wait and (self.hosts is None or self.address is None)):
             raise ValueError(f"--wait={self.wait / 60:g}: needs --hosts, and a cluster to join (--address)")
 
     @property

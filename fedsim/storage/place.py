@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from fedsim.core import environment
+from fedsim.core.fields import path_of, shown
 
 
 SCHEMES = ("s3", "gs")
@@ -125,8 +126,10 @@ class Remote:
 Place = Path | Remote
 
 
-def place(text: "str | os.PathLike[str] | Remote") -> Place:
+def place(text: "str | os.PathLike[str] | Remote", named: str = "--out") -> Place:
     """A results folder as it was typed: a path, or the URL of an object store.
+
+    - `named`: the option by which it was named.
 
     **Raises:** `ValueError` for a URL that cannot be one of a results folder.
     """
@@ -135,17 +138,17 @@ def place(text: "str | os.PathLike[str] | Remote") -> Place:
     text = os.fspath(text)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return Path(text)
+        return path_of(text, named)
     bucket = rest.partition("/")[0]
     if any(mark in rest for mark in "@?#"):  # it would be written into the tables, and into logs
         raise ValueError(
-            f"--out: '{scheme}://...': must be {scheme}://BUCKET/PREFIX and no more: credentials, region and endpoint "
-            "come from the machine's role, its configuration files, or environment variables"
+            f"{named}: '{scheme}://...': must be {scheme}://BUCKET/PREFIX and no more: credentials, region and "
+            "endpoint come from the machine's role, its configuration files, or environment variables"
         )
     if scheme not in SCHEMES:
-        raise ValueError(f"--out={text!r}: must be a path, or begin with one of s3://, gs://")
+        raise ValueError(f"{named}={shown(text)}: must be a path, or begin with one of s3://, gs://")
     if not bucket or "//" in rest.rstrip("/"):
-        raise ValueError(f"--out={text!r}: must be {scheme}://BUCKET/PREFIX")
+        raise ValueError(f"{named}={shown(text)}: must be {scheme}://BUCKET/PREFIX")
     return Remote(f"{scheme}://{rest.rstrip('/')}")
 
 

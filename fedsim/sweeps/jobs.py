@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -19,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
+
+import cloudpickle
 
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
@@ -71,6 +74,9 @@ def run_at_once(
                 check_held(out, lock)
                 for worker in _with_news(workers):
                     match worker.receive():
+                        case ("begin", first):
+                            assert worker.experiment is not None
+                            overview.of(worker.run_id).begin(worker.experiment, first)
                         case ("tell", method, *arguments):
                             getattr(overview.of(worker.run_id), method)(*arguments)
                         case ("say", text):
@@ -109,7 +115,7 @@ class Worker:
         """Hand it a run; None: there is nothing left to do."""
         self.experiment = pending_run.experiment if pending_run else None
         with contextlib.suppress(OSError):  # it is dead, as `receive` is about to say
-            self.connection.send(pending_run)
+            self.connection.send_bytes(cloudpickle.dumps(pending_run))  # also classes typed into a notebook
 
     def receive(self) -> tuple | None:
         """Its next message; None: there are no more, for it ended."""
@@ -163,7 +169,7 @@ def _work(connection: Connection, out: Place, compute: Compute, choice: Choice) 
         contextlib.suppress(EOFError),
         opened(replace(choice, say=say), out, say) as runtime,
     ):  # EOF: as the thread says
-        while (pending_run := connection.recv()) is not None:
+        while (pending_run := pickle.loads(connection.recv_bytes())) is not None:
             try:
                 attempt(compute, pending_run, out, runtime, sender, worker=True)
             except RunFailed as failure:
@@ -189,7 +195,7 @@ class Sender(ProgressListener):
         self.connection, self.next = connection, 0.0
 
     def begin(self, experiment: Experiment, first: int) -> None:
-        self.send("tell", "begin", experiment, first)
+        self.send("begin", first)  # the other process has the experiment
 
     def noted(self, text: str) -> None:
         self.send("tell", "noted", text)

@@ -16,14 +16,17 @@ from fedsim.engine.content import content_of
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
+from fedsim.models import get_family
+from fedsim.results.longer import begin_from, shorter_runs
 from fedsim.results.provenance import code_sha256
-from fedsim.results.store import RunStore, run_ids_in, runs_in
+from fedsim.results.store import RunStore, config_of, run_ids_in, runs_in
 from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
 from fedsim.storage.locking import locked
 from fedsim.storage.place import Place, place
 from fedsim.sweeps.attempt import PendingRun, attempt, opened
+from fedsim.sweeps.differences import told
 from fedsim.sweeps.jobs import run_at_once
 from fedsim.sweeps.progress import Lines, Overview, labels_of, overview_for
 
@@ -34,6 +37,8 @@ def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
     **Raises:** `ValueError` naming the field, and for a checkpoint the participants who were to start from it.
     """
     for experiment in experiments:
+        for form in (*experiment.forms, experiment.middle, experiment.target):
+            get_family(experiment.task.family).check_memory(form, experiment.task.inputs)
         check_checkpoints(experiment)
         members(experiment, load_task(experiment.task, data_dir))
 
@@ -41,11 +46,14 @@ def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
 def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) -> None:
     """Refuse (`ValueError`) a folder that holds other experiments, or an unfinished run that is not to be resumed."""
     wanted = {experiment.run_id: experiment for experiment in experiments}
-    others = sorted(run_ids_in(out) - set(wanted))
+    shorter = shorter_runs(out, experiments)
+    others = sorted(run_ids_in(out) - set(wanted) - {run_id for _, run_id in shorter.values()})
     if others:
+        there, (here, *_) = config_of(out, others[0]), wanted.values()
+        fields = f": {told(there, here.canonical_json())}" if there else ""
         raise ValueError(
             f"--out={str(out)!r}: holds a different experiment (run {', '.join(others[:3])}; this one is "
-            f"{', '.join(list(wanted)[:3])}): give another folder, or the settings that run was started with"
+            f"{', '.join(list(wanted)[:3])}){fields}: give another folder, or the settings that run was started with"
         )
     for run_id, experiment in wanted.items():
         status = RunStore(out, run_id, code_sha256(experiment.algorithm)).status()
@@ -53,12 +61,20 @@ def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) ->
             raise ValueError(
                 f"--out={str(out)!r}: holds run {run_id}, which is unfinished: add --resume to go on with it"
             )
+        if status == "absent" and run_id in shorter and not resume:
+            rounds, before = shorter[run_id]
+            raise ValueError(
+                f"--out={str(out)!r}: holds run {before}, which is the same but for rounds={rounds} "
+                f"(here {experiment.rounds}): add --resume to go on from there"
+            )
 
 
 def store_of(out: Place, experiment: Experiment, data_dir: str | None) -> RunStore:
     """An experiment's place in a results folder, with the content that it would read now."""
     content = content_of(experiment, data_dir)
-    return RunStore(out, experiment.run_id, code_sha256(experiment.algorithm), content)
+    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm), content)
+    store.config = experiment.canonical_json()
+    return store
 
 
 def check_joined(out: Place, experiments: Sequence[Experiment], stores: Mapping[str, RunStore]) -> None:
@@ -136,6 +152,10 @@ def run_all(
 
     stores = {one.run_id: store_of(out, one, data_dir) for one in experiments}
     check_joined(out, experiments, stores)
+    absent = [one for one in experiments if stores[one.run_id].status() == "absent"]
+    for run_id, (rounds, shorter) in shorter_runs(out, absent).items():
+        if begin_from(stores[run_id], rounds, shorter):
+            tell(f"run {run_id} goes on where run {shorter} ended, which is the same with rounds={rounds}")
     found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]
     pending_runs = [
         PendingRun(experiment, status == "unfinished") for experiment, status in found if status != "finished"

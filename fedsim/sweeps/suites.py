@@ -2,12 +2,15 @@
 
 import argparse
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
 
-from fedsim.experiment import Experiment, experiments_from, function_at, module_named, nearest, with_settings
+from fedsim.core.fields import WHOLE, refuse
+from fedsim.core.modules import called
+from fedsim.experiment import Experiment, experiments_from, function_at, nearest, with_settings
 from fedsim.sweeps.progress import label_of
 
 
@@ -16,10 +19,7 @@ Suites = Mapping[str, Callable[..., list[Experiment]]]
 
 def suites_of(module_name: str) -> Suites:
     """`suites_in` a module. **Raises:** `ValueError` if it cannot be imported."""
-    try:
-        return suites_in(module_named(module_name))
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--suite: looked up in {module_name}, which cannot be imported: {error}") from error
+    return suites_in(called(lambda: importlib.import_module(module_name), f"--suite: looked up in {module_name}"))
 
 
 def suites_in(module: ModuleType) -> Suites:
@@ -70,6 +70,8 @@ def experiments_of(known: Suites, name: str, options: argparse.Namespace) -> lis
     base = _chosen(known[suite](**_given_scale(known, suite, options.scale)), suite, options)
     experiments = []
     for seed in dict.fromkeys(options.seeds):
+        if not 0 <= seed <= WHOLE:
+            refuse("--seeds", seed, "at least 0 and below 2**63")
         for experiment in base:
             try:
                 experiments.append(with_settings(replace(experiment, seed=seed), options.settings))

@@ -1,0 +1,82 @@
+"""What code a run was computed by: files, and classes that have none."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedsim.results.provenance import code_sha256
+
+
+CELL = """
+import dataclasses, functools, torch
+from fedsim.algorithm import Algorithm
+RATE = 3
+TABLE = {"a": [1, 2.5]}
+def inner(x): return x + RATE
+def helper(x): return x in {"a", "b", "c"} or TABLE[x] or inner(x)
+class Base(Algorithm):
+    def more(self): return torch.ones(3)
+@dataclasses.dataclass(frozen=True)
+class Mine(Base):
+    lr: float = 1e-3
+    name = "mine"
+    @functools.cached_property
+    def cached(self): return 5
+    @staticmethod
+    def still(): return 6
+    def server_init(self, ctx): return helper(RATE)
+    def server_broadcast(self, state, cohort, ctx): return {c.id: (lambda: helper(c)) for c in cohort}
+    def server_aggregate(self, state, updates, ctx, some=7): return [helper(u) for u in updates]
+    def client_update(self, payload, state, ctx): yield 1
+    def client_model(self, payload, state, ctx): return 3
+"""
+
+
+def typed(text: str) -> Any:
+    """The algorithm of a cell."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(text, names)
+    return names["Mine"]()
+
+
+@pytest.fixture(autouse=True)
+def _no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+
+
+def test_a_class_without_a_file_is_the_same_in_every_process() -> None:
+    program = f"{CELL}\nfrom fedsim.results.provenance import code_sha256\nprint(code_sha256(Mine()))"
+    run = [sys.executable, "-c", program]
+    others = [subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)]
+    assert [code_sha256(typed(CELL))] * 2 == others
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("RATE = 3", "RATE = 4"),
+        ("2.5", "2.6"),
+        ('"b"', '"x"'),
+        ("ones(3)", "ones(4)"),
+        ("return 5", "return 7"),
+        ("return 6", "return None"),
+        ("return 3", "return 1"),
+        ("yield 1", "yield 3"),
+        ("x + RATE", "x - RATE"),
+        ("some=7", "some=8"),
+        ("helper(u)", "inner(u)"),
+        ('name = "mine"', 'name = "other"'),
+        ("lambda: helper(c)", "lambda: inner(c)"),
+    ],
+)
+def test_a_change_in_the_cell_or_in_what_it_names_is_another_code(old: str, new: str) -> None:
+    assert CELL.count(old) == 1
+    assert code_sha256(typed(CELL.replace(old, new))) != code_sha256(typed(CELL))
+
+
+@pytest.mark.parametrize("change", [lambda text: f"unused = 1\n{text}", lambda text: text.replace("\n", "\n\n", 5)])
+def test_what_it_does_not_name_is_not(change: Callable[[str], str]) -> None:
+    assert code_sha256(typed(change(CELL))) == code_sha256(typed(CELL))
