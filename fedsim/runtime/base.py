@@ -58,6 +58,11 @@ class Failure:
     out_of_memory: bool = False
 
 
+def too_slow(method: str, round: int, seconds: float) -> str:
+    """What is said of a participant that had not answered in the time that the policy gives it."""
+    return f"no answer to {method!r} of round {round} within call_seconds={seconds:g}"
+
+
 def as_it_is(returned: Any) -> Any:
     return returned
 
@@ -69,11 +74,13 @@ class Policy:
     - `again`: whether one that raises is asked once more; after running out of memory, when nobody else computes.
     - `finish`: makes the reply of what a participant's method returned.
     - `together`: makes the replies of all members of a chunk at once from their calls; None: one after another.
+    - `seconds`: in which a call must be done (together: times the members of the chunk); None: any time will do.
     """
 
     again: bool = False
     finish: Callable[[Any], Any] = as_it_is
     together: Together | None = None
+    seconds: float | None = None
 
 
 PLAIN = Policy()

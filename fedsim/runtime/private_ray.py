@@ -7,11 +7,23 @@ imported where it is used, beside what the others import.
 import contextlib
 import logging
 import math
+import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+from fedsim.core import environment
+from fedsim.core.limits import memory_bytes
+from fedsim.runtime import keeper
+from fedsim.runtime.ray_token import keep_token
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
 
 
 class Prestart:
@@ -48,26 +60,70 @@ class Prestart:
     def cancel(self) -> None:
         """End it, unless somebody has claimed it."""
         if self.claim():
-            import ray
+            end_private()
 
-            ray.shutdown()
+
+_keepers: list[subprocess.Popen[bytes]] = []  # of the private Ray that this process is connected to, if it is
 
 
 def connect_private(cpus: float, gpus: int | None) -> None:
-    """Start a Ray and connect this process to it."""
+    """Start a Ray, for this machine alone, and connect this process to it."""
+    import ray
+    from ray._private import ray_constants, worker
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    mark, limit = uuid.uuid4().hex, environment.liveness_seconds()
+    command = [sys.executable, "-P", keeper.__file__, mark]
+    _keepers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+    environment.set_variables({keeper.MARK: mark})
+    elsewhere = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # nobody elsewhere may join: it listens on 127.0.0.1 alone
+    worker.print_to_stdstream = lambda *_, **__: None  # what its processes complain of, each for itself
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, math.ceil(cpus)),
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _memory=memory_bytes(),  # as placement counts it; by itself Ray takes a part of what is free
+            _temp_dir=os.path.join(environment.temporary_folder(), "ray"),
+            _system_config={  # a raylet that does not answer is dead after as long as any other process
+                "health_check_period_ms": round(limit / 12 * 1000),
+                "health_check_timeout_ms": round(limit / 6 * 1000),
+                "health_check_failure_threshold": 4,
+            },
+        )
+    except BaseException:
+        _end_all()
+        raise
+    finally:
+        environment.set_variables({keeper.MARK: None})
+        ray_constants.ENABLE_RAY_CLUSTER = elsewhere
+
+
+def end_private(lost: bool = False) -> None:
+    """Disconnect this process from its private Ray, and end that, to the last process.
+
+    - `lost`: its raylet does not answer any more; Ray would wait for it.
+    """
     import psutil
     import ray
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=max(1, math.ceil(cpus)),
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _memory=psutil.virtual_memory().total,  # as placement counts it; by itself Ray takes a part of what is free
-    )
+    if lost:
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "raylet":
+                    process.kill()
+    ray.shutdown()
+    _end_all()
+
+
+def _end_all() -> None:
+    """Have the keeper end what is left, and wait until it has."""
+    while _keepers:
+        _keepers.pop().communicate()
 
 
 def is_for_us(begun: Prestart | None) -> bool:
@@ -77,17 +133,21 @@ def is_for_us(begun: Prestart | None) -> bool:
     return (begun is not None and not begun.claimed) or not ray.is_initialized()
 
 
-def start_private(cpus: float, gpus: int | None, begun: Prestart | None = None) -> None:
-    """Start a Ray, or take the one that was begun, and connect this process; `ray.shutdown()` ends it.
+def start_private(
+    cpus: float, gpus: int | None, begun: Prestart | None = None, say: Callable[[str], None] = silent
+) -> None:
+    """Start a Ray, or take the one that was begun, and connect this process; `end_private` ends it.
 
     - `cpus`: logical CPUs, at least. - `gpus`: logical GPUs; None: those there are.
+    - `say`: told what was done about Ray's token (`keep_token`).
     """
-    import ray
-
+    fits = begun is not None and begun.cpus >= cpus and begun.gpus == gpus
     if begun is not None and begun.claim():
-        if begun.cpus >= cpus and begun.gpus == gpus:
+        if fits:
+            end_in_order()  # Ray has taken the signal
             return
-        ray.shutdown()
+        end_private()
+    keep_token(say)
     connect_private(cpus, gpus)
     end_in_order()
 
@@ -105,7 +165,7 @@ def shared_ray(cpus: float, gpus: int | None, begun: Prestart | None = None) -> 
         yield ray.get_runtime_context().gcs_address
     finally:
         if own:
-            ray.shutdown()
+            end_private()
 
 
 def end_in_order() -> None:

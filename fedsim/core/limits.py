@@ -1,0 +1,81 @@
+"""What this process may have of the machine: memory, and the limits that are set on it."""
+
+import resource
+from pathlib import Path
+
+import psutil
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
+SET_ON_PROCESSES = {
+    "RLIMIT_AS": ("ulimit -v", "memory that a process may address", 2**20, "MB"),
+    "RLIMIT_NPROC": ("ulimit -u", "processes and threads", 1, ""),
+    "RLIMIT_NOFILE": ("ulimit -n", "open files", 1, ""),
+}
+NEEDED = {"RLIMIT_AS": 32 * 2**30, "RLIMIT_NPROC": 4096, "RLIMIT_NOFILE": 1024}  # what is never the reason is more
+
+
+def memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
+    """Bytes of memory there are for this process: the machine's, or what its container may have of them."""
+    return min([psutil.virtual_memory().total, *_container(cgroups, own)])
+
+
+def memory_free(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
+    """Of these, what nobody uses."""
+    container = _container(cgroups, own, used=True)
+    return min([psutil.virtual_memory().available, *container])
+
+
+def limits(cgroups: Path = CGROUPS, own: Path = OWN) -> list[str]:
+    """The limits that may keep a process from starting, in words; none is listed that leaves ample room."""
+    found = []
+    for name, (command, what, unit, word) in SET_ON_PROCESSES.items():
+        soft = resource.getrlimit(getattr(resource, name))[0]
+        if soft != resource.RLIM_INFINITY and soft < NEEDED[name]:
+            found.append(f"{what}: {soft / unit:,.0f} {word}".rstrip() + f" ({command})")
+    if container := _container(cgroups, own):
+        found.append(f"memory of this container (cgroup): {min(container) / 2**20:,.0f} MB")
+    return found
+
+
+def _container(cgroups: Path, own: Path, used: bool = False) -> list[int]:
+    """What the control groups around this process may have of memory, one number for each that has a limit.
+
+    - `used`: less what they use already.
+    """
+    found = []
+    for names, folder in _groups(cgroups, own):
+        limit, usage = (_number(folder / name) for name in names)
+        if limit is not None and limit < psutil.virtual_memory().total:  # "no limit" is a large number in version 1
+            found.append(max(0, limit - (usage or 0)) if used else limit)
+    return found
+
+
+def _groups(cgroups: Path, own: Path) -> list[tuple[tuple[str, str], Path]]:
+    """Names of a limit and of what is used, and the folder, for each control group that this process is in."""
+    found = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = cgroups, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        below = [part for part in path.split("/") if part not in ("", "..")]  # in a container it is seen as the root
+        found += [(names, root.joinpath(*below[:depth])) for depth in range(len(below) + 1)]
+    return found
+
+
+def _number(file: Path) -> int | None:
+    """What a file of the kernel's says; None: there is none, or no limit (`max`)."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
