@@ -1,8 +1,14 @@
-"""`python -m fedsim`."""
+"""`python -m fedsim`, and the command `fedsim`."""
 
-import sys
-
-from fedsim.cli import main
+from fedsim.core import interrupts
 
 
-sys.exit(main())
+interrupts.install()  # before the imports that take long
+
+import sys  # noqa: E402
+
+from fedsim.cli import main  # noqa: E402
+
+
+if __name__ == "__main__":
+    sys.exit(main())

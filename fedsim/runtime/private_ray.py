@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from fedsim.core import environment
+from fedsim.core import environment, interrupts
 from fedsim.core.limits import memory_bytes
 from fedsim.runtime import keeper
 from fedsim.runtime.ray_token import keep_token
@@ -78,6 +78,7 @@ def connect_private(cpus: float, gpus: int | None) -> None:
     environment.set_variables({keeper.MARK: mark})
     elsewhere = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # nobody elsewhere may join: it listens on 127.0.0.1 alone
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # of this process: SIGTERM ends it in order
     worker.print_to_stdstream = lambda *_, **__: None  # what its processes complain of, each for itself
     try:
         ray.init(
@@ -170,7 +171,11 @@ def shared_ray(cpus: float, gpus: int | None, begun: Prestart | None = None) -> 
 
 def end_in_order() -> None:
     """Have SIGTERM end this process by way of its `finally` clauses, Ray included; connected, Ray would abort it."""
-    if threading.current_thread() is threading.main_thread():  # nobody else may
+    if threading.current_thread() is not threading.main_thread():  # nobody else may
+        return
+    if interrupts.installed():
+        interrupts.renew()
+    else:
         signal.signal(signal.SIGTERM, _exit)
 
 
