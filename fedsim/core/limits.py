@@ -1,6 +1,7 @@
 """What this process may have of the machine: memory, and the limits that are set on it."""
 
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -8,12 +9,13 @@ import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
+# What is limited: how that is set, in what unit it is said, with how much a Ray cannot start, and with how much it can.
 SET_ON_PROCESSES = {
-    "RLIMIT_AS": ("ulimit -v", "memory that a process may address", 2**20, "MB"),
-    "RLIMIT_NPROC": ("ulimit -u", "processes and threads", 1, ""),
-    "RLIMIT_NOFILE": ("ulimit -n", "open files", 1, ""),
+    "RLIMIT_AS": ("memory that a process may address (ulimit -v)", 2**20, " MB", 2900 * 2**20, 64 * 2**30),
+    "RLIMIT_NPROC": ("processes and threads (ulimit -u)", 1, "", 256, 4096),
+    "RLIMIT_NOFILE": ("open files (ulimit -n)", 1, "", 96, 1024),
 }
-NEEDED = {"RLIMIT_AS": 32 * 2**30, "RLIMIT_NPROC": 4096, "RLIMIT_NOFILE": 1024}  # what is never the reason is more
+CONTAINER = ("memory of this container (cgroup)", 2**20, " MB", 2**30, 4 * 2**30)
 
 
 def memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
@@ -27,16 +29,28 @@ def memory_free(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     return min([psutil.virtual_memory().available, *container])
 
 
-def limits(cgroups: Path = CGROUPS, own: Path = OWN) -> list[str]:
-    """The limits that may keep a process from starting, in words; none is listed that leaves ample room."""
-    found = []
-    for name, (command, what, unit, word) in SET_ON_PROCESSES.items():
+def address_space() -> int | None:
+    """Bytes that a process may address; None: as many as it likes."""
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def limits(cgroups: Path = CGROUPS, own: Path = OWN) -> tuple[list[str], list[str]]:
+    """The limits, in words, with which a Ray cannot start, and those with which it may not."""
+    hard, tight = list[str](), list[str]()
+    for (what, unit, word, least, ample), found in _found(cgroups, own):
+        if found < ample:
+            (hard if found < least else tight).append(f"{what}: {found / unit:,.0f}{word}")
+    return hard, tight
+
+
+def _found(cgroups: Path, own: Path) -> Iterator[tuple[tuple[str, int, str, int, int], int]]:
+    for name, words in SET_ON_PROCESSES.items():
         soft = resource.getrlimit(getattr(resource, name))[0]
-        if soft != resource.RLIM_INFINITY and soft < NEEDED[name]:
-            found.append(f"{what}: {soft / unit:,.0f} {word}".rstrip() + f" ({command})")
-    if container := _container(cgroups, own):
-        found.append(f"memory of this container (cgroup): {min(container) / 2**20:,.0f} MB")
-    return found
+        if soft != resource.RLIM_INFINITY:
+            yield words, soft
+    for memory in _container(cgroups, own):
+        yield CONTAINER, memory
 
 
 def _container(cgroups: Path, own: Path, used: bool = False) -> list[int]:

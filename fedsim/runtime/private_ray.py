@@ -13,11 +13,11 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from fedsim.core import environment, interrupts
-from fedsim.core.limits import memory_bytes
+from fedsim.core.limits import address_space, limits, memory_bytes
 from fedsim.runtime import keeper
 from fedsim.runtime.ray_token import keep_token
 
@@ -26,17 +26,38 @@ def silent(text: str) -> None:
     """Says nothing."""
 
 
+TIGHT_SECONDS = 50.0  # in which a Ray, and its hosts, come up where a limit may keep them from it
+START_SECONDS = 300.0  # and elsewhere
+
+
+RAISE = "raise the limit, or use runtime='inline'"
+
+
+def not_started(what: str, tight: Sequence[str]) -> str:
+    """What is said of what did not come up, with the limits that this process found."""
+    if not tight:
+        return f"runtime='ray': {what} has not started within {START_SECONDS:g} s"
+    return (
+        f"runtime='ray': {what} has not started within {TIGHT_SECONDS:g} s, and this process is limited: "
+        f"{'; '.join(tight)}: {RAISE}"
+    )
+
+
 class Prestart:
     """A private Ray that is begun in a thread of its own, for whoever claims it first.
 
     The thread lives as long as the process: Ray ties what it starts to the life of the thread that started it.
 
     - `cpus`, `gpus`: logical CPUs and GPUs; None: those there are.
+
+    **Raises:** `ValueError` where a limit on this process leaves no room for one.
     """
 
     def __init__(self, cpus: float, gpus: int | None) -> None:
         self.cpus, self.gpus, self.claimed = cpus, gpus, False
         self.error: BaseException | None = None
+        if hard := limits()[0]:
+            raise ValueError(f"runtime='ray': cannot start here, for {'; '.join(hard)}: {RAISE}")
         self.settled = threading.Event()
         end_in_order()
         threading.Thread(target=self._start, daemon=True).start()
@@ -50,11 +71,16 @@ class Prestart:
         threading.Event().wait()
 
     def claim(self) -> bool:
-        """Take it over, once it is up. **Returns:** whether there is one, that nobody else has claimed."""
+        """Take it over, once it is up. **Returns:** whether there is one, that nobody else has claimed.
+
+        **Raises:** `ValueError` if it does not come up.
+        """
         if self.claimed:
             return False
         self.claimed = True
-        self.settled.wait()
+        _, tight = limits()
+        if not self.settled.wait(TIGHT_SECONDS if tight else START_SECONDS):
+            raise ValueError(not_started("Ray", tight))
         return self.error is None
 
     def cancel(self) -> None:
@@ -72,7 +98,7 @@ def connect_private(cpus: float, gpus: int | None) -> None:
     from ray._private import ray_constants, worker
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    mark, limit = uuid.uuid4().hex, environment.liveness_seconds()
+    mark, limit, room = uuid.uuid4().hex, environment.liveness_seconds(), address_space()
     command = [sys.executable, "-P", keeper.__file__, mark]
     _keepers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
     environment.set_variables({keeper.MARK: mark})
@@ -88,6 +114,7 @@ def connect_private(cpus: float, gpus: int | None) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            object_store_memory=room and max(room // 8, 80 * 2**20),  # every process maps it as a whole
             _memory=memory_bytes(),  # as placement counts it; by itself Ray takes a part of what is free
             _temp_dir=os.path.join(environment.temporary_folder(), "ray"),
             _system_config={  # a raylet that does not answer is dead after as long as any other process
@@ -143,14 +170,16 @@ def start_private(
     - `say`: told what was done about Ray's token (`keep_token`).
     """
     fits = begun is not None and begun.cpus >= cpus and begun.gpus == gpus
-    if begun is not None and begun.claim():
-        if fits:
-            end_in_order()  # Ray has taken the signal
-            return
+    if begun is None or not begun.claim():
+        keep_token(say)
+        begun, fits = Prestart(cpus, gpus), True
+        if not begun.claim():
+            assert begun.error is not None
+            raise begun.error
+    if not fits:
         end_private()
-    keep_token(say)
-    connect_private(cpus, gpus)
-    end_in_order()
+        return start_private(cpus, gpus, None, say)
+    end_in_order()  # Ray has taken the signal
 
 
 @contextlib.contextmanager

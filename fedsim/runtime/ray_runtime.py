@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.core import environment
-from fedsim.core.limits import memory_bytes
+from fedsim.core.limits import limits, memory_bytes
 from fedsim.core.numerics import NATIVE, use
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
@@ -29,7 +29,7 @@ from fedsim.runtime.joining import expect_connected, join
 from fedsim.runtime.liveness import Liveness
 from fedsim.runtime.nodes import capacities, lost_here, on_every_node
 from fedsim.runtime.placement import Capacity, Plan, grouped, part_of, plan
-from fedsim.runtime.private_ray import Prestart, end_private, is_for_us, start_private
+from fedsim.runtime.private_ray import TIGHT_SECONDS, Prestart, end_private, is_for_us, not_started, start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
 
 
@@ -266,7 +266,8 @@ class RayRuntime(Runtime):
         """Start the host actors and the server together; `_wait_for_hosts` waits for them."""
         for actor in self.actors:
             ray.kill(actor)
-        watch = ray.remote(**{"concurrency_groups": {"watch": 1}})  # a thread that answers while another computes
+        remote: Any = ray.remote
+        watch = remote(concurrency_groups={"watch": 1})  # a thread that answers while another computes
         host, server = watch(Host), watch(Server)
         self.actors = [host.options(**options(request)).remote(self.numerics) for request in wanted.requests]
         if self.server is None:
@@ -276,12 +277,18 @@ class RayRuntime(Runtime):
         self.starting = [actor.ready.remote() for actor in self.actors]
 
     def _wait_for_hosts(self) -> None:
-        count, end = len(self.starting), time.monotonic() + self.patience
-        ready, late = ray.wait(self.starting, num_returns=count, timeout=SOON_SECONDS)
-        while late and time.monotonic() < end:
-            self.say(f"{len(ready)} of {count} hosts are up; waiting for the cluster to bring the others")
-            left = min(TELL_SECONDS, max(0.0, end - time.monotonic()))
-            ready, late = ray.wait(self.starting, num_returns=count, timeout=left)
+        count, begun, told = len(self.starting), time.monotonic(), SOON_SECONDS
+        tight = limits()[1] if self.private else []
+        ready, late = ray.wait(self.starting, num_returns=count, timeout=1.0)
+        while late and (waited := time.monotonic() - begun) < self.patience:
+            self._expect_node()
+            if tight and waited > TIGHT_SECONDS:
+                raise ValueError(not_started(f"{len(late)} of {count} hosts", tight))
+            if waited > told:
+                told += TELL_SECONDS
+                whom = "the others" if self.private else "the cluster to bring the others"
+                self.say(f"{len(ready)} of {count} hosts are up; waiting for {whom}")
+            ready, late = ray.wait(self.starting, num_returns=count, timeout=1.0)
         if late:
             waited, self.patience = self.patience, TELL_SECONDS  # the next run does not wait as long once more
             raise RuntimeError(
