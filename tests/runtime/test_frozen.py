@@ -154,5 +154,3 @@ def test_a_limit_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("FEDSIM_LIVENESS_SECONDS", text)
     with pytest.raises(ValueError, match=f"FEDSIM_LIVENESS_SECONDS='{text}'"):
         environment.liveness_seconds()
-
-
