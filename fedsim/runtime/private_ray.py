@@ -28,6 +28,7 @@ def silent(text: str) -> None:
 
 TIGHT_SECONDS = 50.0  # in which a Ray, and its hosts, come up where a limit may keep them from it
 START_SECONDS = 300.0  # and elsewhere
+END_SECONDS = 5.0  # in which a Ray ends
 
 
 RAISE = "raise the limit, or use runtime='inline'"
@@ -131,21 +132,30 @@ def connect_private(cpus: float, gpus: int | None) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = elsewhere
 
 
-def end_private(lost: bool = False) -> None:
+def end_private() -> None:
     """Disconnect this process from its private Ray, and end that, to the last process.
 
-    - `lost`: its raylet does not answer any more; Ray would wait for it.
+    Ray waits for its own processes, which may be frozen: they are killed if it waits long.
     """
-    import psutil
     import ray
 
-    if lost:
-        for process in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):
-                if process.name() == "raylet":
-                    process.kill()
+    timers = [threading.Timer(END_SECONDS, _kill_raylet), threading.Timer(2 * END_SECONDS, _end_all)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     ray.shutdown()
+    for timer in timers:
+        timer.cancel()
     _end_all()
+
+
+def _kill_raylet() -> None:
+    import psutil
+
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet":
+                process.kill()
 
 
 def _end_all() -> None:

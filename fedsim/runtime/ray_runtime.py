@@ -76,7 +76,6 @@ class RayRuntime(Runtime):
         self.plan: Plan | None = None
         self.connected = False  # by this object, which then also disconnects
         self.dashboard: str | None = None  # of a cluster that this object joined: HOST:PORT
-        self.cut_off = False  # for its raylet is lost
         self.private, self.begun = address is None and is_for_us(begun), begun
 
     def start(
@@ -166,21 +165,20 @@ class RayRuntime(Runtime):
         """**Raises:** `RuntimeError` if this process is cut off from its Ray."""
         if not lost_here():
             return
-        self.cut_off = True
         raise RuntimeError(
             f"Ray's own process on this machine (raylet) died, or has not answered for {self.liveness:g} s: no "
             "participant is to blame, and every finished round is on disk"
         )
 
     def close(self) -> None:
-        for actor in [*self.actors, *([self.server] if self.server is not None else [])]:
+        own = self.private and self.connected  # then they end with their Ray
+        for actor in [] if own else [*self.actors, *([self.server] if self.server is not None else [])]:
             with contextlib.suppress(Exception):  # it may be dead already, or the cluster gone
                 ray.kill(actor)
         self.actors, self.server, self.plan = [], None, None
         if self.connected:
             self.connected = False
-            end_private(self.cut_off) if self.private else ray.shutdown()
-            self.cut_off = False
+            end_private() if self.private else ray.shutdown()
 
     # parts ----------------------------------------------------------------------------------------------------------
 

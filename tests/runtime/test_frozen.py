@@ -114,7 +114,7 @@ def test_a_limit_is_where_a_run_is_computed_and_no_part_of_it():
 class Silent:
     """An actor whose pings have no answer."""
 
-    class ping:  # noqa: N801
+    class ping:
         @staticmethod
         def remote() -> object:
             return object()
