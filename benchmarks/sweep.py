@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
+from fedsim.core import interrupts  # noqa: E402
+
+
+if __name__ == "__main__":
+    interrupts.install()  # before the imports that take long
+
 from fedsim.cli import main as fedsim  # noqa: E402
 from fedsim.cli import parser  # noqa: E402
 

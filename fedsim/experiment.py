@@ -111,6 +111,8 @@ class Experiment:
     - `batched`: participants of a chunk whose trainings are alike are trained in one batched computation
       (`fedsim.learning.batched`): the same results to rounding, not bit by bit.
     - `conditions`: who is away, too slow or too small to take part.
+    - `call_seconds`: in which a participant must have answered a call; after that its host is replaced, and `on_error`
+      says what becomes of it. None: any time will do.
     """
 
     algorithm: Algorithm
@@ -131,11 +133,13 @@ class Experiment:
     on_error: Literal["stop", "drop", "retry"] = "stop"
     batched: bool = False
     conditions: Conditions = Conditions()
+    call_seconds: float | None = dataclasses.field(default=None, metadata=PLACEMENT)
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "", "participants", "rounds", "eval_every", "chunk", "cohort", least=1)
         check_range(self, "", "seed", least=0)
+        check_range(self, "", "call_seconds", above=0)
         check_range(self, "", "validation_share", least=0, most=0.9)
         if self.cohort is not None and self.cohort > self.participants:
             refuse("cohort", self.cohort, f"at most participants={self.participants}")

@@ -24,6 +24,7 @@ from fedsim.cli.options import (
     exit_status,
     runtime_maker,
 )
+from fedsim.core import interrupts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.make_runtime = runtime_maker(options, console)
                 if arguments is None:
                     options.make_runtime = afterwards.enter_context(options.make_runtime.ahead())
+            if options.command == "submit_command":
+                interrupts.give_back()  # it ends a job elsewhere, which takes as long as it takes
             module = importlib.import_module(f"fedsim.cli.{options.module}")
-            return getattr(module, options.command)(options, console)
+            with interrupts.in_order():
+                return getattr(module, options.command)(options, console)
 
         return exit_status(command, console)
 

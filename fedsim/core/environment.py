@@ -1,7 +1,10 @@
 """The one place where environment variables are read, or set."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
+
+from fedsim.core.fields import refuse
 
 
 def data_dir() -> str | None:
@@ -20,6 +23,11 @@ def ray_token_file() -> str | None:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+
+
+def ray_asks_for_token() -> bool:
+    """Whether a Ray that is started here will ask for a token: it does, unless `RAY_AUTH_MODE` says otherwise."""
+    return os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
 
 
 def use_ray_token() -> None:
@@ -53,9 +61,29 @@ def aws_region() -> str | None:
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
 
 
+LONGEST_FOLDER = 37  # bytes: the sockets in Ray's sessions have names of 70 more, and the system allows 107
+
+
 def temporary_folder() -> str:
-    """Where Ray's sessions and temporary files go unless somebody says otherwise, full or not: `TMPDIR`, or /tmp."""
-    return os.environ.get("TMPDIR") or "/tmp"
+    """Where Ray's sessions and temporary files go, full or not: `RAY_TMPDIR`, `TMPDIR`, or /tmp where none is set or it
+    is too long."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return folder if len(os.fsencode(folder)) <= LONGEST_FOLDER else "/tmp"
+
+
+def liveness_seconds() -> float:
+    """After how many seconds without an answer a process is taken for lost: `FEDSIM_LIVENESS_SECONDS`.
+
+    **Raises:** `ValueError` for what is no such number.
+    """
+    text = os.environ.get("FEDSIM_LIVENESS_SECONDS") or "60"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds < math.inf:
+        refuse("FEDSIM_LIVENESS_SECONDS", text, "a number of seconds, at least 1")
+    return seconds
 
 
 def numerics() -> str | None:

@@ -87,7 +87,8 @@ class Clients:
         tiers = {tier.name: tier.simulated for tier in experiment.tiers}
         self.devices = {client.id: tiers[client.tier] for client in infos}
         self.experiment, self.call, self.clock = experiment, call, clock
-        self.policy = Policy(experiment.on_error == "retry", run_alone, run_batched if experiment.batched else None)
+        together = run_batched if experiment.batched else None
+        self.policy = Policy(experiment.on_error == "retry", run_alone, together, seconds=experiment.call_seconds)
         self.private: dict[int, str] = {}
         self.reports: dict[int, ClientReport] = {}
 

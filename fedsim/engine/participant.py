@@ -15,6 +15,7 @@ import torch
 from fedsim.algorithm import ClientContext, ClientUpdate, Payload
 from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
+from fedsim.core.interrupts import Interrupt
 from fedsim.core.tree import State
 from fedsim.data.config import PER_TOKEN, Split
 from fedsim.engine import boundary
@@ -24,7 +25,6 @@ from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.steps import Asking, asking
 from fedsim.learning.task import Task, load_task, subset
-from fedsim.runtime.base import Interrupt
 from fedsim.storage.checkpoint import private_of
 
 

@@ -1,10 +1,11 @@
 """The two actors: `Host` holds participants, `Server` holds the aggregator. Plain classes, placed by `ray_runtime`."""
 
+import functools
 import socket
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,24 @@ from fedsim.runtime.metrics import Metrics
 HELD_BYTES = 512 * 2**20  # private states that a host keeps in memory; others are read from disk when they are needed
 FLUSH_BYTES = 4 * 2**20  # answers are sent when so much has gathered
 FLUSH_SECONDS = 0.25  # or so much time has passed
+NOBODY: tuple[tuple[int, ...], float] = ((), 0.0)
 
 # Number of a unit, its participants, those of them who were elsewhere before, and whether they are a whole chunk.
 WorkItem = tuple[int, Sequence[int], Sequence[int], bool]
 Batch = tuple[list[tuple[int, Answer]], str, float, float]  # by unit; node, seconds of broadcast, and of writing
+
+
+class Refused:
+    """Takes a participant's place in a call that it did not answer in time: whatever it is asked, it raises."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*_: Any) -> None:
+            raise TimeoutError(self.reason)
+
+        return call
 
 
 class Host:
@@ -37,10 +52,17 @@ class Host:
         self.token, self.participants = "", OrderedDict[int, Any]()
         self.held: dict[int, int] = {}  # bytes of each participant that is kept
         self.held_bytes = 0
+        self.at = NOBODY  # participants that are being computed, and since when
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> None:
         """Answers once the process is up, also when it has to be started again."""
+
+    @ray.method(concurrency_group="watch")
+    def ping(self) -> tuple[tuple[int, ...], float]:
+        """Participants that are being computed, and for how many seconds."""
+        ids, since = self.at
+        return ids, time.perf_counter() - since
 
     def answer(
         self,
@@ -54,11 +76,13 @@ class Host:
         policy: Policy,
         alone: bool,
         at_once: bool,
+        refused: Mapping[int, str],
     ) -> Iterator[Batch]:
         """Call `method` of some participants, unit by unit. **Yields** answers, as many at a time as are worth sending.
 
         - `factories`: a reference inside a list. - `payloads`: participant -> place in the list of such references.
         - `alone`: nobody else computes meanwhile. - `at_once`: send every answer by itself.
+        - `refused`: participants that are not called, for they did not answer in time, and what is said of them.
         """
         pin_threads()
         started = time.perf_counter()
@@ -74,9 +98,14 @@ class Host:
         for number, ids, stale_ids, whole in shares:
             self._let_go(stale_ids)  # what is held of them, if anything, is not their newest state
             chosen = {id_: received[which[id_]] for id_ in ids}
-            held = {id_: self._participant(id_) for id_ in ids}
-            batch.append((number, answered(held, method, round, chosen, fold if whole else None, policy, alone)))
-            self._keep(ids)
+            held = {id_: Refused(refused[id_]) if id_ in refused else self._participant(id_) for id_ in ids}
+            self.at = (tuple(ids), time.perf_counter())
+            turn = functools.partial(self._turn, [*ids] if policy.together is None else [])
+            turn()
+            answer = answered(held, method, round, chosen, fold if whole else None, policy, alone, turn)
+            self.at = NOBODY
+            batch.append((number, answer))
+            self._keep([id_ for id_ in ids if id_ not in refused])
             now = time.perf_counter()
             gathered = sum(answer.moved for _, answer in batch)
             if at_once or now - flushed > FLUSH_SECONDS or gathered > FLUSH_BYTES:
@@ -84,6 +113,11 @@ class Host:
                 flushed, batch = time.perf_counter(), []
                 broadcast, write = 0.0, flushed - now
         yield batch, node, broadcast, write
+
+    def _turn(self, waiting: list[int]) -> None:
+        """The turn of the next participant begins."""
+        if waiting:
+            self.at = ((waiting.pop(0),), time.perf_counter())
 
     def _participant(self, id_: int) -> Any:
         if id_ not in self.participants:
@@ -134,8 +168,9 @@ class Server:
         self.metrics.note(self.call, time.perf_counter() - started)
         return answer
 
-    def progress(self) -> tuple[str, int, int]:
-        """Method, participants done, participants in all. Answered while `invoke` is at work."""
+    @ray.method(concurrency_group="watch")
+    def ping(self) -> tuple[str, int, int]:
+        """Method, participants done, participants in all."""
         return self.call.progress if self.call is not None else ("", 0, 0)
 
     @ray.method(max_task_retries=-1)

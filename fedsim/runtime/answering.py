@@ -3,12 +3,14 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from fedsim.core.errors import text_of
-from fedsim.runtime.base import PLAIN, Answer, Failure, Fold, Policy, Together, Traffic
+from fedsim.runtime.alarm import alarm
+from fedsim.runtime.base import PLAIN, Answer, Failure, Fold, Policy, Together, Traffic, too_slow
 
 
 def answered(
@@ -31,8 +33,14 @@ def answered(
     for id_ in payloads if policy.told is not None else ():
         participants[id_].tell(policy.told)
     calls = [functools.partial(getattr(participants[id_], method), round, payloads[id_]) for id_ in payloads]
+    late = "" if policy.seconds is None else too_slow(method, round, policy.seconds)
+    finish = functools.partial(in_time, policy, late)
     received = {key: tensor_bytes(payload) for key, payload in {id(p): p for p in payloads.values()}.items()}
-    results = side_by_side(calls, policy.together) if policy.together else one_by_one(calls, policy.finish)
+    if policy.together:
+        seconds_together = None if policy.seconds is None else policy.seconds * len(calls)
+        results = side_by_side(calls, policy.together, alarm(seconds_together, late))
+    else:
+        results = one_by_one(calls, finish)
     for id_, call, (reply, took) in zip(payloads, calls, results, strict=True):
         down += received[id(payloads[id_])]
         if isinstance(reply, Failure) and policy.again:
@@ -41,7 +49,7 @@ def answered(
             if reply.out_of_memory and torch.cuda.is_available():
                 torch.cuda.empty_cache()
             repeated.append(id_)
-            reply, more = next(one_by_one([call], policy.finish))
+            reply, more = next(one_by_one([call], finish))
             took += more
         replies.append((id_, reply))
         seconds[id_] = took
@@ -53,21 +61,35 @@ def answered(
     return Answer(content, Traffic(down, up), moved, seconds, time.perf_counter() - started, tuple(repeated))
 
 
-def one_by_one(calls: Sequence[Callable[[], Any]], finish: Callable[[Any], Any]) -> Iterator[tuple[Any, float]]:
+def in_time(policy: Policy, late: str, call: Callable[[], Any]) -> Any:
+    """The reply that a call is finished to, if it comes in time."""
+    with alarm(policy.seconds, late):
+        return policy.finish(call())
+
+
+def one_by_one(
+    calls: Sequence[Callable[[], Any]], finish: Callable[[Callable[[], Any]], Any]
+) -> Iterator[tuple[Any, float]]:
     """Each call's reply, or the `Failure` that stands for it, and the seconds it took; made as they are asked for."""
     for call in calls:
         started = time.perf_counter()
         try:
-            reply = finish(call())
+            reply = finish(call)
         except Exception as error:  # whatever it was: the aggregator's policy decides, and the text says what
             reply = failed(error)
         yield reply, time.perf_counter() - started
 
 
-def side_by_side(calls: Sequence[Callable[[], Any]], together: Together) -> Iterator[tuple[Any, float]]:
+def side_by_side(
+    calls: Sequence[Callable[[], Any]], together: Together, limit: AbstractContextManager[None]
+) -> Iterator[tuple[Any, float]]:
     """The same of calls that are made together; each is said to have taken an equal part of the time."""
     started = time.perf_counter()
-    replies = together(calls)
+    try:
+        with limit:
+            replies = together(calls)
+    except TimeoutError as error:
+        replies = [error] * len(calls)
     each = (time.perf_counter() - started) / len(calls)
     for reply in replies:
         yield failed(reply) if isinstance(reply, Exception) else reply, each

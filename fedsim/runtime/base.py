@@ -58,8 +58,9 @@ class Failure:
     out_of_memory: bool = False
 
 
-class Interrupt(KeyboardInterrupt):
-    """The user's Ctrl-C, and not something that a participant's method raised."""
+def too_slow(method: str, round: int, seconds: float) -> str:
+    """What is said of a participant that had not answered in the time that the policy gives it."""
+    return f"no answer to {method!r} of round {round} within call_seconds={seconds:g}"
 
 
 def as_it_is(returned: Any) -> Any:
@@ -74,12 +75,14 @@ class Policy:
     - `finish`: makes the reply of what a participant's method returned.
     - `together`: makes the replies of all members of a chunk at once from their calls; None: one after another.
     - `told`: what participants are told before (`object.tell(told)`); None: nothing.
+    - `seconds`: in which a call must be done (together: times the members of the chunk); None: any time will do.
     """
 
     again: bool = False
     finish: Callable[[Any], Any] = as_it_is
     together: Together | None = None
     told: Any = None
+    seconds: float | None = None
 
 
 PLAIN = Policy()

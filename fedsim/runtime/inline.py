@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from fedsim.core.interrupts import interruptible
 from fedsim.core.numerics import NATIVE, check, use
 from fedsim.runtime.answering import answered
 from fedsim.runtime.base import PLAIN, Call, Fold, Policy, Resources, Runtime, Watch, chunks, pin_threads
-from fedsim.runtime.interrupts import interruptible
 
 
 class InlineCall(Call):

@@ -9,6 +9,7 @@ import grpc
 import ray
 from ray.exceptions import AuthenticationError
 
+from fedsim.core import environment
 from fedsim.runtime.private_ray import end_in_order
 
 
@@ -33,9 +34,16 @@ def join(address: str | None) -> str | None:
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, AuthenticationError, SystemExit) as error:
-        raise ValueError(f"--address={address!r}: {_why(error)}") from error
+        raise ValueError(f"{_named(address)}: {_why(error)}") from error
     end_in_order()
     return getattr(context, "dashboard_url", None) or None
+
+
+def _named(address: str | None) -> str:
+    """An address, and where it was said: in the environment it may be left over."""
+    if address is not None and address == environment.ray_address():
+        return f"RAY_ADDRESS={address!r} (unset it to start a Ray here)"
+    return f"--address={address!r}"
 
 
 def _why(error: BaseException) -> str:
@@ -56,7 +64,7 @@ def expect_connected(address: str | None) -> None:
     there = ray.get_runtime_context().gcs_address
     if _resolved(address) != _resolved(there):
         raise ValueError(
-            f"--address={address!r}: this process is connected to {there} already; disconnect it (ray.shutdown()), or "
+            f"{_named(address)}: this process is connected to {there} already; disconnect it (ray.shutdown()), or "
             "leave the address out to use that cluster"
         )
 
@@ -73,17 +81,17 @@ def _expect_rpc(address: str) -> None:
     """**Raises:** `ValueError` if nothing that speaks Ray's protocol answers at HOST:PORT within `ANSWER_SECONDS`."""
     host, _, port = address.rpartition(":")
     if not port.isdigit() or not host:
-        raise ValueError(f"--address={address!r}: must be 'auto' or HOST:PORT")
+        raise ValueError(f"{_named(address)}: must be 'auto' or HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ValueError(
-            f"--address={address!r}: nothing answers there ({error}); looked for {ANSWER_SECONDS:g} s"
+            f"{_named(address)}: nothing answers there ({error}); looked for {ANSWER_SECONDS:g} s"
         ) from None
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # nor does Ray use one
         try:
             grpc.channel_ready_future(channel).result(ANSWER_SECONDS)
         except grpc.FutureTimeoutError:
             raise ValueError(
-                f"--address={address!r}: what answers there is no Ray cluster: no gRPC within {ANSWER_SECONDS:g} s"
+                f"{_named(address)}: what answers there is no Ray cluster: no gRPC within {ANSWER_SECONDS:g} s"
             ) from None

@@ -33,6 +33,12 @@ def on_every_node(call: Callable[[], Any]) -> dict[str, Any]:
     return answers
 
 
+def lost_here() -> bool:
+    """Whether this process is cut off: the raylet of its node died, or has not answered for long."""
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == here and not node["Alive"] for node in ray.nodes())
+
+
 def capacities() -> Mapping[str, Mapping[str, float]]:
     """What Ray counts of every node that is up, by address."""
     return {node["NodeManagerAddress"]: node["Resources"] for node in ray.nodes() if node["Alive"]}

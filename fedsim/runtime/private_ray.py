@@ -7,11 +7,41 @@ imported where it is used, beside what the others import.
 import contextlib
 import logging
 import math
+import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+
+from fedsim.core import environment, interrupts
+from fedsim.core.limits import address_space, limits, memory_bytes
+from fedsim.runtime import keeper
+from fedsim.runtime.ray_token import keep_token
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
+TIGHT_SECONDS = 50.0  # in which a Ray, and its hosts, come up where a limit may keep them from it
+START_SECONDS = 300.0  # and elsewhere
+END_SECONDS = 5.0  # in which a Ray ends
+
+
+RAISE = "raise the limit, or use runtime='inline'"
+
+
+def not_started(what: str, tight: Sequence[str]) -> str:
+    """What is said of what did not come up, with the limits that this process found."""
+    if not tight:
+        return f"runtime='ray': {what} has not started within {START_SECONDS:g} s"
+    return (
+        f"runtime='ray': {what} has not started within {TIGHT_SECONDS:g} s, and this process is limited: "
+        f"{'; '.join(tight)}: {RAISE}"
+    )
 
 
 class Prestart:
@@ -20,11 +50,15 @@ class Prestart:
     The thread lives as long as the process: Ray ties what it starts to the life of the thread that started it.
 
     - `cpus`, `gpus`: logical CPUs and GPUs; None: those there are.
+
+    **Raises:** `ValueError` where a limit on this process leaves no room for one.
     """
 
     def __init__(self, cpus: float, gpus: int | None) -> None:
         self.cpus, self.gpus, self.claimed = cpus, gpus, False
         self.error: BaseException | None = None
+        if hard := limits()[0]:
+            raise ValueError(f"runtime='ray': cannot start here, for {'; '.join(hard)}: {RAISE}")
         self.settled = threading.Event()
         end_in_order()
         threading.Thread(target=self._start, daemon=True).start()
@@ -38,36 +72,96 @@ class Prestart:
         threading.Event().wait()
 
     def claim(self) -> bool:
-        """Take it over, once it is up. **Returns:** whether there is one, that nobody else has claimed."""
+        """Take it over, once it is up. **Returns:** whether there is one, that nobody else has claimed.
+
+        **Raises:** `ValueError` if it does not come up.
+        """
         if self.claimed:
             return False
         self.claimed = True
-        self.settled.wait()
+        _, tight = limits()
+        if not self.settled.wait(TIGHT_SECONDS if tight else START_SECONDS):
+            raise ValueError(not_started("Ray", tight))
         return self.error is None
 
     def cancel(self) -> None:
         """End it, unless somebody has claimed it."""
         if self.claim():
-            import ray
+            end_private()
 
-            ray.shutdown()
+
+_keepers: list[subprocess.Popen[bytes]] = []  # of the private Ray that this process is connected to, if it is
 
 
 def connect_private(cpus: float, gpus: int | None) -> None:
-    """Start a Ray and connect this process to it."""
-    import psutil
+    """Start a Ray, for this machine alone, and connect this process to it."""
     import ray
+    from ray._private import ray_constants, worker
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=max(1, math.ceil(cpus)),
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _memory=psutil.virtual_memory().total,  # as placement counts it; by itself Ray takes a part of what is free
-    )
+    mark, limit, room = uuid.uuid4().hex, environment.liveness_seconds(), address_space()
+    command = [sys.executable, "-P", keeper.__file__, mark]
+    _keepers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+    environment.set_variables({keeper.MARK: mark})
+    elsewhere = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # nobody elsewhere may join: it listens on 127.0.0.1 alone
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # of this process: SIGTERM ends it in order
+    worker.print_to_stdstream = lambda *_, **__: None  # what its processes complain of, each for itself
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, math.ceil(cpus)),
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=room and max(room // 8, 80 * 2**20),  # every process maps it as a whole
+            _memory=memory_bytes(),  # as placement counts it; by itself Ray takes a part of what is free
+            _temp_dir=os.path.join(environment.temporary_folder(), "ray"),
+            _system_config={  # a raylet that does not answer is dead after as long as any other process
+                "health_check_period_ms": round(limit / 12 * 1000),
+                "health_check_timeout_ms": round(limit / 6 * 1000),
+                "health_check_failure_threshold": 4,
+            },
+        )
+    except BaseException:
+        _end_all()
+        raise
+    finally:
+        environment.set_variables({keeper.MARK: None})
+        ray_constants.ENABLE_RAY_CLUSTER = elsewhere
+
+
+def end_private() -> None:
+    """Disconnect this process from its private Ray, and end that, to the last process.
+
+    Ray waits for its own processes, which may be frozen: they are killed if it waits long.
+    """
+    import ray
+
+    timers = [threading.Timer(END_SECONDS, _kill_raylet), threading.Timer(2 * END_SECONDS, _end_all)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    ray.shutdown()
+    for timer in timers:
+        timer.cancel()
+    _end_all()
+
+
+def _kill_raylet() -> None:
+    import psutil
+
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet":
+                process.kill()
+
+
+def _end_all() -> None:
+    """Have the keeper end what is left, and wait until it has."""
+    while _keepers:
+        _keepers.pop().communicate()
 
 
 def is_for_us(begun: Prestart | None) -> bool:
@@ -77,19 +171,25 @@ def is_for_us(begun: Prestart | None) -> bool:
     return (begun is not None and not begun.claimed) or not ray.is_initialized()
 
 
-def start_private(cpus: float, gpus: int | None, begun: Prestart | None = None) -> None:
-    """Start a Ray, or take the one that was begun, and connect this process; `ray.shutdown()` ends it.
+def start_private(
+    cpus: float, gpus: int | None, begun: Prestart | None = None, say: Callable[[str], None] = silent
+) -> None:
+    """Start a Ray, or take the one that was begun, and connect this process; `end_private` ends it.
 
     - `cpus`: logical CPUs, at least. - `gpus`: logical GPUs; None: those there are.
+    - `say`: told what was done about Ray's token (`keep_token`).
     """
-    import ray
-
-    if begun is not None and begun.claim():
-        if begun.cpus >= cpus and begun.gpus == gpus:
-            return
-        ray.shutdown()
-    connect_private(cpus, gpus)
-    end_in_order()
+    fits = begun is not None and begun.cpus >= cpus and begun.gpus == gpus
+    if begun is None or not begun.claim():
+        keep_token(say)
+        begun, fits = Prestart(cpus, gpus), True
+        if not begun.claim():
+            assert begun.error is not None
+            raise begun.error
+    if not fits:
+        end_private()
+        return start_private(cpus, gpus, None, say)
+    end_in_order()  # Ray has taken the signal
 
 
 @contextlib.contextmanager
@@ -105,12 +205,16 @@ def shared_ray(cpus: float, gpus: int | None, begun: Prestart | None = None) -> 
         yield ray.get_runtime_context().gcs_address
     finally:
         if own:
-            ray.shutdown()
+            end_private()
 
 
 def end_in_order() -> None:
     """Have SIGTERM end this process by way of its `finally` clauses, Ray included; connected, Ray would abort it."""
-    if threading.current_thread() is threading.main_thread():  # nobody else may
+    if threading.current_thread() is not threading.main_thread():  # nobody else may
+        return
+    if interrupts.installed():
+        interrupts.renew()
+    else:
         signal.signal(signal.SIGTERM, _exit)
 
 

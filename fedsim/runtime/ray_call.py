@@ -15,7 +15,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fedsim.runtime.actors import WorkItem
 from fedsim.runtime.answering import tensor_bytes
-from fedsim.runtime.base import PLAIN, Answer, Call, Fold, Policy, Resources, chunks
+from fedsim.runtime.base import PLAIN, Answer, Call, Fold, Policy, Resources, chunks, too_slow
+from fedsim.runtime.liveness import Liveness
 from fedsim.runtime.schedule import Durations, Unit, assigned, cut_where_it_pays, merged
 
 
@@ -31,6 +32,7 @@ class RayCall(Call):
     - `hosts`: actors; `requests`: what each asked for. - `resources`: of every participant.
     - `factories`: reference to those of participants. - `fixed`: participant -> its own host, where all have one.
     - `patience`: seconds in which a host that died must be back, if no other can do its work.
+    - `liveness`: seconds in which a host that is at work must answer a ping, or it is lost.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class RayCall(Call):
         factories: Any,
         chunk: int,
         fixed: Mapping[int, int],
-        patience: float = START_SECONDS,
+        patience: float,
+        liveness: float,
     ) -> None:
         super().__init__()
         self.token, self.hosts, self.factories, self.chunk, self.fixed = token, hosts, factories, chunk, fixed
-        self.patience = patience
+        self.patience, self.liveness = patience, liveness
         self.resources, self.durations = resources, Durations()
         self.guessing = True  # what calls will take, for want of any that were made
         self.last: dict[int, int] = {}  # participant -> host that holds its newest state
@@ -176,6 +179,11 @@ class _Asking:
         self.deaths = [0] * len(self.units)
         self.waiting: list[int] = []  # units that no living host may compute
         self.later: list[int] = []  # units whose device had too little memory: one at a time, when the others are done
+        every = None if policy.seconds is None else policy.seconds / 4
+        self.liveness = Liveness(call.liveness, every)
+        self.ending: set[int] = set()  # hosts that are being ended, for they do not answer
+        self.slow: dict[int, int] = {}  # participant -> times that it had not answered in time
+        self.refused: dict[int, str] = {}  # those who are not asked again, and what is said of them
         self._push(range(len(self.units)))
 
     def wait_for(self, number: int) -> Answer:
@@ -234,6 +242,7 @@ class _Asking:
                 self.policy,
                 alone or len(call.hosts) == 1,
                 at_once,
+                {id_: self.refused[id_] for id_ in which if id_ in self.refused},
             )
         )
         expected = sum(self.units[number].seconds for number in numbers)
@@ -248,8 +257,10 @@ class _Asking:
             ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)
             raise RuntimeError(f"no host asked for what participants {ids} ask for")
         patience = max(self.call.patience, BUSY_SECONDS) if self.call.unmet else self.call.patience
-        ready, _ = ray.wait(waited_for, num_returns=1, timeout=patience if not self.pushes else None)
-        if not ready:
+        if self.pushes and self.liveness.due():
+            self._look()
+        ready, _ = ray.wait(waited_for, num_returns=1, timeout=self.liveness.every if self.pushes else patience)
+        if not ready and not self.pushes:
             ids = ", ".join(str(id_) for number in self.waiting for id_ in self.units[number].ids)
             raise RuntimeError(
                 f"no host that may compute participants {ids} has come back within {patience:g} s after it "
@@ -260,6 +271,23 @@ class _Asking:
                 self._host_restarted(reference)
             else:
                 self._read(reference)
+
+    def _look(self) -> None:
+        """End hosts that do not answer, or whose participant does not. What they had to do is then theirs who live."""
+        hosts, policy = self.call.hosts, self.policy
+        busy = {push.host for push in self.pushes.values()} - self.ending
+        answers, lost = self.liveness.look({host: hosts[host] for host in busy})
+        for host, (ids, seconds) in answers.items():
+            if policy.seconds is None or seconds <= policy.seconds * len(ids):
+                continue
+            for id_ in ids:
+                self.slow[id_] = self.slow.get(id_, 0) + 1
+                if self.slow[id_] > policy.again:
+                    self.refused[id_] = too_slow(self.method, self.round, policy.seconds)
+            lost.append(host)
+        for host in lost:
+            self.ending.add(host)
+            ray.kill(hosts[host], no_restart=False)
 
     def _read(self, stream: Any) -> None:
         """Take the next answers of a host, which may have died instead."""
@@ -296,12 +324,14 @@ class _Asking:
     def _lost(self, stream: Any, error: Exception) -> None:
         """A host died. The unit it was at, as far as can be told, must not be its end too often."""
         push, call = self.pushes.pop(stream), self.call
+        self.ending.discard(push.host)
         if push.host not in call.returning.values():
             call.returning[call.hosts[push.host].ready.remote()] = push.host
         if not push.numbers:
             return
         suspect = push.numbers[0]
-        self.deaths[suspect] += 1
+        if not any(id_ in self.slow for id_ in self.units[suspect].ids):  # that has limits of its own
+            self.deaths[suspect] += 1
         for number in push.numbers:
             call.repeated(self.units[number].ids)
         if self.deaths[suspect] >= ATTEMPTS:

@@ -15,23 +15,26 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fedsim.core import environment
+from fedsim.core.limits import limits, memory_bytes
 from fedsim.core.numerics import NATIVE, use
 from fedsim.runtime.actors import Host, Server, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
 from fedsim.runtime.joining import expect_connected, join
-from fedsim.runtime.nodes import capacities, on_every_node
+from fedsim.runtime.liveness import Liveness
+from fedsim.runtime.nodes import capacities, lost_here, on_every_node
 from fedsim.runtime.placement import Capacity, Plan, grouped, part_of, plan
-from fedsim.runtime.private_ray import Prestart, is_for_us, start_private
+from fedsim.runtime.private_ray import TIGHT_SECONDS, Prestart, end_private, is_for_us, not_started, start_private
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
 
 
 SOON_SECONDS, TELL_SECONDS = 60.0, 60.0  # when it is first said that hosts are waited for, and then again
+TOLD_SECONDS = 0.25  # between two looks at how far the aggregator is
 RELEASE_SECONDS = 10.0  # in which Ray lets go of what actors held that were killed
 
 
@@ -65,6 +68,7 @@ class RayRuntime(Runtime):
         use(numerics)
         self.address, self.hosts, self.num_gpus, self.share, self.say = address, hosts, num_gpus, share, say
         self.wait, self.patience = wait, max(wait, START_SECONDS)
+        self.liveness = environment.liveness_seconds()
         self.numerics = numerics
         self.actors: list[Any] = []
         self.starting: list[Any] = []  # answers of hosts that are coming up
@@ -127,10 +131,14 @@ class RayRuntime(Runtime):
             self.made_of = [self._put()]
         for attempt in range(1, ATTEMPTS + 1):
             reference = self.server.invoke.remote(self.token, self.made_of, method, args, attempt - 1)
+            liveness = Liveness(self.liveness, every=TOLD_SECONDS)
             try:
-                while not ray.wait([reference], timeout=0.25)[0]:
-                    if watch is not None:
-                        watch(*self._progress())
+                while not ray.wait([reference], timeout=TOLD_SECONDS)[0]:
+                    answers, lost = liveness.look({"server": self.server})
+                    if watch is not None and answers:
+                        watch(*answers["server"])
+                    if lost:
+                        ray.kill(self.server, no_restart=False)
                 return ray.get(reference)
             except RayTaskError as error:
                 raise error.cause from None  # what the aggregator raised, as it raised it
@@ -142,19 +150,35 @@ class RayRuntime(Runtime):
 
     def _wait_for_server(self, error: RayActorError) -> None:
         """Wait until the aggregator's process, which died, has been started again."""
-        back = self.server.ready.remote()
-        if not ray.wait([back], timeout=self.patience)[0]:
-            raise RuntimeError(f"the aggregator died and did not come back within {self.patience:g} s: {error}")
-        ray.get(back)
+        back, end = self.server.ready.remote(), time.monotonic() + self.patience
+        while not ray.wait([back], timeout=1.0)[0]:
+            self._expect_node()
+            if time.monotonic() > end:
+                raise RuntimeError(f"the aggregator died and did not come back within {self.patience:g} s: {error}")
+        try:
+            ray.get(back)
+        except RayError:
+            self._expect_node()
+            raise
+
+    def _expect_node(self) -> None:
+        """**Raises:** `RuntimeError` if this process is cut off from its Ray."""
+        if not lost_here():
+            return
+        raise RuntimeError(
+            f"Ray's own process on this machine (raylet) died, or has not answered for {self.liveness:g} s: no "
+            "participant is to blame, and every finished round is on disk"
+        )
 
     def close(self) -> None:
-        for actor in [*self.actors, *([self.server] if self.server is not None else [])]:
+        own = self.private and self.connected  # then they end with their Ray
+        for actor in [] if own else [*self.actors, *([self.server] if self.server is not None else [])]:
             with contextlib.suppress(Exception):  # it may be dead already, or the cluster gone
                 ray.kill(actor)
         self.actors, self.server, self.plan = [], None, None
         if self.connected:
             self.connected = False
-            ray.shutdown()
+            end_private() if self.private else ray.shutdown()
 
     # parts ----------------------------------------------------------------------------------------------------------
 
@@ -169,14 +193,17 @@ class RayRuntime(Runtime):
         fixed = alone if len(alone) == len(resources) else {}
         factories = ray.put(dict(make_participants))
         call = RayCall(
-            self.token, self.actors, self.plan.requests, dict(resources), factories, chunk, fixed, self.patience
+            self.token,
+            self.actors,
+            self.plan.requests,
+            dict(resources),
+            factories,
+            chunk,
+            fixed,
+            self.patience,
+            self.liveness,
         )
         return ray.put((make_aggregator, call))
-
-    def _progress(self) -> tuple[str, int, int]:
-        with contextlib.suppress(RayActorError, GetTimeoutError):  # it is being restarted, or busy: no news
-            return ray.get(self.server.progress.remote(), timeout=1.0)
-        return ("", 0, 0)
 
     def _planned(self, resources: Mapping[int, Resources]) -> Plan:
         if self.wait and self.hosts is not None:
@@ -210,7 +237,7 @@ class RayRuntime(Runtime):
                 cpus = ray.available_resources().get("CPU", 0.0) + sum(request.num_cpus for request in own)
             return Capacity(cpus, [1.0] * int(total.get("GPU", 0.0)), total.get("memory", 0.0) / 2**20, total)
         gpus = torch.cuda.device_count() if self.num_gpus is None else self.num_gpus
-        return Capacity(None, [1.0] * gpus, psutil.virtual_memory().total / 2**20)
+        return Capacity(None, [1.0] * gpus, memory_bytes() / 2**20)
 
     def _join(self) -> None:
         if not ray.is_initialized():
@@ -229,7 +256,7 @@ class RayRuntime(Runtime):
             self.close()
         if self.connected:
             return
-        start_private(cpus, self.num_gpus, self.begun)
+        start_private(cpus, self.num_gpus, self.begun, self.say)
         self.connected = True
         use_tensor_views()
 
@@ -237,23 +264,29 @@ class RayRuntime(Runtime):
         """Start the host actors and the server together; `_wait_for_hosts` waits for them."""
         for actor in self.actors:
             ray.kill(actor)
-        host, server = ray.remote(Host), ray.remote(Server)
+        remote: Any = ray.remote
+        watch = remote(concurrency_groups={"watch": 1})  # a thread that answers while another computes
+        host, server = watch(Host), watch(Server)
         self.actors = [host.options(**options(request)).remote(self.numerics) for request in wanted.requests]
         if self.server is None:
             # Beside the driver: a worker of a cluster may be taken away, and nothing goes on without the driver's node.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            self.server = server.options(
-                num_cpus=0, max_restarts=-1, max_concurrency=2, scheduling_strategy=here
-            ).remote(self.numerics)
+            self.server = server.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(self.numerics)
         self.starting = [actor.ready.remote() for actor in self.actors]
 
     def _wait_for_hosts(self) -> None:
-        count, end = len(self.starting), time.monotonic() + self.patience
-        ready, late = ray.wait(self.starting, num_returns=count, timeout=SOON_SECONDS)
-        while late and time.monotonic() < end:
-            self.say(f"{len(ready)} of {count} hosts are up; waiting for the cluster to bring the others")
-            left = min(TELL_SECONDS, max(0.0, end - time.monotonic()))
-            ready, late = ray.wait(self.starting, num_returns=count, timeout=left)
+        count, begun, told = len(self.starting), time.monotonic(), SOON_SECONDS
+        tight = limits()[1] if self.private else []
+        ready, late = ray.wait(self.starting, num_returns=count, timeout=1.0)
+        while late and (waited := time.monotonic() - begun) < self.patience:
+            self._expect_node()
+            if tight and waited > TIGHT_SECONDS:
+                raise ValueError(not_started(f"{len(late)} of {count} hosts", tight))
+            if waited > told:
+                told += TELL_SECONDS
+                whom = "the others" if self.private else "the cluster to bring the others"
+                self.say(f"{len(ready)} of {count} hosts are up; waiting for {whom}")
+            ready, late = ray.wait(self.starting, num_returns=count, timeout=1.0)
         if late:
             waited, self.patience = self.patience, TELL_SECONDS  # the next run does not wait as long once more
             raise RuntimeError(

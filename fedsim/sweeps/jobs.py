@@ -102,7 +102,9 @@ class Worker:
     def __init__(self, context: Any, out: Place, compute: Compute, choice: Choice) -> None:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, out, compute, choice), daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it, and its server, are not for a terminal
         self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.experiment: Experiment | None = None
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import fedsim
 from fedsim.core.errors import text_of
+from fedsim.core.interrupts import Interrupt
 from fedsim.core.tree import State, flat, lent, nested, ordered, sha256, untouched
 from fedsim.core.updates import ClientUpdate
 from fedsim.engine.boundary import Sent, checked, layout_of
 from fedsim.experiment import Experiment
 from fedsim.results.tables import Results
-from fedsim.runtime.base import Interrupt, Runtime
+from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import RunFailed
 from fedsim.sweeps.runner import run_all

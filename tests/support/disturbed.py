@@ -41,8 +41,9 @@ class Disturbed(Algorithm):
     """Behaves as `inner`, except for one event at one place.
 
     - `event`: "raise" (always) or "raise_once", "oom_once" (too little memory on the device), "die" or "die_always"
-      (the process is killed), "exit" (the process ends), "stall" (the client waits), "fill" (the disk that holds
-      `folder`); "die_server" is "die" once the server has aggregated.
+      (the process is killed), "exit" (the process ends), "freeze" (it is stopped), "stall" or "stall_always" (the
+      client waits), "busy" (it computes for some seconds), "fill" (the disk that holds `folder`); "die_server" is "die"
+      once the server has aggregated.
     - `at`: the method in which it happens. - `client`, `round`: where; client -1 is any. The server's methods have no
       client. Sums of chunks ("combine") have neither: the first host that makes one is met.
     - `folder`: a file in it says which process has met the event, so that it happens `times` times; another, for
@@ -84,8 +85,14 @@ class Disturbed(Algorithm):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.event == "exit" and self.once():
             os._exit(1)
-        if self.event == "stall" and self.once():
+        if self.event == "freeze" and self.once():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.event == "stall_always" or (self.event == "stall" and self.once()):
             time.sleep(3600)
+        if self.event == "busy" and self.once():
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                sum(range(10**5))
         if self.event == "fill" and self.once():
             fill(Path(self.folder) / "ballast")
 

@@ -1,0 +1,130 @@
+"""Ctrl-C, and a request to end (SIGTERM): once is enough, more change nothing, and the end is near.
+
+For a process that is a command from its first line on. It is imported before all else, and imports nothing slow.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS = 2.5  # in which what is under way lets go of what it holds; then the process ends as it is
+
+_received: list[int] = []  # the first signal; more are not looked at
+_installed: list[bool] = []
+_in_order: list[bool] = []  # whether something is under way that lets go of what it holds
+_saying = threading.Lock()
+
+
+class Interrupt(KeyboardInterrupt):
+    """The user's Ctrl-C, and not something that a participant's method raised."""
+
+
+def install() -> None:
+    """From now on the first signal ends this process, with one line."""
+    _installed.append(True)
+    renew()
+
+
+def installed() -> bool:
+    return bool(_installed)
+
+
+def renew() -> None:
+    """Take the signals again, which a library has taken."""
+    sys.unraisablehook = _unraisable
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
+def give_back() -> None:
+    """Leave signals to what is done next: it has an end of its own."""
+    if _installed:
+        _installed.clear()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def in_order() -> Iterator[None]:
+    """What is done here is interrupted by an `Interrupt`, and ends within `SECONDS`; elsewhere nothing is held
+    that would have to be let go of."""
+    _in_order.append(True)
+    try:
+        yield
+    except BaseException:  # whatever a library made of the interrupt
+        if _received:
+            leave()
+        raise
+    finally:
+        _in_order.pop()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A `KeyboardInterrupt` that a signal raises here is an `Interrupt`: participants' code may raise others."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # no signal raises anything in this thread
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        try:
+            before(number, frame)
+        except KeyboardInterrupt:
+            raise Interrupt from None
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    if _received:
+        return
+    _received.append(number)
+    if not _in_order:
+        leave()
+    threading.Thread(target=_cut, daemon=True).start()
+    raise Interrupt
+
+
+def _cut() -> NoReturn:
+    time.sleep(SECONDS)
+    leave()
+
+
+def leave() -> NoReturn:
+    """End this process, and say so."""
+    with _saying:  # never let go of: one line
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(1, f"{said()}\n".encode())
+        os._exit(128 + _received[0])
+
+
+def said() -> str:
+    """The line: what was interrupted, and with what it goes on."""
+    words = sys.argv[1:]
+    name = os.path.basename(sys.argv[0])
+    command = ["fedsim"] if name in ("fedsim", "__main__.py") else ["python", sys.argv[0]]
+    if command == ["fedsim"] and words[:1] not in (["run"], ["sweep"]):
+        return "interrupted"
+    more = ["--resume"] if words[:1] == ["run"] and "--resume" not in words else []
+    return f"interrupted: every finished round is on disk; go on with: {shlex.join([*command, *words, *more])}"
+
+
+def _unraisable(what: "sys.UnraisableHookArgs") -> None:
+    """Where Python cannot raise, in a destructor, it would drop the interrupt and go on."""
+    if _received and isinstance(what.exc_value, KeyboardInterrupt):
+        leave()
+    sys.__unraisablehook__(what)

@@ -1,0 +1,51 @@
+"""Who still answers. A process that is frozen (stopped, swapped out) is told from one that computes: both are silent,
+but who computes answers a ping from a thread of its own."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+
+LOOKS = 12  # in the time after which a silent process is lost
+
+
+class Liveness:
+    """Pings actors. Time counts while this process itself runs: where a machine slept, or all was stopped, nobody is
+    lost for it.
+
+    - `seconds`: without an answer, and an actor is lost. - `every`: seconds from one look to the next, at most.
+    """
+
+    def __init__(self, seconds: float, every: float | None = None) -> None:
+        self.seconds, self.every = seconds, min(seconds / LOOKS, every or seconds)
+        self.looked = time.monotonic()
+        self.asked: dict[Any, tuple[Any, float]] = {}  # key -> its ping, and for how long that has had no answer
+
+    def due(self) -> bool:
+        return time.monotonic() - self.looked >= self.every
+
+    def look(self, actors: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[Any]]:
+        """Take the answers that have come, and ask anew. **Returns:** answers, and the keys of who is lost."""
+        now = time.monotonic()
+        passed, self.looked = min(now - self.looked, 2 * self.seconds / LOOKS), now
+        self.asked = {key: asked for key, asked in self.asked.items() if key in actors}
+        pings = [ping for ping, _ in self.asked.values()]
+        ready = set(ray.wait(pings, num_returns=len(pings), timeout=0)[0]) if pings else set()
+        answers, lost = {}, []
+        for key, actor in actors.items():
+            ping, silent = self.asked.get(key, (None, 0.0))
+            if ping in ready or ping is None:
+                if ping is not None:
+                    try:
+                        answers[key] = ray.get(ping)
+                    except RayError:  # it died, as whoever waits for its work is told
+                        continue
+                self.asked[key] = (actor.ping.remote(), 0.0)
+            else:
+                self.asked[key] = (ping, silent + passed)
+                if silent + passed >= self.seconds:
+                    lost.append(key)
+        return answers, lost
