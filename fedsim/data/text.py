@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsim.core.fields import refuse
 from fedsim.data import bpe
+from fedsim.data.content import Stamp, stamp
 
 
 BYTE_PADDING = 256
@@ -24,7 +25,6 @@ BYTE_MASK = 258  # above the vocabulary: only models that predict masked tokens 
 IGNORED = -100  # a label that counts in no loss and no score
 
 
-@lru_cache(maxsize=32)  # experiments ask often, and with `hub` each answer costs requests
 def vocabulary(tokenizer: str, hub: bool) -> int:
     """How many tokens there are: ids are below this.
 
@@ -35,33 +35,42 @@ def vocabulary(tokenizer: str, hub: bool) -> int:
     own = bpe.parsed(tokenizer)
     if own is not None:
         return own.size
-    return BYTE_VOCABULARY if tokenizer == "bytes" else len(pretrained_tokenizer(tokenizer, hub))
+    return BYTE_VOCABULARY if tokenizer == "bytes" else len(_remembered(tokenizer, hub))
 
 
-@lru_cache(maxsize=32)
 def special_ids(tokenizer: str, hub: bool) -> tuple[int, int]:
     """`(padding, end)`: the ids that pad a text and that close it."""
     if tokenizer == "bytes":
         return BYTE_PADDING, BYTE_END
     if bpe.parsed(tokenizer) is not None:
         return bpe.PADDING_ID, bpe.END_ID
-    pretrained = pretrained_tokenizer(tokenizer, hub)
+    pretrained = _remembered(tokenizer, hub)
     padding = pretrained.pad_token_id
     return padding, padding if pretrained.eos_token_id is None else pretrained.eos_token_id
 
 
-@lru_cache(maxsize=32)
 def mask_id(tokenizer: str, hub: bool) -> int:
     """The id that stands for a token to predict. **Raises:** `ValueError` if the tokenizer has none."""
     if tokenizer == "bytes":
         return BYTE_MASK
     if bpe.parsed(tokenizer) is not None:
         return bpe.MASK_ID
-    found = pretrained_tokenizer(tokenizer, hub).mask_token_id
+    found = _remembered(tokenizer, hub).mask_token_id
     if found is None:
         accepted = "'bytes' or a tokenizer that has a mask token, for task.data.objective='masked_token'"
         refuse("task.data.tokenizer", tokenizer, accepted)
     return found
+
+
+def _remembered(tokenizer: str, hub: bool) -> Any:
+    """A tokenizer to ask, as long as its files stay: experiments ask often, and with `hub` each answer costs requests."""
+    folder = Path(tokenizer).expanduser()
+    return _loaded(tokenizer, hub, stamp(*[folder] if folder.is_dir() else []))
+
+
+@lru_cache(maxsize=8)
+def _loaded(tokenizer: str, hub: bool, stamp: Stamp) -> Any:
+    return pretrained_tokenizer(tokenizer, hub)
 
 
 def tokens(texts: Sequence[str], tokenizer: str, max_length: int, hub: bool) -> dict[str, Tensor]:

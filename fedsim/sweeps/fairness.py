@@ -2,13 +2,13 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fedsim.core.canonical import canonical
 from fedsim.engine.cohort import federation_sha256, members
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
+from fedsim.sweeps.differences import differences
 from fedsim.sweeps.progress import label_of
 
 
@@ -36,7 +36,8 @@ def check_fair(experiments: Sequence[Experiment], data_dir: str | None) -> None:
         met = _met(first, data_dir)
         for other in others:
             if _met(other, data_dir) != met:
-                differ = ", ".join(_differences("", _fields(first), _fields(other)))
+                found = differences(_federation(first), _federation(other))
+                differ = ", ".join(f"{path} is {one!r} and {two!r}" for path, (one, two) in found.items())
                 raise ValueError(
                     f"{label_of(first)} and {label_of(other)} would stand in one table, but not meet the same "
                     f"federation: {differ}"
@@ -50,25 +51,9 @@ def _table(experiment: Experiment) -> str:
     return json.dumps([canonical(each) for each in (*setting, experiment.forms)])
 
 
-def _fields(experiment: Experiment) -> dict[str, Any]:
-    return {name: canonical(getattr(experiment, name)) for name in FEDERATION}
-
-
 def _federation(experiment: Experiment) -> str:
-    return json.dumps(_fields(experiment), sort_keys=True)
+    return json.dumps({name: canonical(getattr(experiment, name)) for name in FEDERATION}, sort_keys=True)
 
 
 def _met(experiment: Experiment, data_dir: str | None) -> str:
     return federation_sha256(experiment, members(experiment, load_task(experiment.task, data_dir)))
-
-
-def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
-    """`path: value and value` for all leaves in which two JSON values differ."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        for name in one:
-            yield from _differences(f"{path}.{name}".strip("."), one[name], other[name])
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            yield from _differences(f"{path}.{number}", *pair)
-    elif one != other:
-        yield f"{path} is {one!r} and {other!r}"

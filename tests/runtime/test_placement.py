@@ -88,7 +88,7 @@ def test_a_host_that_is_gone_when_an_aggregator_begins_is_given_nothing(
     factories = ray.put({id_: functools.partial(Counting, id_) for id_ in range(2)})
     alone = {0: 0, 1: 1} if own else {}
     call = ray_call.RayCall(
-        "token", [there, gone], [Resources()] * 2, dict.fromkeys(range(2), Resources()), factories, 1, alone
+        "token", [there, gone], [Resources()] * 2, dict.fromkeys(range(2), Resources()), factories, 1, alone, 60.0, 60.0
     )
     for round in range(2):
         assert [*call("tell", round, {0: {}, 1: {}})] == [[(0, 0)], [(1, 1)]]
