@@ -63,7 +63,7 @@ def mask_id(tokenizer: str, hub: bool) -> int:
 
 
 def _remembered(tokenizer: str, hub: bool) -> Any:
-    """A tokenizer to ask, as long as its files stay: experiments ask often, and with `hub` each answer costs requests."""
+    """A tokenizer, as long as its files stay: experiments ask often, and with `hub` each answer costs requests."""
     folder = Path(tokenizer).expanduser()
     return _loaded(tokenizer, hub, stamp(*[folder] if folder.is_dir() else []))
 
