@@ -160,6 +160,14 @@ def test_links_are_followed_and_broken_ones_are_named(tmp_path: Path) -> None:
         load(config, None)
 
 
+def test_folders_and_files_of_relative_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / "images", *BOTH)
+    assert greys(load(DataConfig("images", **IMAGES), None)) == [(1, "a"), (2, "b")]
+    tables(tmp_path / "texts", "train.csv", "test.csv")
+    assert len(load(DataConfig("texts", **TEXTS), None).train) == 2
+
+
 def test_images_are_read_in_the_order_of_the_library_that_read_them_before(tmp_path: Path) -> None:
     import datasets
 
