@@ -55,7 +55,7 @@ class DataConfig:
         `save_to_disk` folder), as a text or a `Path`. `fedsim.data.from_frame` gives one to data that lie in memory.
     - `hub`: whether a name that is not found locally, or a tokenizer, may be fetched from the hub.
     - `config_name`: the hub data set's configuration.
-    - `train_split`, `test_split`: names of files, folders or hub splits; `validation` stands in for a missing `test`.
+    - `train_split`, `test_split`: names of files, folders or hub splits; other usual names stand in for the defaults.
     - `test_share`: share held out when the source has one split only, and by the embedded sets.
     - `objective`: "classes": one for each example. "next_token" or "masked_token": language modelling on the texts,
         which reads no labels; `pydoc` is "next_token" unless it is "masked_token". "token_classes": one for each word.
@@ -71,7 +71,8 @@ class DataConfig:
     - `image_mean`, `image_std`: of each channel, for pixels of 0..1, as a checkpoint's `preprocessor_config.json` has
         them; empty for 0.5 each.
     - `num_classes`: not read for language modelling.
-    - `class_names`: the classes' names in order, or none. Tags named "O", "B-..." and "I-..." get entity scores.
+    - `class_names`: the classes' names in order, by which labels that have names are numbered; or none. Tags named
+        "O", "B-..." and "I-..." get entity scores.
     - `tokenizer`: "bytes", "bpe:SPLIT:SIZE" (`fedsim.data.bpe`), a folder, or a hub name (with `hub`).
     - `max_length`: tokens an example.
     - `sha256`: what `Dataset.fingerprint` must be; None: anything. No part of what a run is called.

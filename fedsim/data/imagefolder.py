@@ -49,7 +49,7 @@ def rows(folder: Path, config: DataConfig) -> "datasets.Dataset":
                 _refused(config, f"SPLIT/CLASS/IMAGE ({known}) or CLASS/IMAGE; {path} is a folder in a class")
             if not is_image(path):
                 _refused(config, f"images alone in the folders of classes; {path} is none")
-            found.append((str(path), class_folder.name))
+            found.append((str(path.absolute()), class_folder.name))
     if not classes:
         _refused(config, f"folders of classes; {folder} holds none")
     found.sort()

@@ -1,15 +1,20 @@
 """The rules of `docs/data.md`, each as a row of a table: what lies on the disk, and what becomes of it."""
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedsim.data import files
+from fedsim.data.labels import _is_number
 from fedsim.data.source import DataConfig, Dataset, load
 from tests.support.data_files import csv_file, decoded, picture
 
@@ -160,7 +165,15 @@ def test_links_are_followed_and_broken_ones_are_named(tmp_path: Path) -> None:
         load(config, None)
 
 
-def test_images_are_read_in_the_order_of_the_library_that_read_them_before(tmp_path: Path) -> None:
+def test_folders_and_files_of_relative_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / "images", *BOTH)
+    assert greys(load(DataConfig("images", **IMAGES), None)) == [(1, "a"), (2, "b")]
+    tables(tmp_path / "texts", "train.csv", "test.csv")
+    assert len(load(DataConfig("texts", **TEXTS), None).train) == 2
+
+
+def test_images_are_read_in_the_order_that_datasets_reads_them_in(tmp_path: Path) -> None:
     import datasets
 
     names = [f"{name}/{number}.png" for number, name in enumerate(["b", "a-b", "a", "B", "a.c"] * 2, start=1)]
@@ -325,3 +338,35 @@ def test_a_header_that_is_an_example_and_names_that_are_given_twice(tmp_path: Pa
     twice = csv_file(tmp_path, "twice.csv", ["text,label,label", "a,0,1", "b,1,0"])
     with pytest.raises(ValueError, match=r"names of their own; .*twice\.csv has \['text', 'label', 'label'\]"):
         load(DataConfig(twice, **TEXTS), None)
+
+
+NAMES = st.lists(st.text("abcXYZ 019-é", min_size=1).filter(str.strip), min_size=2, max_size=4, unique=True)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_every_text_keeps_its_class_however_files_are_laid_out(data: st.DataObject) -> None:
+    """Any order of columns in any file, other columns between them, any format: `text` says what `label` says."""
+    names = data.draw(NAMES.filter(lambda names: not any(map(_is_number, names))))
+    ending = data.draw(st.sampled_from(["csv", "tsv", "parquet"]))
+    class_names = data.draw(st.sampled_from([(), tuple(reversed(names))]))
+    with tempfile.TemporaryDirectory() as folder:
+        for split in ("train-0-of-2", "train-1-of-2", "test"):
+            order = data.draw(st.permutations(["text", "label", *data.draw(st.sets(st.sampled_from(["a", "b"])))]))
+            rows = (
+                names
+                if split == "train-0-of-2"
+                else data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=4))
+            )
+            frame = pd.DataFrame(
+                {column: rows if column in ("text", "label") else ["x"] * len(rows) for column in order}
+            )
+            path = f"{folder}/{split}.{ending}"
+            if ending == "parquet":
+                frame.to_parquet(path)
+            else:
+                frame.to_csv(path, index=False, sep="," if ending == "csv" else "\t")
+        config = DataConfig(folder, **{**TEXTS, "num_classes": len(names), "max_length": 64}, class_names=class_names)
+        found = load(config, None)
+    assert found.class_names == (class_names or tuple(sorted(names)))
+    assert all(text == name for split in ("train", "test") for text, name in said(found, split))
