@@ -85,7 +85,7 @@ def _setting(
         "FLOPs": [run["budget_flops"] for run in by_seed if run["flops_method"]],
     }
     means = {against: sum(found) / len(found) for against, found in budgets.items() if found}
-    labelled = next((run for run in runs if run["labels"]), None)
+    labelled = next((run for run in runs if run["labels"] and _histograms(run["labels"])), None)
     figures = {
         f"accuracy-{against.lower()}": accuracy_figure(
             runs, readings.rounds, against=against, budget=means.get(against)
@@ -96,7 +96,7 @@ def _setting(
         "differences": difference_figure(rows, "equal_bytes_accuracy"),
         "participants": spread_figure(runs, results.deployed),
         "time": time_figure(rows),
-        "data": labels_figure(json.loads(labelled["labels"])) if labelled else None,
+        "data": labels_figure(_histograms(labelled["labels"])) if labelled else None,
     }
     return {
         "name": name,
@@ -112,6 +112,15 @@ def _setting(
         "hidden": len(by_method(runs)) - len(shown_methods(runs)),
         "labelled": labelled,
     }
+
+
+def _histograms(text: str) -> list[list[int]]:
+    """How many examples of each class each participant holds; empty for a text that says something else."""
+    try:
+        found = [[int(count) for count in row] for row in json.loads(text)]
+        return found if any(found) else []
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return []
 
 
 def _in_short(rows: Sequence[Row]) -> str:

@@ -27,7 +27,10 @@ def read(directory: Place, run_id: str) -> Manifest | None:
             raise ValueError(f"it is not that of run {run_id}")
         return found
     except ValueError as error:
-        raise damaged(f"{path}: not readable (cut off or damaged): {error}", directory, run_id) from error
+        raise Damaged(
+            f"{path}: not readable (cut off or damaged): {error}; put back a copy of it, or delete {path.parent}: a "
+            "finished run keeps its tables and cannot be exported, another one is computed anew"
+        ) from error
 
 
 def table_file(table: str, run_id: str) -> str:

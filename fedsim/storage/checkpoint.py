@@ -68,12 +68,11 @@ class Versions:
         tensors = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in flat(state).items()})
         with ThreadPoolExecutor(1) as pool:  # one waits for the disk, the other computes
             hashed = pool.submit(sha256, state)
-            unsealed = about | {SEAL: UNSEALED.decode()}
             if isinstance(path, Remote):
-                content = bytearray(save(tensors, unsealed))
-                stamp(content, self._seal(version, hashed.result(), about))
-                write_atomically(path, bytes(content))
+                seal = MARK.decode() + self._seal(version, hashed.result(), about)
+                write_atomically(path, save(tensors, about | {SEAL: seal}))
             else:
+                unsealed = about | {SEAL: UNSEALED.decode()}
                 _save_file(path, tensors, unsealed, lambda: self._seal(version, hashed.result(), about))
         for old in [v for v in self.stored() if v < version][:-1]:
             self.path(old).unlink(missing_ok=True)

@@ -98,6 +98,14 @@ def test_the_terminal_shows_text_as_text(kind: str, tmp_path: Path, capsys: pyte
     assert all(character.isprintable() or character in "\n\t" for character in said.err)
 
 
+@pytest.mark.parametrize("labels", ["5", "x", "[1]", "[[1], [1, 2]]", '[["x"]]', "[[NaN]]", "[" * 9000, "{}", "[[]]"])
+def test_labels_that_are_none_are_left_out(labels: str, tmp_path: Path) -> None:
+    add_quick(tmp_path)
+    for row in rows_of(read_table(tmp_path, "runs"), "runs"):
+        write_table(tmp_path, "runs", row["run_id"], [row | {"labels": labels}])
+    write_report(tmp_path)
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_plot_shows_text_as_text(kind: str, tmp_path: Path) -> None:
     figure = fedsim.load(poisoned(tmp_path, HOSTILE[kind])).plot("accuracy_mean", against="MB")
