@@ -98,8 +98,8 @@ def check_finite(tree: Tree, field: str, hint: str = "") -> None:
 
 
 def _weight(weight: Any, least: float) -> float:
-    is_number = isinstance(weight, int | float | numbers.Real) and not isinstance(weight, bool)
-    if is_number and least <= weight <= MOST:
+    is_number: bool = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    if is_number and least <= weight <= MOST:  # pyright: ignore[reportOperatorIssue]
         return weight if type(weight) is int else float(weight)
     _refuse("ClientUpdate.weight", _shown(weight), f"a number from {LEAST:g} to 2**53 (0 if there are no tensors)")
 
