@@ -21,7 +21,10 @@ from fedsim.report.readings import finished_runs
 
 
 directory = sys.argv[1] if len(sys.argv) > 1 else "results/quick"
-results = fedsim.load(directory)
+try:
+    results = fedsim.load(directory)
+except ValueError as error:
+    sys.exit(f"error: {error}")
 pd.set_option("display.width", 120, "display.max_columns", 12, "display.max_rows", 500, "display.precision", 3)
 pd.set_option("display.max_colwidth", 80)
 

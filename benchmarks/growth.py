@@ -31,9 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.options import check_json, check_numbers  # noqa: E402
 from fedgrow_algo.dual_ligo import GrownLoss, operator_between  # noqa: E402
 from fedgrow_algo.ligo import Operator, widen  # noqa: E402
 from fedgrow_algo.presets import PRESETS  # noqa: E402
+from fedsim.cli import exit_status  # noqa: E402
+from fedsim.core.fields import refuse  # noqa: E402
 from fedsim.core.seeding import generator  # noqa: E402
 from fedsim.core.submodel import join_fused  # noqa: E402
 from fedsim.core.tree import Tree, to  # noqa: E402
@@ -254,11 +257,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="forward passes under autocast")
     parser.add_argument("--compile", action="store_true", help="forward passes through torch.compile")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", metavar="FILE")
     chosen = parser.parse_args(arguments)
+    return exit_status(lambda: measure(chosen), Console())
+
+
+def measure(chosen: argparse.Namespace) -> int:
+    check_numbers(chosen, "steps", least=1)
+    check_numbers(chosen, "threads", least=0, most=1024)
+    check_json(chosen)
+    device = device_of(chosen.device)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    options = {"device": torch.device(chosen.device), "bf16": chosen.bf16, "compiled": chosen.compile}
+    options = {"device": device, "bf16": chosen.bf16, "compiled": chosen.compile}
     rows = []
     for name in chosen.ladder:
         rows += measured(name, chosen.preset, chosen.path, chosen.steps, options)
@@ -273,6 +284,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps({"rows": rows}, indent=2))
     return 0
+
+
+def device_of(name: str) -> torch.device:
+    """**Raises:** `ValueError` for a device that this machine does not have."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        refuse("--device", name, f"a device of this machine that torch computes on ({str(error).splitlines()[0]})")
 
 
 if __name__ == "__main__":

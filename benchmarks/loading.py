@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.options import check_json, check_numbers  # noqa: E402
 from benchmarks.suites import baselines  # noqa: E402
+from fedsim.cli import exit_status  # noqa: E402
+from fedsim.core.fields import path_of  # noqa: E402
 from fedsim.experiment import Experiment  # noqa: E402
 from fedsim.report.readings import read  # noqa: E402
 from fedsim.report.tables import summary  # noqa: E402
@@ -103,15 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=1000, metavar="N")
     parser.add_argument("--rounds", type=int, default=200, metavar="N")
     parser.add_argument("--participants", type=int, default=50, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--read", type=Path, metavar="DIR", help="only read, a folder that is there already")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--read", metavar="DIR", help="only read, a folder that is there already")
     options = parser.parse_args(arguments)
-    for name in ("runs", "rounds", "participants"):
-        if getattr(options, name) < 1:
-            print(f"loading.py: --{name}={getattr(options, name)}: must be at least 1", file=sys.stderr)
-            return 2
+    return exit_status(lambda: measure(options), Console())
+
+
+def measure(options: argparse.Namespace) -> int:
+    check_numbers(options, "runs", "rounds", "participants", least=1)
+    check_json(options)
     if options.read is not None:
-        print(json.dumps(measured(options.read)))
+        print(json.dumps(measured(path_of(options.read, "--read"))))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         write_runs(Path(folder), options.runs, options.rounds, options.participants)

@@ -30,12 +30,13 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import overhead_cases as cases  # noqa: E402
+from benchmarks.options import check_json, check_numbers  # noqa: E402
 from benchmarks.overhead_bare import export  # noqa: E402
 from benchmarks.overhead_bench import Bench, flower_python, grown_mb, imports_mb, peak_mb  # noqa: E402
 from benchmarks.overhead_cases import KILOBYTES_10, MEGABYTES_40, SHARD, WORKERS, write_images  # noqa: E402
 from benchmarks.overhead_figures import POPULATIONS, Found, figures_of, lines_of, table_of  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
-from fedsim.core.fields import refuse  # noqa: E402
+from fedsim.core.fields import path_of, refuse  # noqa: E402
 from fedsim.results.machine import versions  # noqa: E402
 from fedsim.results.provenance import git_commit, hardware  # noqa: E402
 
@@ -162,8 +163,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--only", nargs="+", default=[*PARTS], metavar="PART", help=f"some of {', '.join(PARTS)}")
     command.add_argument("--repeat", type=int, default=1, metavar="N", help="measure so many times, in turn")
     command.add_argument("--without-flower", action="store_true", help="leave Flower out")
-    command.add_argument("--flower-env", type=Path, default=Path(".scratch/flower"), metavar="DIR")
-    command.add_argument("--json", type=Path, metavar="FILE")
+    command.add_argument("--flower-env", default=".scratch/flower", metavar="DIR")
+    command.add_argument("--json", metavar="FILE")
     return command
 
 
@@ -201,10 +202,9 @@ def check(options: argparse.Namespace) -> None:
     for part in options.only:
         if part not in PARTS:
             refuse("--only", part, f"one of {', '.join(PARTS)}")
-    if options.repeat < 1:
-        refuse("--repeat", options.repeat, "at least 1")
-    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        refuse("--json", str(options.json), "a file in a folder that is there")
+    check_numbers(options, "repeat", least=1)
+    check_json(options)
+    options.flower_env = path_of(options.flower_env, "--flower-env")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.options import check_json, check_numbers  # noqa: E402
 from fedgrow_algo.dual_ligo import grown, operator_between  # noqa: E402
 from fedgrow_algo.presets import PRESETS  # noqa: E402
 from fedsim.algorithm import ClientContext, ClientInfo  # noqa: E402
+from fedsim.cli import exit_status  # noqa: E402
 from fedsim.core.seeding import generator  # noqa: E402
 from fedsim.core.tree import Tree  # noqa: E402
 from fedsim.data.source import digits, pydoc  # noqa: E402
@@ -125,10 +127,16 @@ def logits(task: Task, form: Form, tree: Tree, split) -> torch.Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--family", nargs="+", choices=[*TASKS], default=[*TASKS])
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args(arguments)
+    return exit_status(lambda: measure(options), Console())
+
+
+def measure(options: argparse.Namespace) -> int:
+    check_numbers(options, "epochs", least=1)
+    check_json(options)
     rows = [row for family in options.family for row in measured(family, options.epochs)]
     table = Table("family", "preset", *GROWTHS)
     for family in options.family:

@@ -33,9 +33,11 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
 import fedsim  # noqa: E402
+from benchmarks.options import check_json, check_numbers  # noqa: E402
 from benchmarks.suites import tiny  # noqa: E402
 from fedgrow_algo.fedgrow import FedGrow  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
+from fedsim.core.fields import WHOLE  # noqa: E402
 from fedsim.experiment import Experiment  # noqa: E402
 from fedsim.runtime import Choice  # noqa: E402
 from fedsim.simulation import RunFailed, run  # noqa: E402
@@ -303,17 +305,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="mean time between kills")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of who is killed when")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write totals and samples")
+    parser.add_argument("--json", metavar="FILE", help="also write totals and samples")
     chosen, console = parser.parse_args(arguments), Console()
     return exit_status(lambda: measured(chosen, console), console)
 
 
 def measured(chosen: argparse.Namespace, console: Console) -> int:
-    for name, value in {"minutes": chosen.minutes, "every": chosen.every}.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"--{name}={value:g}: must be above 0")
-    if chosen.hosts < 1:
-        raise ValueError(f"--hosts={chosen.hosts}: must be at least 1")
+    check_numbers(chosen, "minutes", "every", least=0.01)
+    check_numbers(chosen, "hosts", least=1, most=1000)
+    check_numbers(chosen, "seed", least=0, most=WHOLE)
+    check_json(chosen)
     with tempfile.TemporaryDirectory(prefix="fedsim-soak-") as folder:
         tally, watcher = soak(chosen.minutes, chosen.every, chosen.hosts, chosen.seed, Path(folder), console)
     table = Table(show_header=False)

@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
+from fedsim.cli import exit_status  # noqa: E402
 from fedsim.report.names import variant_names  # noqa: E402
 from fedsim.report.readings import finished_runs, histories  # noqa: E402
 from fedsim.report.tables import percent  # noqa: E402
 from fedsim.results.tables import Results, load  # noqa: E402
+from fedsim.storage.place import place  # noqa: E402
 
 
 Grid = dict[str, dict[float, list[float]]]  # method -> learning rate -> validation accuracy of each seed
@@ -53,11 +55,15 @@ def mean(values: Sequence[float]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, metavar="DIR")
-    console = Console()
+    parser.add_argument("directory", metavar="DIR")
+    options, console = parser.parse_args(arguments), Console()
+    return exit_status(lambda: tell(options.directory, console), console)
+
+
+def tell(directory: str, console: Console) -> int:
     if not console.is_terminal:
         console.width = 120
-    for setting, grid in sorted(grids_of(load(parser.parse_args(arguments).directory)).items()):
+    for setting, grid in sorted(grids_of(load(place(directory, "DIR"))).items()):
         columns = sorted({rate for rates in grid.values() for rate in rates})
         table = Table(Column("method", no_wrap=True), *(f"{rate:g}" for rate in columns), "best", title=setting)
         for method, rates in sorted(grid.items()):

@@ -8,11 +8,14 @@ Nothing is imported before it is used: Ray only by runs that are computed on it.
 """
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fedsim.data import DataConfig, Partition
     from fedsim.experiment import Experiment, Tier, from_pretrained
     from fedsim.learning.task import TaskConfig
@@ -28,6 +31,7 @@ __all__ = [
     "Partition",
     "TaskConfig",
     "Tier",
+    "export",
     "from_pretrained",
     "load",
     "run",
@@ -63,6 +67,22 @@ def load(*directories: "Place | str") -> "Study":
     from fedsim.report.frames import load
 
     return load(*directories)
+
+
+def export(
+    directory: "Place | str", participant: int, to: "os.PathLike[str] | str", *, run: str | None = None
+) -> "Path":
+    """Write the model that a participant would deploy after a finished run, as a Hugging Face folder.
+
+    - `run`: which, where the results folder holds several. Its algorithm may have been typed into this notebook.
+
+    **Raises:** `ValueError` naming what is not there.
+    """
+    from fedsim.core.fields import path_of
+    from fedsim.results.export import export
+    from fedsim.storage.place import place
+
+    return export(place(directory, "directory"), run, participant, path_of(to, "to"))
 
 
 def run(

@@ -63,7 +63,7 @@ ROOMS = {
     "report": f"{CORE} experiment storage results",
     "sweeps": f"{LEARNED} devices experiment storage runtime engine results simulation cluster",
     "cli": f"{LEARNED} devices experiment storage runtime engine results simulation cluster report sweeps",
-    "__init__": "data models learning.task experiment storage report sweeps",  # what a notebook needs
+    "__init__": "core data models learning.task experiment storage results report sweeps",  # what a notebook needs
     "__main__": "cli",
     "fedgrow_algo": f"{LEARNED} algorithm",
     "baselines": f"{LEARNED} algorithm fedgrow_algo",

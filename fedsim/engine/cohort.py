@@ -16,6 +16,7 @@ from fedsim.data.partition import train_validation
 from fedsim.experiment import Experiment, Tier
 from fedsim.learning.starts import check_start, load_small
 from fedsim.learning.task import Task
+from fedsim.models import get_family
 
 
 EVERYONE_UP_TO = 100  # populations of at most this size are scored as a whole
@@ -43,6 +44,12 @@ def tiers_of(experiment: Experiment) -> list[Tier]:
         counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     dealt = np.repeat(np.arange(len(counts)), counts)
     return [experiment.tiers[i] for i in numpy_generator(experiment.seed, "tiers").permutation(dealt)]
+
+
+def check_forms(experiment: Experiment) -> None:
+    """**Raises:** `ValueError` if a model of one of the experiment's forms is larger than this machine's memory."""
+    for form in (*experiment.forms, experiment.middle, experiment.target):
+        get_family(experiment.task.family).check_memory(form, experiment.task.inputs)
 
 
 def check_checkpoints(experiment: Experiment) -> None:

@@ -21,7 +21,7 @@ from fedsim.core.tree import State
 from fedsim.data.source import Split
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.boundary import Sent, check_outcome, check_state, layout_of
-from fedsim.engine.cohort import check_checkpoints, tiers_of
+from fedsim.engine.cohort import check_checkpoints, check_forms, tiers_of
 from fedsim.experiment import Experiment, Tier, of_tier
 from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work
 from fedsim.learning.steps import run_client
@@ -232,6 +232,7 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
 
     **Raises:** `ValueError` for a checkpoint that is not what its tier says.
     """
+    check_forms(experiment)
     check_checkpoints(experiment)
     dry_run, tiers = DryRun(experiment, counted), tiers_of(experiment)
     stage = experiment.algorithm.stage

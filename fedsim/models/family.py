@@ -137,14 +137,13 @@ class Family(abc.ABC):
     def build(self, form: Form, inputs: Inputs) -> "PreTrainedModel":
         """A randomly initialised Hugging Face module (draws from torch's global stream)."""
         self.check(form, inputs)
-        self.check_memory(form, inputs)
         return self.model_class(inputs)(self.config(form, inputs))
 
     @functools.lru_cache(maxsize=256)  # noqa: B019, families are few and live as long as the process
     def check_memory(self, form: Form, inputs: Inputs) -> None:
         """**Raises:** `ValueError` if this machine has less memory than the parameters of such a model take."""
         with torch_seeded(0), torch.device("meta"):
-            model = self.model_class(inputs)(self.config(form, inputs))
+            model = self.build(form, inputs)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         asked = {name: value for name, value in vars(form).items() | vars(inputs).items() if value is not None}
         check_memory("form, task", dict(sorted(asked.items())), size)

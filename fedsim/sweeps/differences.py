@@ -14,7 +14,8 @@ ABSENT = "its default"  # fields that came later are not written while they have
 
 def differences(there: str, here: str) -> dict[str, tuple[Any, Any]]:
     """Dotted path of each field that differs -> its value in the one and in the other."""
-    return dict(_different(with_todays_names(json.loads(there)), with_todays_names(json.loads(here)), ""))
+    old, new = (with_todays_names(json.loads(config)) for config in (there, here))
+    return dict(_different(old, new, ""))
 
 
 def told(there: str, here: str) -> str:

@@ -11,12 +11,11 @@ from rich.console import Console
 from fedsim.core import environment
 from fedsim.core.numerics import in_force, settle
 from fedsim.core.terminal import say
-from fedsim.engine.cohort import check_checkpoints, members
+from fedsim.engine.cohort import check_checkpoints, check_forms, members
 from fedsim.engine.content import content_of
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
-from fedsim.models import get_family
 from fedsim.results.longer import begin_from, shorter_runs
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore, config_of, run_ids_in, runs_in
@@ -37,8 +36,7 @@ def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
     **Raises:** `ValueError` naming the field, and for a checkpoint the participants who were to start from it.
     """
     for experiment in experiments:
-        for form in (*experiment.forms, experiment.middle, experiment.target):
-            get_family(experiment.task.family).check_memory(form, experiment.task.inputs)
+        check_forms(experiment)
         check_checkpoints(experiment)
         members(experiment, load_task(experiment.task, data_dir))
 

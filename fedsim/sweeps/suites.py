@@ -14,6 +14,7 @@ from fedsim.experiment import Experiment, experiments_from, function_at, nearest
 from fedsim.sweeps.progress import label_of
 
 
+SMALLEST_SCALE = 0.001  # below, everything is at its smallest already
 Suites = Mapping[str, Callable[..., list[Experiment]]]
 
 
@@ -104,8 +105,8 @@ def _given_scale(known: Suites, suite: str, scale: float | None) -> dict[str, fl
     """The arguments of a suite's function, where `--scale` may be given or not."""
     if scale is None:
         return {}
-    if not 0 < scale <= 1:
-        raise ValueError(f"--scale={scale}: must be above 0 and at most 1")
+    if not SMALLEST_SCALE <= scale <= 1:
+        refuse("--scale", scale, f"at least {SMALLEST_SCALE} and at most 1")
     arguments = arguments_of(known[suite], scale)
     if not arguments:
         others = ", ".join(name for name, each in known.items() if arguments_of(each, scale))

@@ -16,9 +16,9 @@ GOOD = Tally(minutes=1.0, runs=3, equal=3, rounds=33)
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--minutes", "0"], "--minutes=0: must be above 0"),
-        (["--every", "-1"], "--every=-1: must be above 0"),
-        (["--every", "nan"], "--every=nan: must be above 0"),
+        (["--minutes", "0"], "--minutes=0.0: must be at least 0.01"),
+        (["--every", "-1"], "--every=-1.0: must be at least 0.01"),
+        (["--every", "nan"], "--every=nan: must be at least 0.01"),
         (["--hosts", "0"], "--hosts=0: must be at least 1"),
     ],
 )

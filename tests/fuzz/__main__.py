@@ -30,7 +30,7 @@ def drawn(number: int, seed: int) -> list[Request]:
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
-        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
     @hypothesis.given(requests())
     def note(request: Request) -> None:

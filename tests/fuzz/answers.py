@@ -52,7 +52,7 @@ def _start(*_: Any, **__: Any) -> NoReturn:
 def before_anything_starts() -> Iterator[None]:
     """Requests that are accepted end where they would begin to compute, to start Ray or to reach a cluster."""
     with pytest.MonkeyPatch.context() as patched:
-        for seam in ("commands.run_all", "sweep.run_all", "sweep.print_plan", "sweep.write_report"):
+        for seam in ("commands.run_all", "sweep.run_all", "sweep.print_plan"):
             patched.setattr(f"fedsim.cli.{seam}", _start)
         patched.setattr("fedsim.cluster.submit.submission.send", _start)
         patched.setattr(Choice, "__call__", _start)

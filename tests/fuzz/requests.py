@@ -217,7 +217,7 @@ def requests(draw: st.DrawFn) -> Request:
             values = [] if action.nargs == 0 else [draw(_option_value(action))]
             joined = len(values) == 1 and action.nargs is None and draw(st.booleans())
             extra += [f"{option}={values[0]}"] if joined else [option, *values]
-            names += [option, *(value for value in values if value in PATHS and len(value) > 2)]
+            names += [option, f"{option[2:]}=", *(value for value in values if value in PATHS and len(value) > 2)]
     if target != TINY and "--set" in base:
         base = base[: base.index("--set")]
     words = [name, *([target] if name in WITH_TARGET else []), *base, *extra]

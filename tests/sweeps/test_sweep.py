@@ -69,7 +69,7 @@ def test_list_prints_plain_lines(capsys: pytest.CaptureFixture) -> None:
         (["--set", "rounds=0"], ["'quick'", "rounds=0"]),
         (["--set", "algorithm.local_epochs=1"], ["'quick'", "algorithm.local_epochs", "fedavg"]),
         (["--only", "fedavg", "--set", "algorithm.preset=paper"], ["algorithm.preset", "fedavg"]),
-        (["--seeds", "-1"], ["seed=-1"]),
+        (["--seeds", "-1"], ["--seeds=-1"]),
     ],
 )
 @pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry", "wet"])
