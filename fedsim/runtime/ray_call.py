@@ -44,8 +44,8 @@ class RayCall(Call):
         factories: Any,
         chunk: int,
         fixed: Mapping[int, int],
-        patience: float,
-        liveness: float,
+        patience: float = START_SECONDS,
+        liveness: float = 60.0,
     ) -> None:
         super().__init__()
         self.token, self.hosts, self.factories, self.chunk, self.fixed = token, hosts, factories, chunk, fixed

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A home folder of a new account, in which whatever is made may be read by all unless it says otherwise."""
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -198,6 +199,6 @@ def test_a_raylet_that_is_lost_is_blamed_and_the_run_goes_on(tmp_path: Path, ref
         assert time.monotonic() < last, running(started)
         time.sleep(0.05)
     subprocess.run([*command, "--resume", "--runtime", "inline"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    expected = fedsim.load(reference).rounds
-    expected = expected[expected.algorithm == "fedgrow"].sort_values("round").state_sha256
+    rounds = fedsim.load(reference).rounds.sort_values("round")
+    expected = rounds.state_sha256[rounds.algorithm == "fedgrow"]
     assert [*fedsim.load(out).rounds.sort_values("round").state_sha256] == [*expected]
