@@ -64,7 +64,7 @@ ROOMS = {
     "sweeps": f"{LEARNED} devices experiment storage runtime engine results simulation cluster",
     "cli": f"{LEARNED} devices experiment storage runtime engine results simulation cluster report sweeps",
     "__init__": "core data models learning.task experiment storage results report sweeps",  # what a notebook needs
-    "__main__": "cli",
+    "__main__": "cli core",
     "fedgrow_algo": f"{LEARNED} algorithm",
     "baselines": f"{LEARNED} algorithm fedgrow_algo",
     "benchmarks": "fedsim fedgrow_algo baselines",

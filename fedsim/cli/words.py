@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with interrupts.in_order():
                 return getattr(module, options.command)(options, console)
 
-        return exit_status(command, console)
+        return interrupts.finish(exit_status(command, console))
 
 
 def parser() -> argparse.ArgumentParser:

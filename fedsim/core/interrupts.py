@@ -20,6 +20,7 @@ SECONDS = 2.5  # in which what is under way lets go of what it holds; then the p
 
 _received: list[int] = []  # the first signal; more are not looked at
 _installed: list[bool] = []
+_abandoned: list[bool] = []
 _in_order: list[bool] = []  # whether something is under way that lets go of what it holds
 _saying = threading.Lock()
 
@@ -87,6 +88,20 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def abandon() -> None:
+    """What this process holds cannot be let go of any more, as it does not answer: `finish` is the end."""
+    _abandoned.append(True)
+
+
+def finish(status: int) -> int:
+    """The end of a command, at once if something was abandoned."""
+    if _abandoned:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _note(number: int, frame: FrameType | None) -> None:

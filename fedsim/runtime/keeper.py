@@ -21,7 +21,8 @@ def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):  # it has ended, or is another user's
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+            variables = process.as_dict(["environ"])["environ"] or {}
+            if process.pid != os.getpid() and variables.get(MARK) == mark:
                 found.append(process)
     return found
 

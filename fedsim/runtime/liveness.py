@@ -2,11 +2,13 @@
 but who computes answers a ping from a thread of its own."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from fedsim.runtime.base import Policy, too_slow
 
 
 LOOKS = 12  # in the time after which a silent process is lost
@@ -49,3 +51,26 @@ class Liveness:
                 if silent + passed >= self.seconds:
                     lost.append(key)
         return answers, lost
+
+
+class Slow:
+    """Participants that had not answered a call in the time that a policy gives it.
+
+    - `times`: participant -> how often. - `refused`: those who are not asked again, and what is said of them.
+    """
+
+    def __init__(self, method: str, round: int, policy: Policy) -> None:
+        self.method, self.round, self.policy = method, round, policy
+        self.times: dict[int, int] = {}
+        self.refused: dict[int, str] = {}
+
+    def note(self, ids: Sequence[int], seconds: float) -> bool:
+        """Whether these, who have been computed for so long, one or together, are too slow."""
+        limit = self.policy.seconds
+        if limit is None or seconds <= limit * len(ids):
+            return False
+        for id_ in ids:
+            self.times[id_] = self.times.get(id_, 0) + 1
+            if self.times[id_] > self.policy.again:
+                self.refused[id_] = too_slow(self.method, self.round, limit)
+        return bool(ids)

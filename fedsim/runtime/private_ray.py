@@ -4,6 +4,7 @@ It can come up while its process is still importing: of the seconds to the first
 imported where it is used, beside what the others import.
 """
 
+import atexit
 import contextlib
 import logging
 import math
@@ -15,6 +16,8 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+
+import psutil
 
 from fedsim.core import environment, interrupts
 from fedsim.core.limits import address_space, limits, memory_bytes
@@ -90,7 +93,9 @@ class Prestart:
             end_private()
 
 
+KEPT = {"SPT_NOENV": "1"}  # or Ray's agents write their name over their environment, and the mark in it
 _keepers: list[subprocess.Popen[bytes]] = []  # of the private Ray that this process is connected to, if it is
+_raylets: list[psutil.Process] = []  # likewise
 
 
 def connect_private(cpus: float, gpus: int | None) -> None:
@@ -102,7 +107,8 @@ def connect_private(cpus: float, gpus: int | None) -> None:
     mark, limit, room = uuid.uuid4().hex, environment.liveness_seconds(), address_space()
     command = [sys.executable, "-P", keeper.__file__, mark]
     _keepers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
-    environment.set_variables({keeper.MARK: mark})
+    before = environment.variables([keeper.MARK, *KEPT])
+    environment.set_variables({keeper.MARK: mark, **KEPT})
     elsewhere = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # nobody elsewhere may join: it listens on 127.0.0.1 alone
     ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # of this process: SIGTERM ends it in order
@@ -124,42 +130,44 @@ def connect_private(cpus: float, gpus: int | None) -> None:
                 "health_check_failure_threshold": 4,
             },
         )
+        _raylets.extend(child for child in psutil.Process().children() if child.name() == "raylet")
     except BaseException:
         _end_all()
         raise
     finally:
-        environment.set_variables({keeper.MARK: None})
+        environment.set_variables(before)
         ray_constants.ENABLE_RAY_CLUSTER = elsewhere
 
 
 def end_private() -> None:
-    """Disconnect this process from its private Ray, and end that, to the last process.
-
-    Ray waits for its own processes, which may be frozen: they are killed if it waits long.
-    """
+    """Disconnect this process from its private Ray, and end that, to the last process."""
     import ray
 
-    timers = [threading.Timer(END_SECONDS, _kill_raylet), threading.Timer(2 * END_SECONDS, _end_all)]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
+    timer = threading.Timer(END_SECONDS, _end_all)  # one may be frozen, and Ray waits for all of them
+    timer.daemon = True
+    timer.start()
     ray.shutdown()
-    for timer in timers:
-        timer.cancel()
+    timer.cancel()
     _end_all()
 
 
-def _kill_raylet() -> None:
-    import psutil
+def abandon() -> None:
+    """Ask nothing more of the Ray that this process is connected to, not even to let go: its raylet is lost, and Ray
+    would wait for it, or end this process. What is left of it ends with this process."""
+    import ray
 
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if process.name() == "raylet":
-                process.kill()
+    atexit.unregister(ray.shutdown)
+    interrupts.abandon()
+
+
+def raylet_died() -> bool:
+    """Whether the raylet of this process's private Ray has ended. That it is frozen, Ray finds out (`lost_here`)."""
+    return any(not raylet.is_running() or raylet.status() == "zombie" for raylet in _raylets)
 
 
 def _end_all() -> None:
     """Have the keeper end what is left, and wait until it has."""
+    _raylets.clear()
     while _keepers:
         _keepers.pop().communicate()
 

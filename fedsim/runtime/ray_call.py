@@ -15,8 +15,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fedsim.runtime.actors import WorkItem
 from fedsim.runtime.answering import tensor_bytes
-from fedsim.runtime.base import PLAIN, Answer, Call, Fold, Policy, Resources, chunks, too_slow
-from fedsim.runtime.liveness import Liveness
+from fedsim.runtime.base import PLAIN, Answer, Call, Fold, Policy, Resources, chunks
+from fedsim.runtime.liveness import Liveness, Slow
 from fedsim.runtime.schedule import Durations, Unit, assigned, cut_where_it_pays, merged
 
 
@@ -44,8 +44,8 @@ class RayCall(Call):
         factories: Any,
         chunk: int,
         fixed: Mapping[int, int],
-        patience: float,
-        liveness: float,
+        patience: float = START_SECONDS,
+        liveness: float = 60.0,
     ) -> None:
         super().__init__()
         self.token, self.hosts, self.factories, self.chunk, self.fixed = token, hosts, factories, chunk, fixed
@@ -179,11 +179,9 @@ class _Asking:
         self.deaths = [0] * len(self.units)
         self.waiting: list[int] = []  # units that no living host may compute
         self.later: list[int] = []  # units whose device had too little memory: one at a time, when the others are done
-        every = None if policy.seconds is None else policy.seconds / 4
-        self.liveness = Liveness(call.liveness, every)
+        self.liveness = Liveness(call.liveness, every=policy.seconds and policy.seconds / 4)
         self.ending: set[int] = set()  # hosts that are being ended, for they do not answer
-        self.slow: dict[int, int] = {}  # participant -> times that it had not answered in time
-        self.refused: dict[int, str] = {}  # those who are not asked again, and what is said of them
+        self.slow = Slow(method, round, policy)
         self._push(range(len(self.units)))
 
     def wait_for(self, number: int) -> Answer:
@@ -242,7 +240,7 @@ class _Asking:
                 self.policy,
                 alone or len(call.hosts) == 1,
                 at_once,
-                {id_: self.refused[id_] for id_ in which if id_ in self.refused},
+                {id_: self.slow.refused[id_] for id_ in which if id_ in self.slow.refused},
             )
         )
         expected = sum(self.units[number].seconds for number in numbers)
@@ -274,17 +272,10 @@ class _Asking:
 
     def _look(self) -> None:
         """End hosts that do not answer, or whose participant does not. What they had to do is then theirs who live."""
-        hosts, policy = self.call.hosts, self.policy
+        hosts = self.call.hosts
         busy = {push.host for push in self.pushes.values()} - self.ending
         answers, lost = self.liveness.look({host: hosts[host] for host in busy})
-        for host, (ids, seconds) in answers.items():
-            if policy.seconds is None or seconds <= policy.seconds * len(ids):
-                continue
-            for id_ in ids:
-                self.slow[id_] = self.slow.get(id_, 0) + 1
-                if self.slow[id_] > policy.again:
-                    self.refused[id_] = too_slow(self.method, self.round, policy.seconds)
-            lost.append(host)
+        lost += [host for host, (ids, seconds) in answers.items() if self.slow.note(ids, seconds)]
         for host in lost:
             self.ending.add(host)
             ray.kill(hosts[host], no_restart=False)
@@ -330,7 +321,7 @@ class _Asking:
         if not push.numbers:
             return
         suspect = push.numbers[0]
-        if not any(id_ in self.slow for id_ in self.units[suspect].ids):  # that has limits of its own
+        if not any(id_ in self.slow.times for id_ in self.units[suspect].ids):  # whose host was ended for that
             self.deaths[suspect] += 1
         for number in push.numbers:
             call.repeated(self.units[number].ids)

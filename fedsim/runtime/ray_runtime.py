@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import torch
@@ -29,7 +29,16 @@ from fedsim.runtime.joining import expect_connected, join
 from fedsim.runtime.liveness import Liveness
 from fedsim.runtime.nodes import capacities, lost_here, on_every_node
 from fedsim.runtime.placement import Capacity, Plan, grouped, part_of, plan
-from fedsim.runtime.private_ray import TIGHT_SECONDS, Prestart, end_private, is_for_us, not_started, start_private
+from fedsim.runtime.private_ray import (
+    TIGHT_SECONDS,
+    Prestart,
+    abandon,
+    end_private,
+    is_for_us,
+    not_started,
+    raylet_died,
+    start_private,
+)
 from fedsim.runtime.ray_call import ATTEMPTS, START_SECONDS, RayCall
 
 
@@ -76,6 +85,7 @@ class RayRuntime(Runtime):
         self.plan: Plan | None = None
         self.connected = False  # by this object, which then also disconnects
         self.dashboard: str | None = None  # of a cluster that this object joined: HOST:PORT
+        self.cut_off = False  # from a private Ray, whose raylet is lost
         self.private, self.begun = address is None and is_for_us(begun), begun
 
     def start(
@@ -85,6 +95,8 @@ class RayRuntime(Runtime):
         resources: Mapping[int, Resources],
         chunk: int,
     ) -> None:
+        if self.cut_off:
+            self._cut_off()
         wanted = self._planned(resources)
         self._connect(wanted)
         if self.plan is None or self.plan.requests != wanted.requests:
@@ -134,6 +146,7 @@ class RayRuntime(Runtime):
             liveness = Liveness(self.liveness, every=TOLD_SECONDS)
             try:
                 while not ray.wait([reference], timeout=TOLD_SECONDS)[0]:
+                    self._expect_raylet()
                     answers, lost = liveness.look({"server": self.server})
                     if watch is not None and answers:
                         watch(*answers["server"])
@@ -163,14 +176,27 @@ class RayRuntime(Runtime):
 
     def _expect_node(self) -> None:
         """**Raises:** `RuntimeError` if this process is cut off from its Ray."""
-        if not lost_here():
-            return
+        self._expect_raylet()
+        if lost_here():
+            self._cut_off()
+
+    def _expect_raylet(self) -> None:
+        """The same, where it is plain to see: before Ray itself finds out, and may end this process."""
+        if self.private and raylet_died():
+            self._cut_off()
+
+    def _cut_off(self) -> NoReturn:
+        if self.private:
+            self.cut_off = True
+            abandon()
         raise RuntimeError(
             f"Ray's own process on this machine (raylet) died, or has not answered for {self.liveness:g} s: no "
             "participant is to blame, and every finished round is on disk"
         )
 
     def close(self) -> None:
+        if self.cut_off:
+            return
         own = self.private and self.connected  # then they end with their Ray
         for actor in [] if own else [*self.actors, *([self.server] if self.server is not None else [])]:
             with contextlib.suppress(Exception):  # it may be dead already, or the cluster gone
