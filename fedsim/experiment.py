@@ -111,7 +111,7 @@ class Experiment:
     - `batched`: participants of a chunk whose trainings are alike are trained in one batched computation
       (`fedsim.learning.batched`): the same results to rounding, not bit by bit.
     - `conditions`: who is away, too slow or too small to take part.
-    - `call_seconds`: limit for one call of a participant; then its host is replaced, and `on_error` applies. None: none.
+    - `call_seconds`: limit for one call of a participant; then its host is replaced, and `on_error` applies.
     """
 
     algorithm: Algorithm

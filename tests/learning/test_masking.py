@@ -31,7 +31,10 @@ pytestmark = pytest.mark.usefixtures("one_thread", "read_again")
 def test_masked_pieces_are_those_of_next_token_data() -> None:
     masked_data, next_data = load(pydoc(objective="masked_token", limit=9), None), load(pydoc(limit=9), None)
     assert (masked_data.kind, masked_data.num_classes, masked_data.vocab_size) == ("mlm", 1, 259)
-    assert masked_data.fingerprint == next_data.fingerprint
+    assert masked_data.fingerprint != next_data.fingerprint, "their vocabularies differ"
+    for split in ("train", "test"):
+        one, two = (getattr(data, split).inputs for data in (masked_data, next_data))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     for objective, mask, vocabulary in (("masked_token", 258, 259), ("next_token", None, 258)):
         inputs = TaskConfig(pydoc(objective=objective), family="gpt2").inputs
         assert (inputs.mask_id, inputs.vocab_size, inputs.padding_id, inputs.end_id) == (mask, vocabulary, 256, 257)
