@@ -1,10 +1,12 @@
 """What a reader must know beside a table: the budgets, and everything that is missing or not comparable."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedsim.core.canonical import parsed
 from fedsim.report.comparison import interval
 from fedsim.report.names import method_name
 from fedsim.report.readings import Readings, by_setting, read, records
@@ -30,6 +32,7 @@ def notes(results: Results, readings: Readings | None = None) -> list[str]:
             f"{setting}: {line}" if len(settings) > 1 else line for line in _setting_notes(runs, readings.reference)
         ]
     lines += _small_models(results, readings)
+    lines += _contents(results)
     for run in records(results.runs):
         if run["status"] != "finished":
             name, error = method_name(run), f": {run['error']}" if run["error"] else ""
@@ -40,6 +43,19 @@ def notes(results: Results, readings: Readings | None = None) -> list[str]:
             name, seed, last = (history[-1][column] for column in ("algorithm", "seed", "round"))
             lines.append(f"Not finished: {name}, seed {seed}, run {run_id}, got to round {last}")
     return lines
+
+
+def _contents(results: Results) -> Iterable[str]:
+    """Runs of one data set, with the same settings for it, are comparable if they have read the same."""
+    read: dict[str, dict[str, str]] = {}
+    for run in records(results.runs):
+        if isinstance(run["data_sha256"], str):
+            data = json.dumps(parsed(run["config"]).get("task", {}).get("data"))
+            read.setdefault(data, {}).setdefault(run["data_sha256"], f"{method_name(run)}, run {run['run_id']}")
+    for found in read.values():
+        if len(found) > 1:
+            of_each = "; ".join(f"sha256 {digest[:16]} ({run})" for digest, run in found.items())
+            yield f"Not comparable: these runs have read different contents of one data set: {of_each}."
 
 
 def _setting_notes(runs: Sequence[Row], reference: str | None) -> Iterable[str]:

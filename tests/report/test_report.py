@@ -228,6 +228,19 @@ def test_a_different_federation_is_said(tmp_path: Path) -> None:
     assert any("same federation" in note for note in notes(load(tmp_path)))
 
 
+def test_contents_of_one_data_set_that_differ_are_said(tmp_path: Path) -> None:
+    for folder, algorithm, data, digest in (
+        ("a", "fedgrow", {"name": "d.csv"}, "1" * 64),
+        ("a", "fedavg", {"name": "other.csv"}, "2" * 64),
+        ("b", "fedprox", {"name": "d.csv"}, "3" * 64),
+        ("b", "heterofl", {"name": "d.csv"}, None),
+    ):
+        add_run(tmp_path / folder, algorithm, [0.5], 1, config={"task": {"data": data}}, data_sha256=digest)
+    said = [note for note in notes(load(tmp_path / "a", tmp_path / "b")) if note.startswith("Not comparable")]
+    assert len(said) == 1 and re.search(r"sha256 1{16} \(.*fedgrow.*\); sha256 3{16} \(.*fedprox.*\)", said[0].lower())
+    assert not [note for note in notes(load(tmp_path / "a")) if note.startswith("Not comparable")]
+
+
 def test_terminal_table_fits_120_columns_and_names_the_files(tmp_path: Path) -> None:
     add_quick(tmp_path)
     add_run(tmp_path, "fedgrow_released_code", [0.1, 0.123456], 123_456, preset="preserving")
