@@ -3,6 +3,7 @@
 Shape legend: N examples, L = max_length tokens. Byte ids 0..255 are the bytes of the UTF-8 text.
 """
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -182,6 +183,7 @@ def byte_ids(text: str) -> np.ndarray:
 
 def _pretrained(tokenizer: str, hub: bool, **settings: Any) -> Any:
     """A Hugging Face tokenizer that can pad."""
+    tokenizer = os.path.expanduser(tokenizer)
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
     if not hub and not Path(tokenizer).is_dir():
         raise ValueError(
