@@ -10,7 +10,7 @@ from fedsim.core.fields import refuse
 def data_dir() -> str | None:
     """Where known data sets are looked up, as an absolute path: `FEDSIM_DATA_DIR`."""
     folder = os.environ.get("FEDSIM_DATA_DIR")
-    return os.path.abspath(folder) if folder else None
+    return os.path.abspath(os.path.expanduser(folder)) if folder else None
 
 
 def ray_address() -> str | None:

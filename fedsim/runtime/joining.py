@@ -33,7 +33,7 @@ def join(address: str | None) -> str | None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, AuthenticationError, SystemExit) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError, SystemExit) as error:
         raise ValueError(f"{_named(address)}: {_why(error)}") from error
     end_in_order()
     return getattr(context, "dashboard_url", None) or None
