@@ -81,7 +81,6 @@ def run(
     _start(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted)
     cost = cost_of(experiment, counted)  # hosts come up meanwhile
     tiers_left_out = too_small(experiment, cost)
-    sent = {} if experiment.algorithm.updates_vary else cost.sent
     excluded_ids = {member.info.id for member in population if member.info.tier in tiers_left_out}
 
     store.config = experiment.canonical_json()
@@ -110,6 +109,8 @@ def run(
         for round in range(first, experiment.rounds + 1):
             cohort = round_cohort_of(experiment, round, excluded_ids)
             scored = scored_in(experiment, round, excluded_ids)
+            known = experiment.algorithm.stage(round) == "federated" and not experiment.algorithm.updates_vary
+            sent = cost.sent if known else {}
             report = runtime.ask("run_round", round, cohort, scored, sent, watch=progress.within)  # of Aggregator
             progress.finished(recorder.round(round, cohort, report))
     except Exception as error:

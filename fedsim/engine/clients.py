@@ -114,7 +114,7 @@ class Clients:
         for id_ in cohort.dropped_out:  # what it received is all that is ever known of its round
             self.reports[id_] = ClientReport(outcome="dropped_out", bytes_down=trees.nbytes(payloads[id_]))
         payloads = {id_: payloads[id_] for id_ in cohort.takes_part}
-        policy = dataclasses.replace(self.policy, told=sent or None)
+        policy = dataclasses.replace(self.policy, told=sent)
         conditions = self.experiment.conditions
         sum_chunk = SumChunk(self.experiment.algorithm, self.devices, conditions.deadline)
         if conditions.over_selection:

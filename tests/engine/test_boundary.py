@@ -287,6 +287,25 @@ def test_a_method_may_say_that_its_updates_vary(tmp_path: Path) -> None:
         inline(dataclasses.replace(experiment(), algorithm=Prototypes(vary=False)), tmp_path / "same")
 
 
+def test_rounds_of_other_stages_may_send_something_else(tmp_path: Path) -> None:
+    """Federated rounds are known before the run; afterwards everyone may, for example, go on alone."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Alone(Wrong):
+        def stage(self, round: int) -> str:
+            return "finetune" if round == 3 else "federated"
+
+        def client_update(self, payload: Any, state: Any, ctx: Any) -> Any:
+            update, state = super().client_update(payload, state, ctx)
+            return (update if ctx.round < 3 else dataclasses.replace(update, tree={"own": ONES})), state
+
+        def server_aggregate(self, state: Any, updates: Any, ctx: Any) -> Any:
+            return super().server_aggregate(state, updates, ctx) if ctx.round < 3 else state
+
+    inline(dataclasses.replace(experiment(), algorithm=Alone()), tmp_path)
+    assert len(fedsim.load(tmp_path).rounds) == 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Buggy(Wrong):
     """A bug that is met whenever a method is called."""
