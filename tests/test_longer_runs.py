@@ -34,7 +34,7 @@ def computed(out: Path, *experiments: Experiment) -> Path:
 def assert_same_run(one: Path, other: Path, run_id: str) -> None:
     """Every number of a run is the same in two folders."""
     for left, right in zip(numbers(load(one)), numbers(load(other)), strict=True):
-        mine, theirs = (frame.query("run_id == @run_id").reset_index(drop=True) for frame in (left, right))
+        mine, theirs = (frame.loc[frame["run_id"] == run_id].reset_index(drop=True) for frame in (left, right))
         assert len(mine)
         pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
