@@ -36,7 +36,7 @@ from fedsim.learning.exits import tail
 from fedsim.learning.starts import start_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 
 
 # In the server's state: the rounds of the last two stacks, the later first, and of each client's last update; 0 stands

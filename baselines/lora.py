@@ -42,7 +42,7 @@ from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.starts import start_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from fedsim.learning.meter import Meter
     from fedsim.learning.task import Task
     from fedsim.models import Form
-    from fedsim.models.pretrained import Checkpoint
+    from fedsim.models.checkpoint import Checkpoint
 
 __all__ = [
     "AVERAGE",

@@ -19,7 +19,8 @@ from fedsim.data.partition import Partition
 from fedsim.devices import Conditions, Device, device_named
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form, get_family
-from fedsim.models.pretrained import Checkpoint, form_of
+from fedsim.models.checkpoint import Checkpoint
+from fedsim.models.pretrained import form_of
 
 
 TIMED = "conditions.deadline and conditions.over_selection"

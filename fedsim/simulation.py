@@ -16,7 +16,7 @@ from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost
 from fedsim.learning.task import load_task
-from fedsim.models.pretrained import check_content
+from fedsim.models.checkpoint import check_content
 from fedsim.results.machine import SameEnvironment
 from fedsim.results.provenance import code_sha256
 from fedsim.results.recorder import Recorder
@@ -58,7 +58,7 @@ def run(
 
     Arguments:
         suite, command: for the table `runs`.
-        resume: go on after the last finished round; otherwise what the folder holds of this run is deleted.
+        resume: go on after the last finished round; otherwise what the folder holds of this run is moved aside.
         resume_anywhere: also where the rounds to come would have other bits than the finished ones.
         profile: write down where the time of every round went, as one more table.
         counted: costs of training steps that are known; receives those of this run. For the next run of a sweep.
@@ -85,7 +85,6 @@ def run(
 
     store.config = experiment.canonical_json()
     first = store.open(resume, numerics)
-    store.save_tokenizer(task.dataset.tokenizer if task.dataset else None)
     store.classes = task.dataset.class_names if task.dataset else ()
     labels = json.dumps(label_histograms(population, task)) if len(population) <= MAX_LABELS else None
     facts = RunFacts(
@@ -106,6 +105,7 @@ def run(
         progress.noted(store.damage)
     try:
         store.check_content()
+        store.save_tokenizer(task.dataset.tokenizer if task.dataset else None)
         for round in range(first, experiment.rounds + 1):
             cohort = round_cohort_of(experiment, round, excluded_ids)
             scored = scored_in(experiment, round, excluded_ids)

@@ -18,14 +18,14 @@ from fedsim.data.partition import Partition
 from fedsim.experiment import Experiment, Tier, parsed, with_settings
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from fedsim.results.tables import load
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import run
 from tests.support.every_field import FIELDS
 
 
-PLACEMENT = {"num_cpus", "num_gpus", "memory_mb", "resources", "gpu_fraction", "sha256"}
+PLACEMENT = {"num_cpus", "num_gpus", "memory_mb", "resources", "gpu_fraction", "sha256", "call_seconds"}
 LEAVES = [path for path in FIELDS if not any(other.startswith(path + ".") for other in FIELDS)]
 
 
@@ -176,7 +176,7 @@ def test_a_path_may_hold_equals_signs() -> None:
         ("task.data.limits=1", "limit"),
         ("tiers.0.form.widht=8", "width"),
         ("tiers.7.name=x", "0, 1, 2"),
-        ("nothing_like_it=1", "algorithm, batched, chunk"),
+        ("nothing_like_it=1", "algorithm, batched, call_seconds"),
     ],
 )
 def test_an_unknown_field_suggests_the_nearest(setting: str, suggestion: str) -> None:

@@ -24,7 +24,7 @@ LONGEST, DEEPEST, LARGEST = 2**20, 32, 2**63  # characters, levels and numbers o
 WRITTEN_AS = {
     "fedsim.learning.task": "fedsim.task",
     "fedsim.learning.server_opt": "fedsim.server_opt",
-    "fedsim.models.pretrained": "fedsim.pretrained",
+    "fedsim.models.checkpoint": "fedsim.pretrained",
     "__mp_main__": "__main__",  # a script, as the processes see it that it starts
 }
 

@@ -37,12 +37,12 @@ def called(function: Callable[[], Any], what: str) -> Any:
         raise ValueError(f"{what}: {_reason(error)}") from error
 
 
-def check_folder() -> None:
+def check_shadowed() -> None:
     """**Raises:** `ValueError` for a module where the command is typed that has the name of one of Python's or of one
     that is imported: Ray has its workers look there first, and would take it for the other."""
     here = os.getcwd()
     names = {Path(name).stem for name in os.listdir(here) if name.endswith(".py") or "." not in name}
-    for name in sorted(names & (sys.stdlib_module_names | sys.modules.keys())):
+    for name in sorted(names & ((sys.stdlib_module_names | sys.modules.keys()) - {"__main__"})):
         _check_name(name, here)
 
 

@@ -17,27 +17,26 @@ def stamp(*paths: Path) -> Stamp:
 
 
 def sha256s(path: Path) -> dict[str, str]:
-    """Hash of content by path: of a file; of a folder's files, and of each folder in it as a whole."""
+    """Hash of content by path: of a file; of a folder's files, and of each folder in it as a whole.
+
+    Remembered as long as they stay.
+    """
+    return dict(_sha256s(path, stamp(path)))
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256s(path: Path, stamp: Stamp) -> dict[str, str]:
     entries = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {str(entry): sha256_of(entry) for entry in entries if not entry.name.startswith(".")}
+    return {str(entry): _hash(entry) for entry in entries if entry.exists() and not entry.name.startswith(".")}
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, or of the names and bytes of a folder's files. Remembered as long as they stay."""
-    return _sha256_of(path, stamp(path))
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256_of(path: Path, stamp: Stamp) -> str:
+def _hash(path: Path) -> str:
+    """Of a file's bytes, or of the names and bytes of a folder's files."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    whole = hashlib.sha256()
-    for file in _files(path):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        whole.update(f"{file.relative_to(path)}\0{digest}\n".encode())
-    return whole.hexdigest()
+    inside = "".join(f"{file.relative_to(path)}\0{_hash(file)}\n" for file in _files(path))
+    return hashlib.sha256(inside.encode(errors="surrogateescape")).hexdigest()
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fedsim.core.memory import check_memory
+from fedsim.core.limits import check_memory
 from fedsim.data.config import DataConfig
 from fedsim.data.table import Table
 

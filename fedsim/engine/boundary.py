@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core import tree as trees
+from fedsim.core.fields import shown
 from fedsim.core.tree import State, Tree
 from fedsim.core.updates import ClientUpdate
 
 
 FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 DTYPES = frozenset(FLOATS | {torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+LARGEST = 1e308  # a metric
 LEAST, MOST = 1e-200, 2**53  # weights whose products with numbers of fp32 neither vanish nor overflow in float64
 
 Layout = Mapping[str, tuple[torch.dtype, torch.Size]]  # of a state, flat
@@ -98,7 +100,8 @@ def check_finite(tree: Tree, field: str, hint: str = "") -> None:
 
 
 def _weight(weight: Any, least: float) -> float:
-    if isinstance(weight, numbers.Real) and not isinstance(weight, bool) and least <= float(weight) <= MOST:
+    is_number: bool = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    if is_number and least <= weight <= MOST:  # pyright: ignore[reportOperatorIssue]
         return weight if type(weight) is int else float(weight)
     _refuse("ClientUpdate.weight", _shown(weight), f"a number from {LEAST:g} to 2**53 (0 if there are no tensors)")
 
@@ -109,7 +112,7 @@ def _metrics(metrics: Any) -> Iterator[tuple[str, float]]:
     for name, value in metrics.items():
         if not isinstance(name, str):
             _refuse("ClientUpdate.metrics", f"{{{_shown(name)}: ...}}", "numbers by name, which is a text")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
             _refuse(f"ClientUpdate.metrics[{name!r}]", _shown(value), "a finite number")
         yield name, value
 
@@ -136,8 +139,8 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value that may be anything: large, or one that cannot be shown."""
-    return repr(value) if isinstance(value, int | float | str | None) else _kind(value)
+    """A value that may be anything."""
+    return shown(value) if isinstance(value, int | float | str | None) else _kind(value)
 
 
 def _refuse(field: str, found: str, accepted: str) -> NoReturn:

@@ -9,7 +9,7 @@ from fedsim.core.tree import sha256_of_text
 from fedsim.data.content import sha256s
 from fedsim.data.source import load, paths
 from fedsim.experiment import Experiment
-from fedsim.models import pretrained
+from fedsim.models import checkpoint as checkpoints
 
 
 SHORT = 16  # digits of a hash in a message
@@ -61,7 +61,7 @@ def pinned(experiment: Experiment, data_dir: str | None) -> Experiment:
         tier
         if tier.checkpoint is None
         else dataclasses.replace(
-            tier, checkpoint=dataclasses.replace(tier.checkpoint, sha256=pretrained.sha256_of(tier.checkpoint))
+            tier, checkpoint=dataclasses.replace(tier.checkpoint, sha256=checkpoints.sha256_of(tier.checkpoint))
         )
         for tier in experiment.tiers
     )
@@ -71,12 +71,12 @@ def pinned(experiment: Experiment, data_dir: str | None) -> Experiment:
 def content_of(experiment: Experiment, data_dir: str | None) -> Content:
     """What an experiment reads if it is run now."""
     experiment = pinned(experiment, data_dir)
-    checkpoints = [tier.checkpoint for tier in experiment.tiers if tier.checkpoint is not None]
-    folders = [pretrained.folder_of(checkpoint) for checkpoint in checkpoints]
-    files = [sha256s(path) for path in (*paths(experiment.task.data, data_dir), *dict.fromkeys(folders))]
-    together = "".join(f"{each.path} {each.sha256}\n" for each in checkpoints)
+    named = [tier.checkpoint for tier in experiment.tiers if tier.checkpoint is not None]
+    read = [path for checkpoint in named for path in checkpoints.files_of(checkpoint)]
+    files = [sha256s(path) for path in (*paths(experiment.task.data, data_dir), *dict.fromkeys(read))]
+    together = "".join(f"{each.path} {each.sha256}\n" for each in named)
     return Content(
         data_sha256=experiment.task.data.sha256,
-        checkpoints_sha256=sha256_of_text(together) if checkpoints else None,
+        checkpoints_sha256=sha256_of_text(together) if named else None,
         files=functools.reduce(lambda one, other: one | other, files, {}),
     )

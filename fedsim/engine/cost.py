@@ -125,7 +125,7 @@ class Call:
     seconds: float
 
 
-class MethodError(RuntimeError):
+class MethodError(ValueError):
     """A method of an algorithm raised where nothing but its costs was asked for. Says which, what, and where."""
 
 

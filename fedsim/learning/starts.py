@@ -5,7 +5,7 @@ from fedsim.core.seeding import derive
 from fedsim.core.tree import Tree
 from fedsim.learning.task import Task
 from fedsim.models import Form, pretrained
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 
 
 def load_small(task: Task, form: Form, checkpoint: Checkpoint, seed: int) -> Tree:

@@ -11,7 +11,7 @@ from fedsim.models.family import Family, Form, Inputs
 __all__ = ["Family", "Form", "Inputs", "families", "get_family"]
 
 # What families are written with, and checkpoints.
-NOT_FAMILIES = {"attention", "declare", "family", "heads", "preparation", "pretrained"}
+NOT_FAMILIES = {"attention", "checkpoint", "declare", "family", "heads", "preparation", "pretrained"}
 
 
 def families() -> list[str]:

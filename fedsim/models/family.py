@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedsim.core.fields import check_range, check_types
-from fedsim.core.memory import check_memory
+from fedsim.core.limits import check_memory
 from fedsim.core.seeding import torch_seeded
 from fedsim.core.submodel import ParamSpec
 

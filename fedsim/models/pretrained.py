@@ -10,25 +10,23 @@ ViT checkpoints may be DeiT's where these are saved as `vit`; a model of type `d
 another family.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core import tree as trees
-from fedsim.core.fields import check_sha256, check_types, refuse
+from fedsim.core.fields import refuse
 from fedsim.core.seeding import derive, torch_seeded
 from fedsim.core.tree import Tree
-from fedsim.data import content
 from fedsim.data.config import DataConfig
 from fedsim.data.content import stamp
 from fedsim.models import Family, Form, Inputs, get_family, heads, preparation
+from fedsim.models.checkpoint import Checkpoint, check_content, file_of, files_of, named, readable, source_of
 
 
 if TYPE_CHECKING:
@@ -38,35 +36,6 @@ if TYPE_CHECKING:
 DECIDED = {"image_size": "task.data.image_size", "num_channels": "task.data.channels", "patch_size": "task.patch_size"}
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
-READ = (".json", ".safetensors", ".bin")  # suffixes of the files that a model is read from
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """Where a pretrained model lies.
-
-    - `path`: a folder, or a hub name (with `hub`).
-    - `hub`: whether a name may be fetched from the hub; a folder never needs it.
-    - `revision`: the hub's branch, tag or commit; only a commit names the same weights for ever.
-    - `sha256`: what `sha256_of` must give; None: anything. No part of what a run is called.
-    """
-
-    path: str
-    hub: bool = False
-    revision: str | None = None
-    sha256: str | None = dataclasses.field(default=None, metadata={"placement": True})
-
-    def __post_init__(self) -> None:
-        check_types(self, "checkpoint")
-        check_sha256(self, "checkpoint")
-        if not self.path:
-            refuse("checkpoint.path", self.path, "a folder, or a hub name together with checkpoint.hub=true")
-        object.__setattr__(self, "path", os.path.expanduser(self.path))
-
-    @property
-    def source(self) -> str:
-        """The path with a leading `~` written out."""
-        return os.path.expanduser(self.path)
 
 
 def form_of(family: str, checkpoint: Checkpoint) -> Form:
@@ -89,13 +58,7 @@ def load(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: 
     **Raises:** `ValueError` naming what is not as the experiment says: a field with both values, or parameters.
     """
     check_content(checkpoint)
-    return dict(_loaded(family, form, inputs, checkpoint, seed, stamp(folder_of(checkpoint))))
-
-
-def check_content(checkpoint: Checkpoint) -> None:
-    """**Raises:** `ValueError` with both hashes if a checkpoint does not hold what its `sha256` says."""
-    if checkpoint.sha256 not in (None, found := sha256_of(checkpoint)):
-        raise ValueError(f"{_named(checkpoint)}: its content has changed: sha256 {checkpoint.sha256} then, {found} now")
+    return dict(_loaded(family, form, inputs, checkpoint, seed, stamp(*files_of(checkpoint))))
 
 
 def check(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed: int, data: DataConfig) -> None:
@@ -108,7 +71,7 @@ def check(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed:
     _check_config(family, form, inputs, checkpoint)
     if data.kind == "image":
         _check_images(data, checkpoint)
-    _check_tokenizer(data.tokenizer, data.hub, inputs, checkpoint, stamp(folder_of(checkpoint)))
+    _check_tokenizer(data.tokenizer, data.hub, inputs, checkpoint, stamp(files_of(checkpoint)[0].parent))
     load(family, form, inputs, checkpoint, seed)
 
 
@@ -118,10 +81,10 @@ def check(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed:
 def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    with _readable(checkpoint, "its config.json could not be read"):
+    with readable(checkpoint, "its config.json could not be read"):
         if Path(checkpoint.source).is_dir() and not Path(checkpoint.source, "config.json").is_file():
-            raise ValueError(f"{_named(checkpoint)}: holds no config.json, so it is no folder of a saved model")
-        return AutoConfig.from_pretrained(checkpoint.source, **_source(checkpoint))
+            raise ValueError(f"{named(checkpoint)}: holds no config.json, so it is no folder of a saved model")
+        return AutoConfig.from_pretrained(checkpoint.source, **source_of(checkpoint))
 
 
 def _form(family: Family, name: str, config: "PretrainedConfig", checkpoint: Checkpoint) -> Form:
@@ -129,7 +92,7 @@ def _form(family: Family, name: str, config: "PretrainedConfig", checkpoint: Che
         return family.form(config)
     except (ArithmeticError, TypeError, ValueError) as error:  # a config may say that there are 0 heads
         text = f"holds a model of type {config.model_type!r}, which task.family={name!r} cannot read ({error})"
-        raise ValueError(f"{_named(checkpoint)}: {text}") from error
+        raise ValueError(f"{named(checkpoint)}: {text}") from error
 
 
 def _check_config(family_name: str, form: Form, inputs: Inputs, checkpoint: Checkpoint) -> None:
@@ -141,7 +104,7 @@ def _check_config(family_name: str, form: Form, inputs: Inputs, checkpoint: Chec
         given, theirs, ours = (getattr(one, field.name) for one in (form, held_form, wanted_form))
         if not math.isclose(theirs, ours, rel_tol=1e-6):  # an epsilon may have been computed in another way
             stands_for = "" if given is not None else f" (None stands for {ours!r} here)"
-            refuse(f"form.{field.name}", given, f"{theirs!r}, as in {_named(checkpoint)}{stands_for}")
+            refuse(f"form.{field.name}", given, f"{theirs!r}, as in {named(checkpoint)}{stands_for}")
     _check_lengths(held, inputs, checkpoint)
     _check_constants(family, form, inputs, wanted, held, checkpoint)
 
@@ -150,11 +113,11 @@ def _check_lengths(held: "PretrainedConfig", inputs: Inputs, checkpoint: Checkpo
     """Refuse data with more positions or more tokens than the checkpoint has."""
     positions = getattr(held, "max_position_embeddings", None)
     if inputs.max_length and positions is not None and positions < inputs.max_length:
-        refuse("task.data.max_length", inputs.max_length, f"at most {positions}, the positions of {_named(checkpoint)}")
+        refuse("task.data.max_length", inputs.max_length, f"at most {positions}, the positions of {named(checkpoint)}")
     tokens = getattr(held, "vocab_size", None)
     if inputs.vocab_size and tokens is not None and tokens < inputs.vocab_size:
         text = f"its vocabulary has {tokens} tokens, that of task.data.tokenizer {inputs.vocab_size}"
-        raise ValueError(f"{_named(checkpoint)}: {text}; it must be the one that the checkpoint was trained with")
+        raise ValueError(f"{named(checkpoint)}: {text}; it must be the one that the checkpoint was trained with")
 
 
 def _check_constants(
@@ -169,7 +132,7 @@ def _check_constants(
     differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     for name in differing:
         if name in DECIDED:
-            refuse(DECIDED[name], ours.get(name), f"{theirs.get(name)!r}, as in {_named(checkpoint)}")
+            refuse(DECIDED[name], ours.get(name), f"{theirs.get(name)!r}, as in {named(checkpoint)}")
     if not differing:
         return
     said = "; ".join(f"{name} is {theirs.get(name)!r}, here it is {ours.get(name)!r}" for name in differing)
@@ -182,7 +145,7 @@ def _check_constants(
         family.check(form, dataclasses.replace(inputs, settings=tuple(settings.items())))
     except ValueError as error:
         remedy = f"no model of this experiment can have that ({error})"
-    raise ValueError(f"{_named(checkpoint)}: {said}: {remedy}")
+    raise ValueError(f"{named(checkpoint)}: {said}: {remedy}")
 
 
 # what prepares its data -----------------------------------------------------------------------------------------------
@@ -190,14 +153,14 @@ def _check_constants(
 
 def _check_images(data: DataConfig, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that was trained on images prepared otherwise, if it comes with a file that says so."""
-    with _readable(checkpoint, f"its {preparation.IMAGES} could not be read"):
-        path = _file(checkpoint, preparation.IMAGES)
+    with readable(checkpoint, f"its {preparation.IMAGES} could not be read"):
+        path = file_of(checkpoint, preparation.IMAGES)
         differing = preparation.differing(json.loads(Path(path).read_text()), data) if path else {}
     for name, (theirs, ours) in differing.items():
         if name in preparation.FIELDS:
-            refuse(f"task.data.{name}", ours, f"{theirs!r}, as in the {preparation.IMAGES} of {_named(checkpoint)}")
+            refuse(f"task.data.{name}", ours, f"{theirs!r}, as in the {preparation.IMAGES} of {named(checkpoint)}")
         said = f"its {preparation.IMAGES} says {name}={theirs!r}, here it is {ours!r}"
-        raise ValueError(f"{_named(checkpoint)}: {said}; a copy without that file is taken for the weights alone")
+        raise ValueError(f"{named(checkpoint)}: {said}; a copy without that file is taken for the weights alone")
 
 
 @functools.lru_cache(maxsize=32)
@@ -207,13 +170,13 @@ def _check_tokenizer(tokenizer: str, hub: bool, inputs: Inputs, checkpoint: Chec
 
     if inputs.vocab_size is None or os.path.expanduser(tokenizer) == checkpoint.source:
         return
-    with _readable(checkpoint, "its tokenizer could not be read"):
-        if not any(_file(checkpoint, name) for name in TOKENIZER_FILES):
+    with readable(checkpoint, "its tokenizer could not be read"):
+        if not any(file_of(checkpoint, name) for name in TOKENIZER_FILES):
             return
-        held: Any = AutoTokenizer.from_pretrained(checkpoint.source, **_source(checkpoint))
+        held: Any = AutoTokenizer.from_pretrained(checkpoint.source, **source_of(checkpoint))
     difference = preparation.token_difference(tokenizer, hub, held)
     if difference is not None:
-        accepted = f"the tokenizer that {_named(checkpoint)} was trained with and comes with{difference}"
+        accepted = f"the tokenizer that {named(checkpoint)} was trained with and comes with{difference}"
         refuse("task.data.tokenizer", tokenizer, accepted)
 
 
@@ -229,14 +192,14 @@ def _loaded(
     _check_config(family_name, form, inputs, checkpoint)
     family = get_family(family_name)
     model_class: Any = family.model_class(inputs)
-    with _readable(checkpoint, "its weights could not be read"), torch_seeded(0):
+    with readable(checkpoint, "its weights could not be read"), torch_seeded(0):
         module, report = model_class.from_pretrained(
             checkpoint.source,
             config=family.config(form, inputs),
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # which sizes may differ is decided below
             output_loading_info=True,
-            **_source(checkpoint),
+            **source_of(checkpoint),
         )
     tree = dict(module.named_parameters())
     if apart := sorted(tree.keys() - family.specs(form, inputs).keys()):
@@ -244,13 +207,13 @@ def _loaded(
             f"its config ties {_some(apart)} to another one, but its file holds other values: save it without them, or"
         )
         untied = "with tie_word_embeddings=false, to be trained with task.settings=(('tie_word_embeddings', False),)"
-        raise ValueError(f"{_named(checkpoint)}: {text} {untied}")
+        raise ValueError(f"{named(checkpoint)}: {text} {untied}")
     if drawn := _to_draw(module, report, inputs, checkpoint):
         with torch_seeded(derive(seed, "head")):
             fresh = dict(family.build(form, inputs).named_parameters())
         tree |= {name: fresh[name] for name in drawn}
     if broken := [name for name, tensor in tree.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{_named(checkpoint)}: NaN or an infinite number is among the values of {_some(broken)}")
+        raise ValueError(f"{named(checkpoint)}: NaN or an infinite number is among the values of {_some(broken)}")
     return trees.clone(tree)  # what was read is still the file itself, mapped into memory
 
 
@@ -269,77 +232,15 @@ def _to_draw(module: "PreTrainedModel", report: Mapping[str, Any], inputs: Input
     for name, (held, wanted) in sorted(shapes.items()):
         if name not in drawn:
             raise ValueError(
-                f"{_named(checkpoint)}: {name} has shape {held}, where its config and this form say {wanted}"
+                f"{named(checkpoint)}: {name} has shape {held}, where its config and this form say {wanted}"
             )
     lacking = sorted(missing.difference(drawn))
     if lacking:
-        raise ValueError(f"{_named(checkpoint)}: lacks {_some(lacking)}")
+        raise ValueError(f"{named(checkpoint)}: lacks {_some(lacking)}")
     strays = sorted(name for name in report["unexpected_keys"] if heads.of_body(name, module))
     if strays:
-        raise ValueError(f"{_named(checkpoint)}: holds {_some(strays)} that a model of its config does not have")
+        raise ValueError(f"{named(checkpoint)}: holds {_some(strays)} that a model of its config does not have")
     return drawn
-
-
-# where it lies --------------------------------------------------------------------------------------------------------
-
-
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where `transformers` may look, and that it runs no code it finds there.
-
-    **Raises:** `ValueError` for a name that is no folder and may not be fetched.
-    """
-    # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
-    local = Path(checkpoint.source).is_dir()
-    if not local and not checkpoint.hub:
-        accepted = "a folder that transformers saved, or a hub name together with checkpoint.hub=true"
-        refuse("checkpoint.path", checkpoint.path, accepted)
-    return {"local_files_only": local, "revision": checkpoint.revision or "main", "trust_remote_code": False}
-
-
-def folder_of(checkpoint: Checkpoint) -> Path:
-    """Where its files lie; fetched from the hub if it may be."""
-    if Path(checkpoint.source).is_dir():
-        return Path(checkpoint.source)
-    with _readable(checkpoint, "its config.json could not be read"):
-        return Path(str(_file(checkpoint, "config.json", needed=True))).parent
-
-
-def sha256_of(checkpoint: Checkpoint) -> str:
-    """Hash of what a model is read from: its config and weights."""
-    files = sorted(path for path in folder_of(checkpoint).iterdir() if path.suffix in READ)
-    return trees.sha256_of_text("".join(f"{path.name} {content.sha256_of(path)}\n" for path in files))
-
-
-def _file(checkpoint: Checkpoint, name: str, needed: bool = False) -> str | None:
-    """The path of one of its files; None if it has none of that name and needs none."""
-    from transformers.utils.hub import cached_file
-
-    where = {key: value for key, value in _source(checkpoint).items() if key != "trust_remote_code"}
-    return cached_file(checkpoint.source, name, _raise_exceptions_for_missing_entries=needed, **where)
-
-
-@contextlib.contextmanager
-def _readable(checkpoint: Checkpoint, otherwise: str) -> Iterator[None]:
-    """Turn what the library raises about a broken checkpoint into a `ValueError`, and keep it from printing tables."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    hook = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    except Exception as error:  # of any kind: files can be broken in more ways than their readers foresee
-        if str(error).startswith("checkpoint."):
-            raise
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
-        raise ValueError(f"{_named(checkpoint)}: {otherwise} ({reason})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.set_tqdm_hook(hook)
-
-
-def _named(checkpoint: Checkpoint) -> str:
-    return f"checkpoint.path={checkpoint.path!r}"
 
 
 def _some(names: list[str]) -> str:

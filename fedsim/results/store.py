@@ -203,7 +203,8 @@ class RunStore:
         parts = {table: self.directory / table / f"{self.run_id}.parquet" for table in results.TABLES}
         if self.outdated_by() is not None:
             kept = self.directory / "outdated"
-            number = 1 + sum(each.name.startswith(f"{self.run_id}.") for each in kept.glob("*"))
+            names = [each.name.removeprefix(f"{self.run_id}.") for each in kept.glob(f"{self.run_id}.*")]
+            number = 1 + max(map(int, filter(str.isdecimal, names)), default=0)
             for table, path in parts.items():
                 move(path, kept / f"{self.run_id}.{number}" / path.name.replace(self.run_id, table))
             move(self.folder, kept / f"{self.run_id}.{number}" / "checkpoint")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fedsim.core.modules import check_folder
+from fedsim.core.modules import check_shadowed
 from fedsim.core.numerics import NATIVE
 
 
@@ -71,7 +71,7 @@ class Choice:
             from fedsim.runtime.inline import InlineRuntime
 
             return InlineRuntime(self.numerics)
-        check_folder()
+        check_shadowed()
         from fedsim.runtime.ray_runtime import RayRuntime
 
         return RayRuntime(

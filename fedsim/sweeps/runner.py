@@ -12,13 +12,14 @@ from fedsim.core import environment
 from fedsim.core.numerics import in_force, settle
 from fedsim.core.terminal import say
 from fedsim.engine.cohort import check_checkpoints, check_forms, members
-from fedsim.engine.content import content_of
+from fedsim.engine.content import Content, content_of
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.results.longer import begin_from, shorter_runs
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore, config_of, run_ids_in, runs_in
+from fedsim.results.tables import rows_of
 from fedsim.runtime import Choice
 from fedsim.runtime.base import Runtime
 from fedsim.simulation import RunFailed, run
@@ -77,11 +78,13 @@ def store_of(out: Place, experiment: Experiment, data_dir: str | None) -> RunSto
 
 def check_joined(out: Place, experiments: Sequence[Experiment], stores: Mapping[str, RunStore]) -> None:
     """Refuse (`ValueError`) a folder whose other runs have read the same data, or checkpoints, with another content."""
-    others = sorted(run_ids_in(out) - stores.keys())
-    configs = dict(runs_in(out)[["run_id", "config"]].to_numpy()) if others else {}
+    if not run_ids_in(out) - stores.keys():
+        return
     ours = {_reads(experiment.canonical_json()): stores[experiment.run_id].content for experiment in experiments}
-    for run_id in filter(configs.__contains__, others):
-        before, (data, checkpoints) = RunStore(out, run_id, "").content_read(), _reads(configs[run_id])
+    for row in rows_of(runs_in(out), "runs"):
+        if (run_id := row["run_id"]) in stores:
+            continue
+        before, (data, checkpoints) = Content(row["data_sha256"], row["checkpoints_sha256"]), _reads(row["config"])
         for (our_data, our_checkpoints), content in ours.items():
             assert content is not None
             alike = dataclasses.replace(
@@ -89,7 +92,8 @@ def check_joined(out: Place, experiments: Sequence[Experiment], stores: Mapping[
                 data_sha256=content.data_sha256 if data == our_data else None,
                 checkpoints_sha256=content.checkpoints_sha256 if checkpoints == our_checkpoints else None,
             )
-            if change := alike.change_from(before):
+            if alike.change_from(before):
+                change = alike.change_from(RunStore(out, run_id, "").content_read())  # which also knows files
                 raise ValueError(
                     f"--out={str(out)!r}: holds run {run_id}, which has read something else under the same name: "
                     f"{change}; bring it back, or give another folder"

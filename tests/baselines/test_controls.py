@@ -28,7 +28,7 @@ from fedsim.learning.rates import parameter_count
 from fedsim.learning.server_opt import ServerOptimizer
 from fedsim.learning.steps import run_client
 from fedsim.models import Form
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from tests.support.clients import client_init, client_update
 from tests.support.small_federation import (
     ALIKE,

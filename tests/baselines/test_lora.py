@@ -19,7 +19,7 @@ from fedsim.learning.exits import tail
 from fedsim.learning.meter import StepCost
 from fedsim.learning.objectives import Frozen, Objective
 from fedsim.learning.starts import start_of
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from tests.support.clients import client_init, client_update
 from tests.support.small_federation import (
     ALIKE,

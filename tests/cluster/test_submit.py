@@ -166,7 +166,7 @@ def test_the_experiments_are_made_here_first() -> None:
     [
         (["x:y", "--out", "s3://b/x", "--address", "host:6379"], "--address='host:6379': must be http://HOST:PORT"),
         (["x:y", "--out", "s3://b/x"], "--address=None: must be http"),
-        (["x:y", "--out", "s3://b/x", "--cluster", "missing.yaml"], "--cluster='missing.yaml': cannot be read"),
+        (["x:y", "--out", "s3://b/x", "--cluster", "missing.yaml"], "--cluster='missing.yaml': must be a file for"),
         (["--out", "s3://b/x", "--address", "http://127.0.0.1:1"], "give either MODULE:FUNCTION or --suite"),
         (["x:y", "--suite", "q", "--address", "http://127.0.0.1:1"], "give either MODULE:FUNCTION or --suite"),
         (["x:y", "--address", "http://127.0.0.1:1"], "--out: must say where results go"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.core.modules import called, check_folder, module_named
+from fedsim.core.modules import called, check_shadowed, module_named
 from fedsim.experiment import load_experiments
 from fedsim.runtime import Choice
 
@@ -36,7 +36,7 @@ def test_a_module_here_with_the_name_of_another_is_refused(name: str, here: Path
 def test_a_folder_in_which_workers_would_find_another_module_is_refused(name: str, here: Path) -> None:
     (here / "study.py").write_text("")
     (here / "numpy").mkdir()  # a folder of results, say
-    check_folder()
+    check_shadowed()
     (here / name).parent.mkdir(exist_ok=True)
     (here / name).write_text("raise AssertionError('must not be imported')\n")
     with pytest.raises(ValueError, match=f"^{here / name} has the name of .*: rename it"):

@@ -22,7 +22,7 @@ from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, step_cost
 from fedsim.learning.objectives import TaskLoss
 from fedsim.learning.task import Task
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from fedsim.testing import MIDDLE, SMALL
 from tests.support import small_federation
 from tests.support.clients import client_init, client_update

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from fedsim.cli import main
+from fedsim.core.terminal import printable
 from fedsim.learning.meter import StepCost
 from fedsim.runtime import Choice
 from tests.fuzz.requests import Request
@@ -116,6 +117,6 @@ def fault(request: Request, given: Answer) -> str | None:
         return "no reason"
     if len(given.said) > LONGEST and given.status:
         return "a long message"
-    if given.status == 2 and not any(name in given.said for name in request.names):
+    if given.status == 2 and not any(printable(name) in given.said for name in request.names):
         return "the field is not named"
     return None

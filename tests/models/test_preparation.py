@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fedsim.data.config import DataConfig, cifar10
 from fedsim.learning.starts import check_start
 from fedsim.learning.task import TaskConfig
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from fedsim.results.export import image_processor
 from tests.support.checkpoints import SEED, built, edited, read, saved, with_task
 from tests.support.family_rows import ROWS, TEXTS, TIED, Row

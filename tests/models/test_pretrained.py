@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedsim.core.seeding import derive
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from tests.support.checkpoints import SEED, built, read, same, saved, with_task
 from tests.support.family_rows import ROWS, TEXTS, batch_of, model_inputs, real
 from tests.support.small_federation import weights_of

@@ -25,7 +25,7 @@ from fedsim.learning.meter import Meter
 from fedsim.learning.starts import load_small
 from fedsim.learning.steps import run_client
 from fedsim.learning.task import load_task, subset
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from tests.support.checkpoints import built, read, same, saved, with_task
 from tests.support.family_rows import ROWS, Row
 

@@ -17,7 +17,8 @@ from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import pydoc
 from fedsim.learning.starts import check_start
 from fedsim.models import get_family
-from fedsim.models.pretrained import Checkpoint, form_of
+from fedsim.models.checkpoint import Checkpoint
+from fedsim.models.pretrained import form_of
 from tests.support.checkpoints import SEED, built, edited, read, same, saved, with_task
 from tests.support.family_rows import LENGTH, ROWS, TEXTS
 from tests.support.small_federation import weights_of

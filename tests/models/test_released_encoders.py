@@ -14,7 +14,7 @@ from transformers import AutoConfig, DebertaV2Config, DebertaV2ForMaskedLM
 from fedsim.core.seeding import derive
 from fedsim.learning.starts import load_small
 from fedsim.models import Form, get_family
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from tests.support.family_rows import ROWS, Row
 
 
@@ -124,7 +124,7 @@ REFUSED = [
     (
         "modernbert",
         {"global_attn_every_n_layers": 2},
-        r"config.layer_types=\[.*\]: must be 'full_attention' in block 0",
+        r"config.layer_types=\[.*: must be 'full_attention' in block 0",
     ),
     (
         "modernbert",

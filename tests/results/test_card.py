@@ -15,7 +15,7 @@ from fedsim.algorithm import ClientInfo
 from fedsim.data.config import sst2
 from fedsim.experiment import Experiment
 from fedsim.learning.task import TaskConfig
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from fedsim.results import card
 from tests.support.exported import ONE_OF_A_KIND, picture, task_of, word_pieces, written
 from tests.support.family_rows import TAGS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedsim.learning.starts import load_small
 from fedsim.models import Form, get_family
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from tests.support.family_rows import Row
 
 

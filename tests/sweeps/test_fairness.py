@@ -10,7 +10,7 @@ from fedsim.cli.sweep import LISTED
 from fedsim.data.config import EMBEDDED
 from fedsim.engine.cohort import members
 from fedsim.experiment import Experiment, with_settings
-from fedsim.models.pretrained import Checkpoint
+from fedsim.models.checkpoint import Checkpoint
 from fedsim.sweeps import fairness
 from fedsim.sweeps.fairness import check_fair
 from fedsim.sweeps.suites import arguments_of, suites_in

@@ -386,8 +386,8 @@ def test_a_scale_is_handed_to_the_suite() -> None:
     "words, expected",
     [
         (["quick", "--scale", "0.5"], ["--scale=0.5", "'quick'", "paper-cv, paper-nlp"]),
-        (["paper-cv", "--scale", "0"], ["--scale=0.0", "above 0 and at most 1"]),
-        (["paper-cv", "--scale", "1.5"], ["--scale=1.5", "above 0 and at most 1"]),
+        (["paper-cv", "--scale", "0"], ["--scale=0.0", "at least 0.001 and at most 1"]),
+        (["paper-cv", "--scale", "1.5"], ["--scale=1.5", "at least 0.001 and at most 1"]),
         (["paper-cv", "--scale", "nan"], ["--scale=nan"]),
         (["quick", "--data", "digit"], ["--data='digit'", "'quick'", "did you mean digits?"]),
         (["text", "--data", "pydoc", "digits"], ["--data='digits'", "'text'", "there are ag_news, pydoc, sst2"]),
