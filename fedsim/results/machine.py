@@ -15,9 +15,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import psutil
-
-from fedsim.core import environment, numerics
+from fedsim.core import environment, limits, numerics
 from fedsim.core.canonical import PACKAGES, ROOT
 from fedsim.storage.place import place, write_atomically
 
@@ -80,8 +78,8 @@ def facts(out: str | None = None, secret: str = "", job_server: str | None = Non
         cpu=cpu_model(),
         lacking=tuple(numerics.lacking()),
         cores=os.cpu_count() or 1,
-        memory=psutil.virtual_memory().total,
-        memory_free=psutil.virtual_memory().available,
+        memory=limits.memory_bytes(),
+        memory_free=limits.memory_free(),
         gpus=gpus(),
         shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         disk=disk,

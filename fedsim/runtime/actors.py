@@ -28,6 +28,12 @@ WorkItem = tuple[int, Sequence[int], Sequence[int], bool]
 Batch = tuple[list[tuple[int, Answer]], str, float, float]  # by unit; node, seconds of broadcast, and of writing
 
 
+def remote(kind: type) -> Any:
+    """`ray.remote` of a host or a server, with a second thread, which answers pings while the first computes."""
+    make: Any = ray.remote
+    return make(concurrency_groups={"watch": 1})(kind)
+
+
 class Refused:
     """Takes a participant's place in a call that it did not answer in time: whatever it is asked, it raises."""
 

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from fedsim.core import environment
-from fedsim.runtime.private_ray import end_in_order
+from fedsim.runtime.private_ray import end_in_order, on_loopback
 
 
 ANSWER_SECONDS = 10.0  # in which something at the address must answer
@@ -32,11 +32,24 @@ def join(address: str | None) -> str | None:
         _expect_rpc(address)
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with on_loopback() if _here_alone(address) else contextlib.nullcontext():
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError, SystemExit) as error:
         raise ValueError(f"{_named(address)}: {_why(error)}") from error
     end_in_order()
     return getattr(context, "dashboard_url", None) or None
+
+
+def _here_alone(address: str | None) -> bool:
+    """Whether what answers at HOST:PORT listens on 127.0.0.1 alone, as a private Ray does."""
+    host, _, port = (address or "").rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return True
+    return False
 
 
 def _named(address: str | None) -> str:

@@ -98,6 +98,20 @@ _keepers: list[subprocess.Popen[bytes]] = []  # of the private Ray that this pro
 _raylets: list[psutil.Process] = []  # likewise
 
 
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that is started here listens on 127.0.0.1 alone, so that nobody elsewhere may join; one that is joined here
+    is looked for there. By itself Ray takes this machine's address in the network for 127.0.0.1."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def connect_private(cpus: float, gpus: int | None) -> None:
     """Start a Ray, for this machine alone, and connect this process to it."""
     import ray
@@ -109,34 +123,32 @@ def connect_private(cpus: float, gpus: int | None) -> None:
     _keepers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
     before = environment.variables([keeper.MARK, *KEPT])
     environment.set_variables({keeper.MARK: mark, **KEPT})
-    elsewhere = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # nobody elsewhere may join: it listens on 127.0.0.1 alone
     ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # of this process: SIGTERM ends it in order
     worker.print_to_stdstream = lambda *_, **__: None  # what its processes complain of, each for itself
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(1, math.ceil(cpus)),
-            num_gpus=gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=room and max(room // 8, 80 * 2**20),  # every process maps it as a whole
-            _memory=memory_bytes(),  # as placement counts it; by itself Ray takes a part of what is free
-            _temp_dir=os.path.join(environment.temporary_folder(), "ray"),
-            _system_config={  # a raylet that does not answer is dead after as long as any other process
-                "health_check_period_ms": round(limit / 12 * 1000),
-                "health_check_timeout_ms": round(limit / 6 * 1000),
-                "health_check_failure_threshold": 4,
-            },
-        )
+        with on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=max(1, math.ceil(cpus)),
+                num_gpus=gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=room and max(room // 8, 80 * 2**20),  # every process maps it as a whole
+                _memory=memory_bytes(),  # as placement counts it; by itself Ray takes a part of what is free
+                _temp_dir=os.path.join(environment.temporary_folder(), "ray"),
+                _system_config={  # a raylet that does not answer is dead after as long as any other process
+                    "health_check_period_ms": round(limit / 12 * 1000),
+                    "health_check_timeout_ms": round(limit / 6 * 1000),
+                    "health_check_failure_threshold": 4,
+                },
+            )
         _raylets.extend(child for child in psutil.Process().children() if child.name() == "raylet")
     except BaseException:
         _end_all()
         raise
     finally:
         environment.set_variables(before)
-        ray_constants.ENABLE_RAY_CLUSTER = elsewhere
 
 
 def end_private() -> None:

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fedsim.core import environment
 from fedsim.core.limits import limits, memory_bytes
 from fedsim.core.numerics import NATIVE, use
-from fedsim.runtime.actors import Host, Server, use_tensor_views
+from fedsim.runtime.actors import Host, Server, remote, use_tensor_views
 from fedsim.runtime.base import Call, Resources, Runtime, Watch
 from fedsim.runtime.joining import expect_connected, join
 from fedsim.runtime.liveness import Liveness
@@ -290,9 +290,7 @@ class RayRuntime(Runtime):
         """Start the host actors and the server together; `_wait_for_hosts` waits for them."""
         for actor in self.actors:
             ray.kill(actor)
-        remote: Any = ray.remote
-        watch = remote(concurrency_groups={"watch": 1})  # a thread that answers while another computes
-        host, server = watch(Host), watch(Server)
+        host, server = remote(Host), remote(Server)
         self.actors = [host.options(**options(request)).remote(self.numerics) for request in wanted.requests]
         if self.server is None:
             # Beside the driver: a worker of a cluster may be taken away, and nothing goes on without the driver's node.

@@ -79,11 +79,11 @@ def test_a_host_that_is_gone_when_an_aggregator_begins_is_given_nothing(
     import ray
 
     from fedsim.runtime import ray_call
-    from fedsim.runtime.actors import Host
+    from fedsim.runtime.actors import Host, remote
 
     monkeypatch.setattr(ray_call, "MEET_SECONDS", 5.0)
-    there = ray.remote(Host).options(num_cpus=0.5).remote()
-    gone = ray.remote(Host).options(num_cpus=0.5, resources={"farm": 1}).remote()
+    there = remote(Host).options(num_cpus=0.5).remote()
+    gone = remote(Host).options(num_cpus=0.5, resources={"farm": 1}).remote()
     ray.get(there.ready.remote())
     factories = ray.put({id_: functools.partial(Counting, id_) for id_ in range(2)})
     alone = {0: 0, 1: 1} if own else {}
