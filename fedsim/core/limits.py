@@ -25,6 +25,12 @@ def memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     return min([psutil.virtual_memory().total, *_container(cgroups, own)])
 
 
+def memory_free(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
+    """Of these, what nobody uses."""
+    container = _container(cgroups, own, used=True)
+    return min([psutil.virtual_memory().available, *container])
+
+
 def check_memory(field: str, value: object, size: int) -> None:
     """**Raises:** `ValueError` naming a field if what its value asks for takes more bytes than there are."""
     if size > (memory := memory_bytes()):
@@ -55,15 +61,21 @@ def _found(cgroups: Path, own: Path) -> Iterator[tuple[tuple[str, int, str, int,
         yield CONTAINER, memory
 
 
-def _container(cgroups: Path, own: Path) -> list[int]:
-    """What the control groups around this process may have of memory, one number for each that has a limit."""
-    found = [_number(file) for file in _groups(cgroups, own)]
-    whole = psutil.virtual_memory().total  # "no limit" is a large number in version 1
-    return [limit for limit in found if limit is not None and limit < whole]
+def _container(cgroups: Path, own: Path, used: bool = False) -> list[int]:
+    """What the control groups around this process may have of memory, one number for each that has a limit.
+
+    - `used`: less what they use already.
+    """
+    found = []
+    for names, folder in _groups(cgroups, own):
+        limit, usage = (_number(folder / name) for name in names)
+        if limit is not None and limit < psutil.virtual_memory().total:  # "no limit" is a large number in version 1
+            found.append(max(0, limit - (usage or 0)) if used else limit)
+    return found
 
 
-def _groups(cgroups: Path, own: Path) -> list[Path]:
-    """The file that holds the limit, for each control group that this process is in."""
+def _groups(cgroups: Path, own: Path) -> list[tuple[tuple[str, str], Path]]:
+    """Names of a limit and of what is used, and the folder, for each control group that this process is in."""
     found = []
     try:
         lines = own.read_text().splitlines()
@@ -72,13 +84,13 @@ def _groups(cgroups: Path, own: Path) -> list[Path]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, name = cgroups, "memory.max"
+            root, names = cgroups, ("memory.max", "memory.current")
         elif "memory" in controllers.split(","):
-            root, name = cgroups / "memory", "memory.limit_in_bytes"
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
         below = [part for part in path.split("/") if part not in ("", "..")]  # in a container it is seen as the root
-        found += [root.joinpath(*below[:depth], name) for depth in range(len(below) + 1)]
+        found += [(names, root.joinpath(*below[:depth])) for depth in range(len(below) + 1)]
     return found
 
 

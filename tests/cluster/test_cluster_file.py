@@ -138,7 +138,7 @@ def test_what_is_no_such_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match="--cluster="):
         read(str(tmp_path / "x.yaml"))
-    with pytest.raises(ValueError, match="cannot be read|must be a file for `ray up`"):
+    with pytest.raises(ValueError, match=r"cannot be read|must be a file for `ray up`"):
         read(str(tmp_path / "missing.yaml"))
 
 
@@ -148,7 +148,7 @@ BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range
 @pytest.mark.parametrize("more", [f"a0: &a0 [x]\n{BOMB}", "loop: &x [*x]\n", "d: " + "[" * 5000 + "]" * 5000])
 def test_a_file_that_is_endless_when_it_is_written_out(tmp_path: Path, more: str) -> None:
     (tmp_path / "x.yaml").write_text(f"cluster_name: x\nprovider: {{type: aws}}\n{more}")
-    with pytest.raises(ValueError, match="cannot be read|must be a file for `ray up`"):
+    with pytest.raises(ValueError, match=r"cannot be read|must be a file for `ray up`"):
         read(str(tmp_path / "x.yaml"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsim.core.limits import limits, memory_bytes
+from fedsim.core.limits import limits, memory_bytes, memory_free
 
 
 TOTAL = psutil.virtual_memory().total
@@ -43,6 +43,13 @@ def groups(folder: Path, own: str, **files: str) -> dict[str, Path]:
 )
 def test_memory_is_the_least_that_any_group_around_a_process_may_have(tmp_path, own, files, expected) -> None:
     assert memory_bytes(**groups(tmp_path, own, **files)) == expected
+
+
+def test_what_is_free_is_what_nobody_of_the_group_uses(tmp_path) -> None:
+    made = groups(tmp_path, "0::/\n", memory_max=str(600 * MB), memory_current=str(500 * MB))
+    assert memory_free(**made) == 100 * MB
+    made = groups(tmp_path, "0::/\n", memory_max=str(600 * MB), memory_current=str(700 * MB))
+    assert memory_free(**made) == 0
 
 
 def test_limits_are_named_with_what_they_are(tmp_path, monkeypatch) -> None:
