@@ -40,6 +40,9 @@ class Refused:
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
+    def tell(self, told: Any) -> None:
+        """Nobody listens."""
+
     def __getattr__(self, method: str) -> Any:
         def call(*_: Any) -> None:
             raise TimeoutError(self.reason)
