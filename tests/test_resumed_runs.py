@@ -214,7 +214,7 @@ def test_results_of_other_sources_are_computed_again_and_that_is_said(
     out, progress, said = tmp_path / "out", Told(), StringIO()
     shutil.copytree(tiny_run, out)
     for module in (fedsim.sweeps.runner, fedsim.simulation):
-        monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
+        monkeypatch.setattr(module, "code_sha256", lambda *_: "other sources")
     assert RunStore(out, tiny_experiment.run_id, "other sources").status() == "outdated"
     console = Console(file=said, width=200)
     assert run_all([tiny_experiment], out=out, make_runtime=InlineRuntime, progress=progress, console=console) == []
@@ -231,6 +231,6 @@ def test_an_unfinished_run_of_other_sources_is_not_resumed(
         inline(tiny_experiment, tmp_path, progress=Cut(1))
     progress = Told()
     for module in (fedsim.sweeps.runner, fedsim.simulation):
-        monkeypatch.setattr(module, "code_sha256", lambda algorithm: "other sources")
+        monkeypatch.setattr(module, "code_sha256", lambda *_: "other sources")
     run_all([tiny_experiment], out=tmp_path, make_runtime=InlineRuntime, progress=progress)
     assert progress.rounds == [0, 1, 2]

@@ -23,6 +23,7 @@ from fedsim.data.table import Columns, Table, joined
 
 
 SUFFIXES = (".parquet", ".csv", ".tsv")
+LONGEST = 2**31 - 1  # characters of a cell
 
 
 def tables(
@@ -154,9 +155,25 @@ def _csv_settings(path: Path, kind: str, config: DataConfig) -> dict[str, Any]:
         refuse("task.data.name", config.name, f"a source whose columns have names of their own; {path} has {names}")
     if config.header:
         _check_header(names, path, config)
+    _check_rows(path, dialect, len(names), config)
     features = datasets.Features({name: datasets.Value("string") for name in names})
     # Without index_col=False, lines longer than the first would lose their first cell to an index unnoticed.
     return {**plain, "header": 0 if config.header else None, "column_names": names, "features": features}
+
+
+def _check_rows(path: Path, dialect: dict[str, Any], cells: int, config: DataConfig) -> None:
+    """Refuse a row with fewer or more cells than there are columns: pandas reads the empty text for what is missing."""
+    settings = {"delimiter": dialect["sep"], "quoting": dialect.get("quoting", csv.QUOTE_MINIMAL)}
+    csv.field_size_limit(LONGEST)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = (row for row in csv.reader(file, **settings) if row)
+            for number, row in enumerate(rows, -1 if config.header else 0):
+                if len(row) != cells:
+                    accepted = f"a source of rows with {cells} cells; {path}, row {number} has {len(row)}"
+                    refuse("task.data.name", config.name, accepted)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"task.data.name={config.name!r}: {path} could not be read as csv ({error})") from error
 
 
 def _check_header(names: list[str], path: Path, config: DataConfig) -> None:

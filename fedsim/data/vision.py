@@ -114,6 +114,8 @@ def _opened(cell: Any) -> Image.Image:
             cell = Path(cell).read_bytes()
     if isinstance(cell, bytes):
         with Image.open(io.BytesIO(cell), formats=formats()) as image:
+            if any("16" in str(raw) or "65535" in str(raw) for *_, raw in getattr(image, "tile", ())):
+                raise ValueError("16 bits a channel; 8 are read: save it with 8 bits a channel")
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             return image

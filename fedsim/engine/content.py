@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedsim.core.tree import sha256_of_text
@@ -10,6 +10,7 @@ from fedsim.data.content import sha256s
 from fedsim.data.source import load, paths
 from fedsim.experiment import Experiment
 from fedsim.models import checkpoint as checkpoints
+from fedsim.models.checkpoint import Checkpoint
 
 
 SHORT = 16  # digits of a hash in a message
@@ -57,21 +58,35 @@ def pinned(experiment: Experiment, data_dir: str | None) -> Experiment:
     **Raises:** `ValueError` where the data are missing, or not as the experiment says.
     """
     data = dataclasses.replace(experiment.task.data, sha256=load(experiment.task.data, data_dir).fingerprint)
-    tiers = tuple(
-        tier
-        if tier.checkpoint is None
-        else dataclasses.replace(
-            tier, checkpoint=dataclasses.replace(tier.checkpoint, sha256=checkpoints.sha256_of(tier.checkpoint))
-        )
-        for tier in experiment.tiers
-    )
-    return dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, data=data), tiers=tiers)
+    return dataclasses.replace(_pinned(experiment), task=dataclasses.replace(experiment.task, data=data))
+
+
+def _pinned(value: Any) -> Any:
+    """The same with the content of every checkpoint in it."""
+    if isinstance(value, Checkpoint):
+        return dataclasses.replace(value, sha256=checkpoints.sha256_of(value))
+    if isinstance(value, tuple):
+        return tuple(map(_pinned, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type) or not list(_checkpoints(value)):
+        return value
+    fields = [field.name for field in dataclasses.fields(value) if field.init]
+    return dataclasses.replace(value, **{name: _pinned(getattr(value, name)) for name in fields})
+
+
+def _checkpoints(value: Any) -> Iterator[Checkpoint]:
+    """Every checkpoint in an experiment: its tiers', and those that its algorithm names."""
+    if isinstance(value, Checkpoint):
+        yield value
+    elif isinstance(value, tuple):
+        yield from (each for item in value for each in _checkpoints(item))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (each for field in dataclasses.fields(value) for each in _checkpoints(getattr(value, field.name)))
 
 
 def content_of(experiment: Experiment, data_dir: str | None) -> Content:
     """What an experiment reads if it is run now."""
     experiment = pinned(experiment, data_dir)
-    named = [tier.checkpoint for tier in experiment.tiers if tier.checkpoint is not None]
+    named = list(_checkpoints(experiment))
     read = [path for checkpoint in named for path in checkpoints.files_of(checkpoint)]
     files = [sha256s(path) for path in (*paths(experiment.task.data, data_dir), *dict.fromkeys(read))]
     together = "".join(f"{each.path} {each.sha256}\n" for each in named)

@@ -1,5 +1,6 @@
 """One participant: its shard, its private state, and the calls the aggregator makes of it."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -202,13 +203,20 @@ class Participant:
         """The task with its data, loaded once a process."""
         return load_task(self.experiment.task, self.data_dir)
 
+    @functools.cached_property
+    def bare_task(self) -> Task:
+        """The task without the others' data and the test set, which are not this participant's to read or to write."""
+        bare = copy.copy(self.task)
+        bare.dataset = None
+        return bare
+
     def _context(self, round: int, meter: Meter) -> ClientContext:
         task = self.task
         assert task.dataset is not None
         return ClientContext(
             seed=self.experiment.seed,
             round=round,
-            task=task,
+            task=self.bare_task,
             intermediate=self.experiment.middle,
             target=self.experiment.target,
             info=self.member.info,
@@ -220,14 +228,15 @@ class Participant:
         )
 
     def _shard(self, everybodys: Split) -> Split:
-        """This participant's part of the training data."""
-        if self.shard is not None:
-            return self.shard
-        shard = subset(everybodys, self.member.train)
+        """This participant's part of the training data, lent: what is written into it is seen by nobody later."""
+        shard = subset(everybodys, self.member.train) if self.shard is None else self.shard
         size = shard.labels.nbytes + sum(tensor.nbytes for tensor in shard.inputs.values())
         if size <= SMALL_SHARD:
             self.shard, self.shard_bytes = shard, size
-        return shard
+        lent = trees.lent(
+            {"inputs": shard.inputs, "labels": shard.labels, "groups": {} if shard.groups is None else shard.groups}
+        )
+        return Split(lent["inputs"], lent["labels"], None if shard.groups is None else lent["groups"])
 
     def _scores(self, model: torch.nn.Module) -> dict[str, Any]:
         dataset = self.task.dataset
@@ -265,8 +274,8 @@ class Participant:
                 f"participant {info.id} of tier {tier.name!r} ({info.form}, num_gpus={tier.num_gpus:g}) found too "
                 f"little memory on {self.device}: {error}"
             ) from error
-        except (SystemExit, KeyboardInterrupt) as error:
-            if isinstance(error, Interrupt):  # the user's, who wants to end the run
+        except BaseException as error:
+            if isinstance(error, Exception | GeneratorExit | Interrupt):  # the last is the user's, who ends the run
                 raise
             raise RuntimeError(f"a method of participant {self.member.info.id} raised {error!r}") from error
         measured: dict[str, Any] = {

@@ -243,6 +243,8 @@ class Task:
         """Loss and counts of right answers on a split; independent of `batch_size` to rounding.
 
         Where tokens are masked, the same ones are, each time, for everyone who scores this split.
+
+        **Raises:** `ValueError` for a model that says NaN: no class is the largest of its scores.
         """
         kind = self.inputs.kind
         if kind == "mlm" and "labels" not in split.inputs:
@@ -268,6 +270,8 @@ class Task:
             if tags and entities:
                 example = (batch["labels"] != IGNORED).nonzero()[:, 0]  # kept tokens, in the order of `aligned`
                 entities += tags.count(labels.cpu().numpy(), said.cpu().numpy(), example.cpu().numpy())
+        if np.isnan(loss):
+            raise ValueError("the logits of a model that is scored are NaN: must be numbers")
         total = int(count.sum())
         return Score(loss / total if total else float("nan"), correct, count, entities)
 

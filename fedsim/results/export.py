@@ -19,6 +19,7 @@ from fedsim.core.tree import PATH, State, flat, nested, sha256
 from fedsim.data import bpe, text
 from fedsim.data.byte_tokenizer import byte_tokenizer
 from fedsim.data.config import DataConfig
+from fedsim.data.content import sha256s
 from fedsim.data.source import Split
 from fedsim.engine.cohort import tiers_of
 from fedsim.engine.cost import DryRun
@@ -79,6 +80,7 @@ def _exported(directory: Place, run: dict[str, Any], experiment: Experiment, par
     if not data.class_names:
         data = replace(data, class_names=tuple((manifests.read(directory, run["run_id"]) or {}).get("classes", ())))
     if bpe.parsed(data.tokenizer) is None:
+        check_tokenizer_folder(directory, run["run_id"], Path(data.tokenizer).expanduser())
         write(model, data, card.card(told), to)
         return to
     folder = kept / TOKENIZER
@@ -121,6 +123,8 @@ def deployed(
     if manifest is None:
         raise ValueError(f"{folder}: holds no checkpoint of run {run_id}")
     last = int(manifest["round"])
+    if last != experiment.rounds:
+        raise ValueError(f"{folder}: holds round {last} of a finished run of {experiment.rounds}: put back the last")
     clients = results.rows_of(results.read_run(directory, "clients", run_id), "clients")
     sizes = {row["client"]: row["num_examples"] for row in clients}
     try:
@@ -131,7 +135,7 @@ def deployed(
         raise ValueError(f"--participant={participant}: took part in no round of run {run_id}")
     state = {} if state is None else state  # an empty one is not written
     parts = any(not isinstance(each, torch.Tensor) for each in (*held.values(), *state.values()))
-    if not parts and run["code_sha256"] != code_sha256(experiment.algorithm):
+    if not parts and run["code_sha256"] != code_sha256(experiment.algorithm, experiment.task.family):
         held, state = in_parts(experiment, last, held, state, participant)
 
     population = [
@@ -177,6 +181,18 @@ def states_of(folder: Place, last: int, participant: int, sealed: bool) -> tuple
     if known not in (None, sha256({}) if private is None else private.sha256):
         raise Damaged(f"{own.folder}: the private state of participant {participant} after round {last} is missing")
     return server.state, None if private is None else private.state
+
+
+def check_tokenizer_folder(directory: Place, run_id: str, folder: Path) -> None:
+    """Compare a tokenizer that the run was told of with what the run has read.
+
+    **Raises:** `ValueError` naming a file that has changed, with both hashes.
+    """
+    content = (manifests.read(directory, run_id) or {}).get("content") or {}
+    read, now = content.get("files", {}), sha256s(folder) if folder.is_dir() else {}
+    for path, digest in now.items():
+        if read.get(path, digest) != digest:
+            raise ValueError(f"{path} has changed since run {run_id} read it: sha256 {read[path]} then, {digest} now")
 
 
 def check_tokenizer(directory: Place, run_id: str, here: Path) -> None:

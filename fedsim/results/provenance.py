@@ -6,9 +6,11 @@ import inspect
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -17,8 +19,12 @@ from fedsim.core import environment
 from fedsim.results.machine import ROOT, cpu_model, sha256_of, sources
 
 
-def code_sha256(algorithm: Any) -> str:
-    """Hash of the sources a run's numbers depend on: the packages', and the algorithm's own file.
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def code_sha256(algorithm: Any, family: str = "") -> str:
+    """Hash of the sources a run's numbers depend on: the packages', and those that the algorithm and the model family
+    are made of, if they are somebody's own.
 
     A class that was typed into a notebook's cell or a prompt has no file: its code is hashed, and that of the functions
     and classes beside it that it names.
@@ -28,7 +34,24 @@ def code_sha256(algorithm: Any) -> str:
     except (OSError, TypeError):
         typed = "\n".join(_typed(type(algorithm), type(algorithm).__module__, set()))
         return hashlib.sha256((sha256_of(sources()) + typed).encode()).hexdigest()
-    return sha256_of(sources() | ({Path(own).resolve()} if own is not None else set()))
+    modules = {kind.__module__ for kind in type(algorithm).__mro__} | ({family} if "." in family else set())
+    return sha256_of(sources() | _reached(modules) | ({Path(own).resolve()} if own is not None else set()))
+
+
+def _reached(names: Iterable[str]) -> set[Path]:
+    """Files of these modules, and of all that they take names from, but for Python's own and those of libraries."""
+    ours, found, seen, waiting = sources(), set[Path](), set[str](), [*names]
+    while waiting:
+        name = waiting.pop()
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name in seen or file is None or file.startswith(LIBRARIES) or (path := Path(file).resolve()) in ours:
+            continue
+        seen.add(name)
+        found.add(path)
+        for value in list(vars(sys.modules[name]).values()):
+            from_where = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            waiting += [from_where] if isinstance(from_where, str) else []
+    return found
 
 
 def _typed(item: Any, module: str, seen: set[Any]) -> Iterator[str]:

@@ -93,7 +93,7 @@ class Choice:
             return
         from fedsim.runtime.private_ray import Prestart
 
-        begun = Prestart(max(os.cpu_count() or 1, self.hosts or 0), self.gpus)
+        begun = Prestart(max(os.cpu_count() or 1, self.hosts or 0), self.gpus, self.say)
         try:
             yield dataclasses.replace(self, begun=begun)
         finally:

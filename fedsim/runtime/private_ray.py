@@ -52,16 +52,17 @@ class Prestart:
 
     The thread lives as long as the process: Ray ties what it starts to the life of the thread that started it.
 
-    - `cpus`, `gpus`: logical CPUs and GPUs; None: those there are.
+    - `cpus`, `gpus`: logical CPUs and GPUs; None: those there are. - `say`: of `keep_token`.
 
-    **Raises:** `ValueError` where a limit on this process leaves no room for one.
+    **Raises:** `ValueError` where a limit on this process leaves no room for one, or its token is another user's.
     """
 
-    def __init__(self, cpus: float, gpus: int | None) -> None:
+    def __init__(self, cpus: float, gpus: int | None, say: Callable[[str], None] = silent) -> None:
         self.cpus, self.gpus, self.claimed = cpus, gpus, False
         self.error: BaseException | None = None
         if hard := limits()[0]:
             raise ValueError(f"runtime='ray': cannot start here, for {'; '.join(hard)}: {RAISE}")
+        keep_token(say)
         self.settled = threading.Event()
         end_in_order()
         threading.Thread(target=self._start, daemon=True).start()
@@ -201,8 +202,7 @@ def start_private(
     """
     fits = begun is not None and begun.cpus >= cpus and begun.gpus == gpus
     if begun is None or not begun.claim():
-        keep_token(say)
-        begun, fits = Prestart(cpus, gpus), True
+        begun, fits = Prestart(cpus, gpus, say), True
         if not begun.claim():
             assert begun.error is not None
             raise begun.error

@@ -48,7 +48,7 @@ def _make(file: Path) -> None:
 def _mend(path: Path, say: Callable[[str], None]) -> None:
     """Close a file to others, and its folder to their changes."""
     found = path.stat()
-    if found.st_uid != os.geteuid():
+    if found.st_uid not in (0, os.geteuid()):  # what is root's, root alone can have put there
         raise ValueError(
             f"{path}: belongs to another user (uid {found.st_uid}), who could run code as you through Ray's token; "
             "remove it, or name another file in RAY_AUTH_TOKEN_PATH"

@@ -140,7 +140,10 @@ def _worker_died(worker: Worker, out: Place, overview: Overview) -> list[RunFail
     experiment = worker.experiment
     if experiment is None:
         return []
-    if RunStore(out, experiment.run_id, code_sha256(experiment.algorithm)).status() == "finished":
+    if (
+        RunStore(out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family)).status()
+        == "finished"
+    ):
         overview.of(experiment.run_id).end()
         return []
     code = worker.process.exitcode or 0

@@ -212,9 +212,9 @@ def _finished(experiments: Sequence[Experiment], out: Place) -> set[str]:
     """Ids of the runs that a sweep would skip."""
     if not out.exists():
         return set()
-    kinds = {type(experiment.algorithm): experiment.algorithm for experiment in experiments}
-    codes = {kind: code_sha256(algorithm) for kind, algorithm in kinds.items()}
-    stores = [RunStore(out, experiment.run_id, codes[type(experiment.algorithm)]) for experiment in experiments]
+    kinds = {(type(each.algorithm), each.task.family): each for each in experiments}
+    codes = {kind: code_sha256(each.algorithm, each.task.family) for kind, each in kinds.items()}
+    stores = [RunStore(out, each.run_id, codes[type(each.algorithm), each.task.family]) for each in experiments]
     return {store.run_id for store in stores if store.status() == "finished"}
 
 

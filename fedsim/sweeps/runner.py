@@ -12,7 +12,7 @@ from fedsim.core import environment
 from fedsim.core.numerics import in_force, settle
 from fedsim.core.terminal import say
 from fedsim.engine.cohort import check_checkpoints, check_forms, members
-from fedsim.engine.content import Content, content_of
+from fedsim.engine.content import Content, content_of, pinned
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
@@ -55,7 +55,7 @@ def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) ->
             f"{', '.join(list(wanted)[:3])}){fields}: give another folder, or the settings that run was started with"
         )
     for run_id, experiment in wanted.items():
-        status = RunStore(out, run_id, code_sha256(experiment.algorithm)).status()
+        status = RunStore(out, run_id, code_sha256(experiment.algorithm, experiment.task.family)).status()
         if status == "unfinished" and not resume:
             raise ValueError(
                 f"--out={str(out)!r}: holds run {run_id}, which is unfinished: add --resume to go on with it"
@@ -71,7 +71,7 @@ def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) ->
 def store_of(out: Place, experiment: Experiment, data_dir: str | None) -> RunStore:
     """An experiment's place in a results folder, with the content that it would read now."""
     content = content_of(experiment, data_dir)
-    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm), content)
+    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family), content)
     store.config = experiment.canonical_json()
     return store
 
@@ -160,7 +160,9 @@ def run_all(
             tell(f"run {run_id} goes on where run {shorter} ended, which is the same with rounds={rounds}")
     found = [(one, stores[one.run_id].status()) for one in {one.run_id: one for one in experiments}.values()]
     pending_runs = [
-        PendingRun(experiment, status == "unfinished") for experiment, status in found if status != "finished"
+        PendingRun(pinned(experiment, data_dir), status == "unfinished")  # whatever changes from here on is refused
+        for experiment, status in found
+        if status != "finished"
     ]
     if isinstance(choice, Choice):
         for pending_run in pending_runs:
