@@ -16,14 +16,17 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from baselines.fedavg import FedAvg, fedavg_small
+from baselines.lora import fedit
 from fedsim.core.canonical import canonical
 from fedsim.data import DataConfig, Partition, content
+from fedsim.data.source import _pinned
 from fedsim.data.source import load as load_data
 from fedsim.engine.cohort import members
 from fedsim.engine.content import Content, content_of, pinned
 from fedsim.engine.participant import Inbox
 from fedsim.experiment import Experiment, from_pretrained
 from fedsim.learning.task import TaskConfig, load_task
+from fedsim.models.checkpoint import Checkpoint
 from fedsim.results.machine import SameEnvironment
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
@@ -237,6 +240,37 @@ def test_weights_that_are_replaced_count_and_what_is_written_about_them_does_not
     assert bool(re.search(rf"{folder}/model\.safetensors has changed: {HASHES}", said)) == again
     assert (load(out).runs.checkpoints_sha256[0] != before.checkpoints_sha256[0]) == again
     assert load(out).runs.data_sha256[0] == before.data_sha256[0]
+
+
+def test_checkpoints_that_an_algorithm_names_count(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    task, form, folder = load_task(tiny_experiment.task, None), tiny_experiment.target, tmp_path / "base"
+    saved(task.module(form, task.fresh(form, 5)), folder)
+    method = fedit(base=Checkpoint(str(folder)), epochs=1)
+    experiment = dataclasses.replace(tiny_experiment, algorithm=method, rounds=1)
+    before = content_of(experiment, None)
+    assert before.checkpoints_sha256 is not None and str(folder / "model.safetensors") in before.files
+    first = pinned(experiment, None)
+    assert first.run_id == experiment.run_id and first.algorithm != experiment.algorithm
+    replace_weights(folder)
+    change = content_of(experiment, None).change_from(before)
+    assert change is not None and re.fullmatch(rf"{folder}/model\.safetensors has changed: {HASHES}", change)
+    with pytest.raises(ValueError, match="its content has changed"):
+        content_of(first, None)
+
+
+def test_data_that_change_while_a_sweep_runs_are_refused(
+    texts: Path, tiny_experiment: Experiment, tmp_path: Path
+) -> None:
+    class Swap(Told):
+        def finished(self, row: dict[str, Any]) -> None:
+            super().finished(row)
+            write_texts(texts, flip=1)
+            _pinned.cache_clear()  # as another process would look
+
+    experiments = [of_texts(texts, tiny_experiment, seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=rf"{texts}': its content has changed"):
+        run_all(experiments, out=tmp_path / "out", make_runtime=InlineRuntime, progress=Swap())
+    assert set(load(tmp_path / "out").rounds.seed) == {0}
 
 
 @pytest.mark.parametrize("part", ["data", "checkpoint"])

@@ -64,6 +64,7 @@ def pinned(experiment: Experiment, data_dir: str | None) -> Experiment:
 def _pinned(value: Any) -> Any:
     """The same with the content of every checkpoint in it."""
     if isinstance(value, Checkpoint):
+        checkpoints.check_content(value)
         return dataclasses.replace(value, sha256=checkpoints.sha256_of(value))
     if isinstance(value, tuple):
         return tuple(map(_pinned, value))

@@ -65,9 +65,10 @@ def test_images_taken_for_text_are_refused(tmp_path):
         (["text,label", "a,0", "b,1"], {"group": "by"}, r"task\.data\.group='by': no such column.*\['text', 'label'\]"),
         (["text,label", "a,0"], {}, "it holds 1"),
         (["text,label"], {}, "no data"),
-        (["text,label", "a,0", "b,1,3"], {}, r"could not be read as csv|rows with 2 cells"),
-        (["text,label", "a,0,9", "b,1,3"], {}, r"could not be read as csv|rows with 2 cells"),
-        ([""], {}, r"could not be read as csv|rows with 2 cells"),
+        (["text,label", "a,0", "b,1,3"], {}, r"rows with 2 cells; .*data\.csv, row 1 has 3"),
+        (["text,label", "a,0,9", "b,1,3"], {}, r"rows with 2 cells; .*data\.csv, row 0 has 3"),
+        (["label,text", "0,a", "1"], {}, r"rows with 2 cells; .*data\.csv, row 1 has 1"),
+        ([""], {}, "could not be read as csv"),
     ],
 )
 def test_wrong_files_are_refused_by_name(tmp_path, lines, settings, words):

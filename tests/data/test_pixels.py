@@ -1,7 +1,9 @@
 """Images to pixels: every format as the exported processor makes it, or refused by file or row."""
 
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +130,29 @@ def test_the_first_picture_of_several_is_read(written: str) -> None:
 
 
 GOOD = encoded(picture("RGB", 32, 32), "JPEG")
+
+
+def png(channels: int, bits: int) -> bytes:
+    """A PNG of 2 x 2 pixels with so many bits a channel, which Pillow does not write itself."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    row = b"\0" + bytes(2 * channels * bits // 8)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 2, 2, bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(2 * row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_more_than_eight_bits_are_refused_whatever_pillow_makes_of_them(channels: int, tmp_path: Path) -> None:
+    for folder in ("8", "16", "ppm"):
+        (tmp_path / folder).mkdir()
+    assert len(load(in_column(tmp_path / "8", [png(channels, 8)] * 4), None).train)
+    with pytest.raises(ValueError, match=r"row 0: ValueError: (16 bits a channel|pixels of mode)"):
+        load(in_column(tmp_path / "16", [png(channels, 16)] * 4), None)
+    with pytest.raises(ValueError, match="row 0: ValueError: 16 bits a channel"):
+        load(in_column(tmp_path / "ppm", [b"P6\n2 2\n65535\n" + bytes(24)] * 4), None)
 
 
 def bomb() -> bytes:

@@ -1,7 +1,7 @@
 """A participant's private state: what a method changes is kept, however it changes it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fedsim.core.tree import sha256
 from fedsim.engine.cohort import members
 from fedsim.engine.participant import Inbox, Participant
 from fedsim.experiment import Experiment
+from fedsim.learning.meter import Meter
 from fedsim.learning.steps import run_alone
 from fedsim.learning.task import load_task
 from fedsim.storage.checkpoint import private_of
@@ -75,3 +76,25 @@ def test_a_state_changed_in_place_is_kept_like_a_new_one(tiny_experiment: Experi
 
 def test_a_state_that_stays_is_not_written_again(tiny_experiment: Experiment, tmp_path: Path) -> None:
     assert kept(tiny_experiment, tmp_path, "not") == ([0], sha256({"seen": {"rounds": torch.tensor(0.0)}}))
+
+
+def test_what_a_method_writes_into_its_data_nobody_sees_later(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    experiment = dataclasses.replace(tiny_experiment, algorithm=Counts("anew"), intermediate=None)
+    task = load_task(experiment.task, None)
+    assert task.dataset is not None
+    participant = Participant(experiment, members(experiment, task)[0], None, str(tmp_path), {}, Inbox())
+    ways: list[Callable[[torch.Tensor], object]] = [
+        lambda tensor: tensor.zero_(),
+        lambda tensor: tensor.data.fill_(1),
+        lambda tensor: tensor.numpy().fill(2),
+    ]
+    shard = participant._context(0, Meter({})).train
+    before = shard.labels.clone(), shard.inputs["pixel_values"].clone()
+    for round, way in enumerate(ways, 1):
+        context = participant._context(round, Meter({}))
+        assert context.task.dataset is None, "the others' data and the test set are not a client's"
+        for tensor, was in zip((context.train.labels, context.train.inputs["pixel_values"]), before, strict=True):
+            assert torch.equal(tensor, was)
+            way(tensor)
+            assert not torch.equal(tensor, was)
+    assert participant.task.dataset is task.dataset

@@ -72,6 +72,17 @@ def test_score_by_hand() -> None:
     assert result.loss == pytest.approx((4 * math.log(2) + 2 * math.log(4)) / 6, rel=1e-6)
 
 
+def test_a_model_that_says_nan_has_no_score() -> None:
+    class Lost(Says):
+        def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=super().forward(pixel_values).logits * math.nan)
+
+    task = Task(TaskConfig(DataConfig("digits", image_size=1, num_classes=3), patch_size=1))
+    split = Split({"pixel_values": torch.zeros(2, 1, 1, 1, dtype=torch.uint8)}, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="logits of a model that is scored are NaN"):
+        task.score(Lost(), split)
+
+
 # accuracies -----------------------------------------------------------------------------------------------------------
 
 

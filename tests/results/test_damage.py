@@ -16,7 +16,7 @@ from fedsim.cli import main
 from fedsim.core.numerics import NATIVE, in_force
 from fedsim.engine.participant import Participant
 from fedsim.experiment import Experiment
-from fedsim.results.export import check_tokenizer
+from fedsim.results.export import check_tokenizer, export
 from fedsim.results.provenance import code_sha256
 from fedsim.results.store import RunStore
 from fedsim.results.tables import load
@@ -352,6 +352,16 @@ def test_a_deleted_private_state_is_not_exported_as_an_empty_one(
         path.unlink()
     assert main(["export", str(out), "--participant", "0", "--to", str(tmp_path / "model")]) == 2
     assert "private state of participant 0 after round 3 is missing" in capsys.readouterr().err
+
+
+def test_the_states_of_an_earlier_round_are_not_exported_as_the_last(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (manifest,) = out.glob("checkpoints/*/manifest.json")
+    last = json.loads(manifest.read_text())["round"]
+    rewrite(manifest, round=last - 1)
+    with pytest.raises(ValueError, match=rf"holds round {last - 1} of a finished run of {last}: put back the last"):
+        export(out, None, 0, tmp_path / "model")
 
 
 @pytest.mark.parametrize("table", ["runs", "rounds", "clients"])

@@ -1,8 +1,10 @@
 """What code a run was computed by: files, and classes that have none."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +82,26 @@ def test_a_change_in_the_cell_or_in_what_it_names_is_another_code(old: str, new:
 @pytest.mark.parametrize("change", [lambda text: f"unused = 1\n{text}", lambda text: text.replace("\n", "\n\n", 5)])
 def test_what_it_does_not_name_is_not(change: Callable[[str], str]) -> None:
     assert code_sha256(typed(change(CELL))) == code_sha256(typed(CELL))
+
+
+def test_sources_beside_an_algorithm_and_a_family_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine_helper.py").write_text("def rate(): return 1\n")
+    (tmp_path / "mine_base.py").write_text("class Base: pass\n")
+    (tmp_path / "mine_pack").mkdir()
+    (tmp_path / "mine_pack" / "family.py").write_text("FAMILY = 1\n")
+    (tmp_path / "mine_unused.py").write_text("")
+    (tmp_path / "mine_method.py").write_text(
+        "import json, numpy\nfrom mine_helper import rate\nfrom mine_base import Base\nclass Mine(Base): pass\n"
+    )
+    method = importlib.import_module("mine_method").Mine()
+    importlib.import_module("mine_pack.family")
+    found = {code_sha256(method), code_sha256(method, "mine_pack.family"), code_sha256(method, "vit")}
+    assert len(found) == 2, "a family of fedsim's is among its sources"
+    for changed in ("mine_helper", "mine_base", "mine_pack/family", "mine_method"):
+        with (tmp_path / f"{changed}.py").open("a") as file:
+            file.write("# another line\n")
+        found.add(code_sha256(method, "mine_pack.family"))
+    assert len(found) == 6
+    (tmp_path / "mine_unused.py").write_text("# another line")
+    assert code_sha256(method, "mine_pack.family") in found
