@@ -16,6 +16,7 @@ from typing import NoReturn
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = "\x1b[?25h"  # a display that is under way has hidden it
 SECONDS = 2.5  # in which what is under way lets go of what it holds; then the process ends as it is
 
 _received: list[int] = []  # the first signal; more are not looked at
@@ -111,7 +112,17 @@ def _note(number: int, frame: FrameType | None) -> None:
     if not _in_order:
         leave()
     threading.Thread(target=_cut, daemon=True).start()
-    raise Interrupt
+    if not _within_torch(frame):
+        raise Interrupt
+
+
+def _within_torch(frame: FrameType | None) -> bool:
+    """Whether torch is under way, which may be calling back from where an error would abort the process."""
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == "torch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _cut() -> NoReturn:
@@ -123,7 +134,7 @@ def leave() -> NoReturn:
     """End this process, and say so."""
     with _saying:  # never let go of: one line
         with contextlib.suppress(OSError):  # nobody reads it
-            os.write(1, f"{said()}\n".encode())
+            os.write(1, f"{SHOW_CURSOR if os.isatty(1) else ''}{said()}\n".encode())
         os._exit(128 + _received[0])
 
 

@@ -252,7 +252,9 @@ class Interrupted(Wrong):
         return super().client_update(payload, state, ctx)
 
 
-def test_the_users_own_interrupt_ends_the_run(tmp_path: Path) -> None:
+def test_the_users_own_interrupt_ends_the_run(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    mine = signal.signal(signal.SIGINT, signal.default_int_handler)  # what started the tests may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, mine))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupt):
         inline(dataclasses.replace(experiment(on_error="drop"), algorithm=Interrupted()), tmp_path)
