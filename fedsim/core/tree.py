@@ -96,11 +96,13 @@ def clone(state: Mapping[str, Any]) -> State:
 
 
 def lent(state: Mapping[str, Any]) -> State:
-    """The same for somebody else, who may write into it: memory is shared until then, and copied by the first write.
+    """The same for somebody else, who may write into it: memory is shared until then, and copied by the first write."""
+    return mapped(lent_tensor, state)
 
-    On other devices than the CPU it is copied at once, which takes little time there.
-    """
-    return mapped(lambda tensor: torch._lazy_clone(tensor) if tensor.is_cpu else tensor.clone(), state)
+
+def lent_tensor(tensor: Tensor) -> Tensor:
+    """`lent` of one tensor. On other devices than the CPU it is copied at once, which takes little time there."""
+    return torch._lazy_clone(tensor) if tensor.is_cpu else tensor.clone()
 
 
 def untouched(borrowed: State, state: State) -> bool:

@@ -229,14 +229,15 @@ class Participant:
 
     def _shard(self, everybodys: Split) -> Split:
         """This participant's part of the training data, lent: what is written into it is seen by nobody later."""
-        shard = subset(everybodys, self.member.train) if self.shard is None else self.shard
-        size = shard.labels.nbytes + sum(tensor.nbytes for tensor in shard.inputs.values())
-        if size <= SMALL_SHARD:
+        if self.shard is None:
+            shard = subset(everybodys, self.member.train)
+            size = shard.labels.nbytes + sum(tensor.nbytes for tensor in shard.inputs.values())
+            if size > SMALL_SHARD:
+                return shard
             self.shard, self.shard_bytes = shard, size
-        lent = trees.lent(
-            {"inputs": shard.inputs, "labels": shard.labels, "groups": {} if shard.groups is None else shard.groups}
-        )
-        return Split(lent["inputs"], lent["labels"], None if shard.groups is None else lent["groups"])
+        held, lend = self.shard, trees.lent_tensor
+        inputs = {name: lend(tensor) for name, tensor in held.inputs.items()}
+        return Split(inputs, lend(held.labels), None if held.groups is None else lend(held.groups))
 
     def _scores(self, model: torch.nn.Module) -> dict[str, Any]:
         dataset = self.task.dataset
