@@ -15,7 +15,7 @@ import pytest
 
 import fedsim
 from fedsim.core import environment
-from fedsim.runtime import keeper
+from fedsim.runtime import Choice, keeper, private_ray
 from fedsim.runtime.ray_token import keep_token
 
 
@@ -82,6 +82,19 @@ def test_where_no_file_is_used_none_is_made(home: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(name, value)
     keep_token(lambda text: pytest.fail(text))
     assert [*home.iterdir()] == []
+
+
+def test_the_token_is_there_before_a_ray_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token, found = tmp_path / "ray" / "token", list[int]()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(private_ray, "connect_private", lambda *_: found.append(stat.S_IMODE(token.stat().st_mode)))
+    monkeypatch.setattr(private_ray, "end_private", lambda: None)
+    monkeypatch.setattr(private_ray, "end_in_order", lambda: None)
+    with Choice("ray").ahead():
+        pass
+    assert found == [0o600]
 
 
 @pytest.mark.parametrize(
