@@ -47,6 +47,9 @@ def numbered(
                 refuse(
                     "task.data.label", column, f"a column with a label in every row; {part.where(index)} holds {cell!r}"
                 )
+    named_alike = any(column in part.cells for parts in splits.values() for part in parts)
+    if isinstance(config.label, int) and config.header and named_alike:
+        refuse("task.data.header", True, f"false, as the label's column has the name {column!r}, and so has a class")
     names = _names(splits["train"], config)
     place = {name: number for number, name in enumerate(names)}
     numbers = {}

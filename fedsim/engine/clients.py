@@ -4,6 +4,7 @@ It reaches them through one callable and cannot tell where they are.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,12 +58,20 @@ class SumChunk:
     def __call__(self, replies: Sequence[tuple[int, Any]]) -> ChunkSum:
         in_time = [(id_, self._in_time(id_, reply)) for id_, reply in replies]
         updates = [reply.update for _, reply in in_time if isinstance(reply, Reply) and reply.update is not None]
-        partial = self.algorithm.combine(updates) if updates else None
+        partial = self._combined(updates) if updates else None
         stripped = [
             (id_, Reply(None, reply.report, reply.state_sha256) if isinstance(reply, Reply) else reply)
             for id_, reply in in_time
         ]
         return ChunkSum([partial] if partial is not None else list(updates), stripped)
+
+    def _combined(self, updates: Sequence[ClientUpdate]) -> Partial | None:
+        """**Raises:** `ValueError` for what no mean can be taken of."""
+        partial = self.algorithm.combine(updates)
+        if partial is None or (isinstance(partial, Partial) and (0 < partial.weight < math.inf or not partial.tree)):
+            return partial
+        found = f"a Partial of weight {partial.weight!r}" if isinstance(partial, Partial) else type(partial).__name__
+        raise ValueError(f"{self.algorithm.name}.combine returned {found}: must be None, or a Partial of finite weight")
 
     def _in_time(self, id_: int, reply: Any) -> Any:
         """A reply without its update if that came too late."""

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -14,11 +15,14 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fedsim.core import environment
+from fedsim.core import tree as trees
 from fedsim.results.machine import ROOT, cpu_model, sha256_of, sources
 
 
+WRAPPED = ("fget", "func", "__func__", "__wrapped__", "args", "keywords")  # what methods and functions are wrapped in
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -26,8 +30,10 @@ def code_sha256(algorithm: Any, family: str = "") -> str:
     """Hash of the sources a run's numbers depend on: the packages', and those that the algorithm and the model family
     are made of, if they are somebody's own.
 
-    A class that was typed into a notebook's cell or a prompt has no file: its code is hashed, and that of the functions
-    and classes beside it that it names.
+    A class that was typed into a notebook's cell or a prompt has no file: its code is hashed, and the functions,
+    classes and values that it names.
+
+    **Raises:** `ValueError` for a value that cannot be hashed.
     """
     try:
         own = inspect.getsourcefile(type(algorithm))
@@ -56,21 +62,27 @@ def _reached(names: Iterable[str]) -> set[Path]:
 
 def _typed(item: Any, module: str, seen: set[Any]) -> Iterator[str]:
     """What decides what a class or function of a module without a file does, the same in every process."""
-    if isinstance(item, type | FunctionType):
-        if item in seen or item.__module__ != module:
-            yield item.__qualname__
+    if isinstance(item, type | FunctionType | ModuleType):
+        if item in seen:
+            yield item.__name__
+            return
+        where = item.__name__ if isinstance(item, ModuleType) else item.__module__
+        if where != module:
+            yield f"{where} {item.__name__} {sha256_of(_reached({where}))}"
             return
         seen.add(item)
     inner: list[Any] = []
     if isinstance(item, str | int | float | bytes | None):
         yield repr(item)
-    elif isinstance(item, frozenset):
+    elif isinstance(item, Tensor):
+        yield trees.sha256({"": item})
+    elif isinstance(item, set | frozenset):
         yield repr(sorted(map(repr, item)))  # their order is not the same in every process
     elif isinstance(item, tuple | list | dict):
         yield f"{type(item).__name__} of {len(item)}"
         inner = [*item, *item.values()] if isinstance(item, dict) else [*item]
     elif isinstance(item, type):
-        own = {name: each for name, each in vars(item).items() if not name.startswith("__")}
+        own = {name: each for name, each in vars(item).items() if not name.startswith(("__", "_abc_"))}
         members = own | {name: each for name, each in vars(item).items() if isinstance(each, FunctionType)}
         yield f"{item.__qualname__}: {sorted(members)}"  # without what Python notes in a class, as `__slotnames__`
         inner = [*item.__bases__, *(members[name] for name in sorted(members))]
@@ -81,10 +93,28 @@ def _typed(item: Any, module: str, seen: set[Any]) -> Iterator[str]:
         named = [item.__globals__.get(name) for name in _names(item.__code__)]
         closure = [cell.cell_contents for cell in item.__closure__ or ()]
         inner = [item.__code__, item.__defaults__, item.__kwdefaults__, *closure, *named]
-    else:  # what methods are wrapped in
-        inner = [each for name in ("fget", "func", "__func__") if (each := getattr(item, name, None)) is not None]
+    elif wrapped := [each for name in WRAPPED if (each := getattr(item, name, None)) is not None]:
+        inner = wrapped
+    elif type(item).__module__ == module or isinstance(item, nn.Module):
+        if id(item) not in seen:
+            seen.add(id(item))
+            inner = [type(item), vars(item)]
+    else:
+        yield _pickled(item)
     for each in inner:
         yield from _typed(each, module, seen)
+
+
+def _pickled(item: Any) -> str:
+    """Hash of an object of a library's. **Raises:** `ValueError` for one that cannot be compared from run to run."""
+    try:
+        return hashlib.sha256(pickle.dumps(item)).hexdigest()
+    except Exception as error:  # of any kind: the object's own code runs
+        kind = type(item).__name__
+        raise ValueError(
+            f"algorithm: its methods use a global of type {kind}, which cannot be compared from run to run "
+            f"({type(error).__name__}): make it a field of the algorithm, or lay the class in a file"
+        ) from error
 
 
 def _names(code: CodeType) -> list[str]:

@@ -66,24 +66,16 @@ class RunStore:
         row, manifest = self._run_row(), self._manifest()
         if not _finished(row) and manifest is None:
             return "absent"
-        return "outdated" if self.outdated_by() else "finished" if _finished(row) else "unfinished"
+        return "outdated" if self._outdated_by(row, manifest) else "finished" if _finished(row) else "unfinished"
 
     def outdated_by(self) -> str | None:
         """What has changed since the run was computed, so that it is to be computed again: sources; if it has finished,
         also what it has read, with both hashes. None: nothing."""
-        row, manifest = self._run_row(), self._manifest()
-        if (before := manifest or row) is None:
-            return None
-        if before["code_sha256"] != self.code_sha256:
-            return "the code has changed"
-        return self._content_change() if _finished(row) else None
+        return self._outdated_by(self._run_row(), self._manifest())
 
     def content_read(self) -> Content:
         """What the run has read, as far as it is known."""
-        if known := (self._manifest() or {}).get("content"):
-            return Content(**known)
-        row = self._run_row() or {}
-        return Content(row.get("data_sha256"), row.get("checkpoints_sha256"))
+        return _content(self._run_row(), self._manifest())
 
     def check_content(self) -> None:
         """**Raises:** `ValueError` if what the finished rounds have read has changed, so that none may follow them."""
@@ -195,6 +187,14 @@ class RunStore:
 
     # parts ----------------------------------------------------------------------------------------------------------
 
+    def _outdated_by(self, row: Row | None, manifest: manifests.Manifest | None) -> str | None:
+        if (before := manifest or row) is None:
+            return None
+        if before["code_sha256"] != self.code_sha256:
+            return "the code has changed"
+        changed = self.content.change_from(_content(row, manifest)) if self.content else None
+        return changed if _finished(row) else None
+
     def _content_change(self) -> str | None:
         return self.content.change_from(self.content_read()) if self.content else None
 
@@ -251,6 +251,13 @@ class RunStore:
 
 def _finished(row: Row | None) -> bool:
     return row is not None and row["status"] == "finished"
+
+
+def _content(row: Row | None, manifest: manifests.Manifest | None) -> Content:
+    """What a run has read, as its manifest tells, or else its row."""
+    if known := (manifest or {}).get("content"):
+        return Content(**known)
+    return Content((row or {}).get("data_sha256"), (row or {}).get("checkpoints_sha256"))
 
 
 def _bits(numerics: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from fedsim.runtime.base import Policy, too_slow
 
 
+MARGIN = 1.25  # of a limit on calls, and a second: a host ends a call itself, where Python can be interrupted
 LOOKS = 12  # in the time after which a silent process is lost
 
 
@@ -67,7 +68,7 @@ class Slow:
     def note(self, ids: Sequence[int], seconds: float) -> bool:
         """Whether these, who have been computed for so long, one or together, are too slow."""
         limit = self.policy.seconds
-        if limit is None or seconds <= limit * len(ids):
+        if limit is None or seconds <= MARGIN * limit * len(ids) + 1:
             return False
         for id_ in ids:
             self.times[id_] = self.times.get(id_, 0) + 1

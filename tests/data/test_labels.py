@@ -1,5 +1,6 @@
 """Labels: numbers from 0 by the names of classes, wherever these come from; rows that fit nowhere are named."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,13 @@ def test_whatever_the_numbers_a_name_is_a_name(data: st.DataObject) -> None:
     assert {*found} == {*names} and found == (config.class_names or splits["train"][0].names)
     for split in splits:
         assert [found[number] for number in numbers[split]] == meant[split]
+
+
+def test_a_first_line_that_is_an_example_of_texts_is_no_header(tmp_path: Path) -> None:
+    lines = ["a film,good", "another,bad", "a third,good", "the last,bad"]
+    (tmp_path / "x.csv").write_text("\n".join(lines) + "\n")
+    config = DataConfig(str(tmp_path / "x.csv"), text=(0,), label=1, num_classes=2, max_length=8)
+    with pytest.raises(ValueError, match=r"task\.data\.header=True: must be false, .* has the name 'good'"):
+        load(config, None)
+    found = load(dataclasses.replace(config, header=False), None)
+    assert len(found.train) + len(found.test) == 4 and found.class_names == ("bad", "good")

@@ -1,6 +1,7 @@
 """What participants must not send, keep or raise: refused by name, and by the policy, inline and on Ray alike."""
 
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import fedsim
 from fedsim.core.errors import text_of
 from fedsim.core.interrupts import Interrupt
 from fedsim.core.tree import State, flat, lent, nested, ordered, sha256, untouched
-from fedsim.core.updates import ClientUpdate
+from fedsim.core.updates import ClientUpdate, Partial, weighted_sum
 from fedsim.engine.boundary import Sent, checked, layout_of
 from fedsim.experiment import Experiment
 from fedsim.results.tables import Results
@@ -333,6 +334,25 @@ class Buggy(Wrong):
 def test_a_bug_that_counting_meets_is_said_to_be_the_methods(at: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{said}.*test_boundary\.py:\d+, in {at}\)$"):
         run_all([dataclasses.replace(experiment(), algorithm=Buggy(at=at))], out=tmp_path, make_runtime=InlineRuntime)
+
+
+@dataclasses.dataclass(frozen=True)
+class Combines(Wrong):
+    """Sums that no mean can be taken of."""
+
+    how: str = "negative"
+
+    def combine(self, updates: Any) -> Any:
+        whole = weighted_sum(updates)
+        return {"negative": Partial(whole.tree, -1.0), "nan": Partial(whole.tree, math.nan), "dict": {}}[self.how]
+
+
+@pytest.mark.parametrize("how", ["negative", "nan", "dict"])
+def test_a_sum_that_no_mean_can_be_taken_of_ends_the_run(how: str, tmp_path: Path) -> None:
+    (failure,) = run_all(
+        [dataclasses.replace(experiment(), algorithm=Combines(how=how))], out=tmp_path, make_runtime=InlineRuntime
+    )
+    assert re.search(r"wrong\.combine returned .*: must be None, or a Partial of finite weight", failure.reason)
 
 
 # texts ----------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tests.fuzz.requests import Request
 
 
 SECONDS = 10.0  # of computing: other processes may use this machine
+SHOWN = 100  # characters of a name that a message has at least
 LONGEST = 4000  # characters of a message
 MEMORY = 6 * 2**30  # what a request may take more than there is
 
@@ -117,6 +118,6 @@ def fault(request: Request, given: Answer) -> str | None:
         return "no reason"
     if len(given.said) > LONGEST and given.status:
         return "a long message"
-    if given.status == 2 and not any(printable(name) in given.said for name in request.names):
+    if given.status == 2 and not any(printable(name)[:SHOWN] in given.said for name in request.names):
         return "the field is not named"
     return None

@@ -153,10 +153,14 @@ VALUES = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(TEXTS), st.sampled_
 def settings(draw: st.DrawFn, target: str) -> Request:
     """One `--set`."""
     path = draw(st.one_of(*[st.sampled_from(FIELDS.get(target, FIELDS[TINY]))] * 6, st.sampled_from(NOWHERE)))
-    path_words = [word for word in path.split(".") if not word.isdigit()]
     setting = f"{path}={draw(VALUES)}" if draw(st.integers(0, 30)) else draw(st.sampled_from(TEXTS))
-    names = [path_words[-1], *ALIASES.get(path_words[-1], ())] if path_words else []
-    return Request(("--set", setting), (*names, "--set"))
+    path, equals, _ = setting.partition("=")
+    if not equals or not path:
+        return Request(("--set", setting), ("--set",))
+    parts = path.split(".")
+    last = next((part for part in reversed(parts) if not part.isdigit()), path)
+    nowhere = [f"--set {'.'.join(parts[: end + 1])}:" for end in range(len(parts))]
+    return Request(("--set", setting), (last, *ALIASES.get(last, ()), *nowhere))
 
 
 def _option_value(action: argparse.Action) -> st.SearchStrategy[str]:

@@ -231,21 +231,24 @@ def test_a_text_that_is_no_config_is_refused_at_once(text: str, tiny_run: Path, 
     for words in (["export", str(out), "--participant", "0", "--to", "model"], ["report", str(out)]):
         status = main(words)
         said = capsys.readouterr().err
-        assert status == 2 or words[0] == "report"
+        assert status in ((0, 2) if words[0] == "report" else (2,)), (
+            said
+        )  # a page needs no more than a name of each part
         assert said.count("\n") <= 1 and len(said) < 2000
     assert time.monotonic() - started < 20
 
 
 def test_bytes_flipped_in_a_config_end_in_a_message(tiny_experiment: Experiment) -> None:
     """Three hundred texts, of which most are JSON still."""
-    draw, plain = random.Random(7), tiny_experiment.canonical_json()
+    draw, plain, refused = random.Random(7), tiny_experiment.canonical_json(), list[str]()
     for _ in range(300):
         at = draw.randrange(len(plain))
         text = plain[:at] + chr(draw.randrange(32, 127)) + plain[at + 1 :]
         try:
             revived(parsed(text), Experiment)
         except ValueError as error:
-            assert str(error)
+            refused.append(str(error))
+    assert 150 < len(refused) < 300 and not [text for text in refused if len(text) > 1000]
 
 
 def test_a_config_that_is_not_the_runs_own_is_refused(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:

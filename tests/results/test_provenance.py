@@ -84,6 +84,44 @@ def test_what_it_does_not_name_is_not(change: Callable[[str], str]) -> None:
     assert code_sha256(typed(change(CELL))) == code_sha256(typed(CELL))
 
 
+VALUES = {
+    "array": ("np.array([1, 2])", "np.array([1, 3])"),
+    "tensor": ("torch.ones(2)", "torch.zeros(2)"),
+    "set": ("{'a', 'b'}", "{'a', 'c'}"),
+    "object": ("Point(1)", "Point(2)"),
+    "namespace": ("types.SimpleNamespace(a=1)", "types.SimpleNamespace(a=2)"),
+    "partial": ("functools.partial(inner, 1)", "functools.partial(inner, 2)"),
+    "partial of another": ("functools.partial(inner, 1)", "functools.partial(helper, 1)"),
+    "module": ("torch.nn.Linear(1, 1).requires_grad_(False).apply(lambda m: m.weight.fill_(1) + m.bias.fill_(1))",
+               "torch.nn.Linear(1, 1).requires_grad_(False).apply(lambda m: m.weight.fill_(2) + m.bias.fill_(1))"),
+    "complex": ("1 + 2j", "1 + 3j"),
+    "dtype": ("torch.float32", "torch.float64"),
+    "builtin": ("max", "min"),
+    "imported": ("json.dumps", "json.loads"),
+    "imported module": ("json", "types"),
+    "cached": ("functools.lru_cache(inner)", "functools.lru_cache(helper)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_whatever_kind_of_value_a_method_names_counts(kind: str) -> None:
+    imports = "import functools, json, types\nimport numpy as np, torch\n"
+    imports += "class Point:\n    def __init__(self, x): self.x = x\n"
+    first, second = (
+        imports + CELL.replace("ctx): return helper(RATE)", "ctx): return NAMED") + f"\nNAMED = {value}\n"
+        for value in VALUES[kind]
+    )
+    assert code_sha256(typed(first)) == code_sha256(typed(first)) != code_sha256(typed(second))
+
+
+def test_a_value_that_cannot_be_compared_is_refused() -> None:
+    cell = (
+        CELL.replace("ctx): return helper(RATE)", "ctx): return LOCK") + "\nimport threading\nLOCK = threading.Lock()\n"
+    )
+    with pytest.raises(ValueError, match="a global of type lock, which cannot be compared"):
+        code_sha256(typed(cell))
+
+
 def test_sources_beside_an_algorithm_and_a_family_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "mine_helper.py").write_text("def rate(): return 1\n")
