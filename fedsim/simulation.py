@@ -3,8 +3,8 @@
 import functools
 import json
 
-from fedsim.core.errors import last_line
 from fedsim.core.numerics import PORTABLE, in_force
+from fedsim.core.text import last_line
 from fedsim.engine.aggregator import Aggregator
 from fedsim.engine.clients import ParticipantError
 from fedsim.engine.cohort import Member, federation_sha256, label_histograms, members, round_cohort_of, scored_in

@@ -11,6 +11,7 @@ from rich.console import Console
 from fedsim.core import environment
 from fedsim.core.numerics import NUMERICS, settle
 from fedsim.core.terminal import say
+from fedsim.core.text import cut
 from fedsim.runtime import RUNTIMES, Choice
 
 
@@ -28,7 +29,7 @@ class Words(argparse.ArgumentParser):
     """A parser whose messages are cut as all are."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(_cut(message))
+        super().error(cut(message, LONGEST))
 
 
 def exit_status(command: Callable[[], int], console: Console) -> int:
@@ -36,17 +37,12 @@ def exit_status(command: Callable[[], int], console: Console) -> int:
     try:
         return command()
     except (ValueError, OSError, MemoryError) as error:
-        say(Console(stderr=True), f"error: {_cut(str(error)) or 'this machine has too little memory'}")
+        say(Console(stderr=True), f"error: {cut(str(error), LONGEST) or 'this machine has too little memory'}")
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         say(console, "interrupted: every finished round is on disk")
         gc.freeze()  # or Python takes seconds, as it ends, to collect what torch and transformers are made of
         return 130
-
-
-def _cut(message: str) -> str:
-    """A message of any length, as it is said."""
-    return message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
 
 
 def add_experiment(command: argparse.ArgumentParser) -> None:

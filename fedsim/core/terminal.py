@@ -1,9 +1,9 @@
 """Text for people who look on. It may hold names and errors of anybody's: what it says is shown, not obeyed."""
 
-import unicodedata
-
 from rich.console import Console
 from rich.text import Text
+
+from fedsim.core.text import printable
 
 
 def say(console: Console, text: str) -> None:
@@ -14,14 +14,3 @@ def say(console: Console, text: str) -> None:
 def shown(text: str) -> Text:
     """A text as a cell, or a title, of a table: without markup."""
     return Text(printable(text))
-
-
-def printable(text: str) -> str:
-    """The same, with an escape in place of what would move the cursor, colour, or turn the direction of text."""
-    return text if text.isprintable() else "".join(map(_printable, text))
-
-
-def _printable(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) == "Zs" or character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode()

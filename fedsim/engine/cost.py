@@ -15,8 +15,8 @@ import torch
 
 from fedsim.algorithm import ClientContext, ClientInfo, ClientUpdate, Payload, ServerContext
 from fedsim.core import tree as trees
-from fedsim.core.errors import last_line
 from fedsim.core.fields import refuse
+from fedsim.core.text import last_line
 from fedsim.core.tree import State
 from fedsim.data.source import Split
 from fedsim.devices import MEBIBYTE

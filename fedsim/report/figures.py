@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from fedsim.core.terminal import printable
+from fedsim.core.text import printable
 from fedsim.report.comparison import interval
 from fedsim.report.readings import MEGABYTE, by_method, sent_bytes
 

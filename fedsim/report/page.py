@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedsim.core.terminal import printable
+from fedsim.core.text import printable
 
 
 CODE = ("config", "hardware", "versions", "commands")  # what blocks of code are made of

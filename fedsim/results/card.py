@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsim.algorithm import ClientInfo, Payload
-from fedsim.core.terminal import printable
+from fedsim.core.text import printable
 from fedsim.core.tree import State, nbytes, numel
 from fedsim.data.config import KNOWN
 from fedsim.experiment import Experiment

@@ -8,7 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedsim.cluster.doctor import check_nodes
-from fedsim.core.errors import last_line, text_of
+from fedsim.core.text import last_line, text_of
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.runtime.base import Runtime

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim.core.terminal import printable
+from fedsim.core.text import printable
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.storage.place import Place

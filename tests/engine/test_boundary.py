@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedsim
-from fedsim.core.errors import text_of
 from fedsim.core.interrupts import Interrupt
+from fedsim.core.text import text_of
 from fedsim.core.tree import State, flat, lent, nested, ordered, sha256, untouched
 from fedsim.core.updates import ClientUpdate, Partial, weighted_sum
 from fedsim.engine.boundary import Sent, checked, layout_of

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from fedsim.cli import main
-from fedsim.core.terminal import printable
+from fedsim.core.text import printable
 from fedsim.learning.meter import StepCost
 from fedsim.runtime import Choice
 from tests.fuzz.requests import Request

@@ -13,7 +13,8 @@ from rich.console import Console
 
 import fedsim
 from fedsim.cli import main
-from fedsim.core.terminal import printable, say, shown
+from fedsim.core.terminal import say, shown
+from fedsim.core.text import printable
 from fedsim.report.document import write_report
 from fedsim.report.terminal import print_summary
 from fedsim.results.tables import SCHEMAS, read_table, rows_of, write_table
