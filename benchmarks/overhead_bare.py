@@ -26,7 +26,7 @@ from fedsim.core.seeding import generator
 from fedsim.data.source import Split
 from fedsim.engine.cohort import members
 from fedsim.experiment import Experiment
-from fedsim.learning.task import Task, load_task, subset
+from fedsim.learning.task import Task, load_task
 from fedsim.models import get_family
 
 
@@ -39,7 +39,7 @@ def export(experiment: Experiment, folder: Path) -> None:
     """Write what can be trained without fedsim: examples in order of participants, start weights, settings."""
     task = load_task(experiment.task, None)
     assert task.dataset is not None
-    shards = [subset(task.dataset.train, member.train) for member in members(experiment, task)]
+    shards = [task.dataset.train.select(member.train) for member in members(experiment, task)]
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", torch.cat([shard.inputs["pixel_values"] for shard in shards]).numpy())
     np.save(folder / "labels.npy", torch.cat([shard.labels for shard in shards]).numpy())

@@ -32,7 +32,7 @@ from fedsim.core.tree import Tree  # noqa: E402
 from fedsim.data.source import digits, pydoc  # noqa: E402
 from fedsim.learning.meter import Meter  # noqa: E402
 from fedsim.learning.objectives import TaskLoss  # noqa: E402
-from fedsim.learning.task import Task, TaskConfig, load_task, subset  # noqa: E402
+from fedsim.learning.task import Task, TaskConfig, load_task  # noqa: E402
 from fedsim.learning.training import Training, train  # noqa: E402
 from fedsim.models import Form, get_family  # noqa: E402
 
@@ -90,7 +90,7 @@ def measured(family: str, epochs: int) -> list[dict[str, Any]]:
     task, form = load_task(TASKS[family], None), sized(family, Form(32, 2, heads=4, mlp=64))
     assert task.dataset is not None
     small = trained(task, form, epochs)
-    test = subset(task.dataset.test, torch.arange(min(200, len(task.dataset.test))).numpy())
+    test = task.dataset.test.select(torch.arange(min(200, len(task.dataset.test))).numpy())
     before, score = logits(task, form, small, test), task.score(task.module(form, small), test)
     rows = []
     for preset in PRESETS:

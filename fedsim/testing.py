@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
 from fedsim.core.tree import State, clone, ordered
-from fedsim.data.config import Split, digits
+from fedsim.data.config import digits
+from fedsim.data.dataset import Split
 from fedsim.learning.meter import Meter
 from fedsim.learning.steps import Asking, asking, run_alone, run_client
-from fedsim.learning.task import Task, TaskConfig, load_task, subset
+from fedsim.learning.task import Task, TaskConfig, load_task
 from fedsim.models import Form
 
 
@@ -69,7 +70,7 @@ class Federation:
     def _dealt(self, sizes: Sequence[int]) -> list[Split]:
         assert self.task.dataset is not None
         index = torch.arange(sum(sizes)).split(list(sizes))
-        return [subset(self.task.dataset.train, part.numpy()) for part in index]
+        return [self.task.dataset.train.select(part.numpy()) for part in index]
 
     # contexts -------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,12 @@
 """Fixtures that several test modules share."""
 
+import atexit
 import gc
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,6 +33,9 @@ from tests.support.small_federation import without_counting
 
 # Commands in this process, which has computed before, and those it starts give the same bits.
 os.environ["FEDSIM_NUMERICS"] = "native"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # processes that test inherit it
+    os.environ["FEDSIM_CACHE_DIR"] = tempfile.mkdtemp(prefix="fedsim-tests-")
+    atexit.register(shutil.rmtree, os.environ["FEDSIM_CACHE_DIR"], ignore_errors=True)
 hypothesis.settings.register_profile("untimed", deadline=None)  # speed is measured in benchmarks
 hypothesis.settings.load_profile("untimed")
 

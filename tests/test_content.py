@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from baselines.fedavg import FedAvg, fedavg_small
 from baselines.lora import fedit
 from fedsim.core.canonical import canonical
-from fedsim.data import DataConfig, Partition, content
+from fedsim.data import DataConfig, Partition, content, prepared
 from fedsim.data.source import _pinned
 from fedsim.data.source import load as load_data
 from fedsim.engine.cohort import members
@@ -258,16 +258,23 @@ def test_checkpoints_that_an_algorithm_names_count(tiny_experiment: Experiment, 
         content_of(first, None)
 
 
-def test_data_that_change_while_a_sweep_runs_are_refused(
-    texts: Path, tiny_experiment: Experiment, tmp_path: Path
+@pytest.mark.parametrize("prepared_stay", [True, False])
+def test_data_that_change_while_a_sweep_runs_are_not_read(
+    texts: Path, tiny_experiment: Experiment, tmp_path: Path, prepared_stay: bool
 ) -> None:
     class Swap(Told):
         def finished(self, row: dict[str, Any]) -> None:
             super().finished(row)
             write_texts(texts, flip=1)
             _pinned.cache_clear()  # as another process would look
+            if not prepared_stay:
+                prepared.clean()
 
     experiments = [of_texts(texts, tiny_experiment, seed=seed) for seed in (0, 1)]
+    if prepared_stay:
+        assert run_all(experiments, out=tmp_path / "out", make_runtime=InlineRuntime, progress=Swap()) == []
+        assert load(tmp_path / "out").runs.data_sha256.nunique() == 1
+        return
     with pytest.raises(ValueError, match=rf"{texts}': its content has changed"):
         run_all(experiments, out=tmp_path / "out", make_runtime=InlineRuntime, progress=Swap())
     assert set(load(tmp_path / "out").rounds.seed) == {0}
@@ -283,7 +290,11 @@ def test_a_process_that_finds_something_else_makes_no_participant(
     saved(task.module(form, task.fresh(form, 5)), folder)
     tiers = (from_pretrained("small", "bert", str(folder)), *experiment.tiers[1:])
     experiment = pinned(dataclasses.replace(experiment, tiers=tiers), None)
-    write_texts(texts, flip=1) if part == "data" else replace_weights(folder)
+    if part == "data":  # prepared anew: what was prepared before is gone, as it never was on another node
+        write_texts(texts, flip=1)
+        prepared.clean()
+    else:
+        replace_weights(folder)
     member = next(each for each in members(experiment, task) if each.info.checkpoint)
     with pytest.raises(ValueError, match=rf"{texts if part == 'data' else folder}': its content has changed: sha256"):
         _participant(SameEnvironment.here(str(tmp_path), None), experiment, member, None, {}, Inbox())

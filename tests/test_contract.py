@@ -13,7 +13,7 @@ import fedsim.learning.steps
 from fedgrow_algo.dual_ligo import operator_between
 from fedsim.algorithm import ClientContext, ClientUpdate
 from fedsim.core.tree import State, Tree, clone, flat, nbytes, numel, sha256, tensors
-from fedsim.data.config import Split
+from fedsim.data.dataset import Split
 from fedsim.engine.cost import cost_of
 from fedsim.learning.meter import StepCost
 from fedsim.learning.training import Trained, Training, train

@@ -13,6 +13,14 @@ def data_dir() -> str | None:
     return os.path.abspath(os.path.expanduser(folder)) if folder else None
 
 
+def cache_dir() -> str:
+    """Where data are prepared: `FEDSIM_CACHE_DIR`, or a folder of the user's (`XDG_CACHE_HOME`, ~/.cache)."""
+    if folder := os.environ.get("FEDSIM_CACHE_DIR"):
+        return os.path.abspath(os.path.expanduser(folder))
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.join(os.path.abspath(os.path.expanduser(users)), "fedsim")
+
+
 def ray_address() -> str | None:
     """A cluster to join without being told on the command line: `RAY_ADDRESS`."""
     return os.environ.get("RAY_ADDRESS") or None

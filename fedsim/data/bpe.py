@@ -2,7 +2,7 @@
 
 `task.data.tokenizer="bpe:SPLIT:SIZE"` trains one of SIZE tokens on SPLIT of the same data. Training on what
 participants hold would tell the server what they write, and training on the test split would look ahead: both are
-refused. The same texts give the same tokenizer, so every process trains its own; a run stores it with its checkpoints.
+refused. The same texts give the same tokenizer. It is kept with what it made of the data, and with a run's checkpoints.
 """
 
 from collections.abc import Sequence
@@ -40,18 +40,17 @@ def parsed(tokenizer: str) -> Bpe | None:
     return Bpe(split, int(size))
 
 
-def trained(texts: Sequence[str], size: int, masks: bool = False) -> "PreTrainedTokenizerFast":
-    """A tokenizer of `size` tokens, or fewer where the texts do not hold so many pairs worth joining.
+def trained(texts: Sequence[str], size: int) -> str:
+    """A tokenizer of `size` tokens, or fewer where the texts do not hold so many pairs worth joining, as JSON.
 
     Texts to classify begin with the start token and are closed by the end token; without special tokens (language
-    modelling) there is neither. What a text says is never read as a special token, unless it may hold `masks`.
+    modelling) there is neither.
     """
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
-    from transformers import PreTrainedTokenizerFast
 
-    padding, end, mask, start = SPECIAL
+    _, end, _, start = SPECIAL
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,8 +65,17 @@ def trained(texts: Sequence[str], size: int, masks: bool = False) -> "PreTrained
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", pair=f"{start} $A {end} $B {end}", special_tokens=ids
     )
+    return tokenizer.to_str()
+
+
+def tokenizer(json: str, masks: bool = False) -> "PreTrainedTokenizerFast":
+    """What `trained` made. What a text says is never read as a special token, unless it may hold `masks`."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    padding, end, mask, start = SPECIAL
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(json),
         pad_token=padding,
         eos_token=end,
         mask_token=mask,

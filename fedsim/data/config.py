@@ -1,17 +1,11 @@
-"""What an experiment says about its data (`DataConfig`) and what it gets for it (`Dataset`)."""
+"""What an experiment says about its data."""
 
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal
-
-from torch import Tensor
+from typing import Any, Literal
 
 from fedsim.core.fields import WHOLE, check_range, check_sha256, check_types, refuse
 from fedsim.data import bpe, text
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -222,47 +216,3 @@ def sst2(**changes: Any) -> DataConfig:
     """SST-2: sentences of film reviews, 2 classes; local files have no header line."""
     settings = {"name": "sst2", "header": False, "text": ("sentence",), "label": "label", "num_classes": 2}
     return DataConfig(**{**settings, **changes})
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Examples of one split.
-
-    **Arguments:**
-
-    - `inputs`: `pixel_values` uint8 `(N, C, H, W)`, or `input_ids` and `attention_mask` int64 `(N, L)`; for token
-        classes also `labels` int64 `(N, L)`, `text.IGNORED` where a token carries none.
-    - `labels`: int64 `(N,)`; zeros where tokens are labelled, not examples.
-    - `groups`: int64 `(N,)`, numbered alike in both splits; None where the data have no natural groups.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    groups: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A loaded data set. It is shared by all who load it in a process: read its tensors, do not write to them.
-
-    **Arguments:**
-
-    - `kind`: "image", "text", "tokens", "lm" or "mlm".
-    - `num_classes`: how many there are among the labels of examples; 1 where tokens are labelled.
-    - `vocab_size`: None for images.
-    - `fingerprint`: sha256 over all tensors and the tokenizer's special ids: the content that a run saw.
-    - `tokenizer`: the one that was trained for these data; None where it came with them.
-    - `class_names`: of classes, or tags, in order of their numbers; empty where neither data nor config name them.
-    """
-
-    kind: str
-    train: Split
-    test: Split
-    num_classes: int
-    vocab_size: int | None
-    fingerprint: str
-    tokenizer: "PreTrainedTokenizerFast | None" = None
-    class_names: tuple[str, ...] = ()

@@ -5,9 +5,11 @@ Shape legend: N images, C channels (1 or 3), H = W = image_size.
 
 import functools
 import io
+import itertools
 import os
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from fedsim.data.config import DataConfig
 from fedsim.data.table import Table
 
 
+TOGETHER = 256  # images that are held, encoded and decoded, at once
 # Black and white, grey, of a palette, colour and print; the others have more than 8 bits, or no agreed meaning.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
@@ -38,36 +41,76 @@ def pixels(images: Iterable[Any], image_size: int, channels: int) -> Tensor:
     if isinstance(images, Sized):
         check_memory("task.data.image_size", image_size, len(images) * channels * image_size**2)
     arrays = [_array(_opened(cell), image_size, channels) for cell in images]
-    if not arrays:
-        return torch.empty((0, channels, image_size, image_size), dtype=torch.uint8)
-    return torch.from_numpy(np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2)))
+    return stacked(arrays, (image_size, image_size, channels))
 
 
-def column_pixels(table: Table, column: str, image_size: int, channels: int) -> Tensor:
-    """The images of one column of a table, decoded a batch at a time.
+def stacked(images_HWC: Sequence[np.ndarray], shape: tuple[int, ...]) -> Tensor:
+    """uint8 `(N, C, H, W)` of images with this shape, `(H, W, C)`."""
+    images_NHWC = np.stack(images_HWC) if images_HWC else np.empty((0, *shape), np.uint8)
+    return torch.from_numpy(np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)))
 
-    **Returns:** uint8 `(N, C, H, W)`. **Raises:** `ValueError` naming the file, or the row, of what is no image.
+
+class MixedSizes(Exception):
+    """Images are not all of the size of the first one."""
+
+
+def column_rows(table: Table, column: str, image_size: int, channels: int, keep: bool) -> Iterator[np.ndarray]:
+    """The images of one column of a table in order, uint8 `(h, w, C)`, decoded a few at a time by all processors.
+
+    - `keep`: leave images as they are if the first is no larger than `image_size`; else each is resized to H = W.
+
+    **Raises:** `ValueError` naming the file, or the row, of what is no image; `MixedSizes`.
     """
-    check_memory("task.data.image_size", image_size, len(table) * channels * image_size**2)
-    reading: list[Any] = []  # the one that is being decoded
 
-    def cells() -> Iterable[Any]:
-        for row, cell in enumerate(table.encoded_images(column)):
-            reading[:] = row, cell
-            yield cell
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    def decoded(numbered: tuple[int, Any]) -> np.ndarray:
+        row, cell = numbered
         try:
-            return pixels(cells(), image_size, channels)
+            return _array(_opened(cell), None if keep else image_size, channels)
         except Exception as error:  # of any kind: files can be broken in more ways than their readers foresee
-            if not reading:
-                raise
-            row, cell = reading
             path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
             reason = "no image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
             accepted = f"a column of images; {path or table.where(row)}: {reason}"
             raise ValueError(f"task.data.image={column!r}: must be {accepted}") from error
+
+    first = None
+    cells = enumerate(table.encoded_images(column))
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        while some := list(itertools.islice(cells, TOGETHER)):
+            for array in pool.map(decoded, some):
+                first = first or array.shape
+                if array.shape != first or max(array.shape[:2]) > image_size:
+                    raise MixedSizes
+                yield array
+
+
+def resized(pixels: Tensor, image_size: int) -> Tensor:
+    """Bring images, uint8 `(N, C, h, w)` no larger than H = W, to that size on their device: bit by bit as Pillow does.
+
+    Enlarged bilinearly, a pixel is a mean of two in each direction. Pillow's weights are whole multiples of 2^-22, and
+    it rounds after each direction, the width first: in whole numbers every processor gives the same.
+    """
+    for dim in (3, 2):
+        if pixels.shape[dim] != image_size:
+            sums = torch.tensor(2**21, dtype=torch.int32, device=pixels.device)
+            for at, weight in _neighbours(pixels.shape[dim], image_size):
+                weight = weight.to(pixels.device).view(-1, *[1] * (3 - dim))
+                sums = sums + pixels.index_select(dim, at.to(pixels.device)).int() * weight
+            pixels = (sums >> 22).to(torch.uint8)
+    return pixels
+
+
+@functools.lru_cache(maxsize=16)
+def _neighbours(size: int, enlarged: int) -> list[tuple[Tensor, Tensor]]:
+    """The two pixels that each of the enlarged ones is a mean of, and their weights times 2^22, `(enlarged,)` each."""
+    assert size < enlarged, f"{size} pixels are enlarged to {enlarged}"
+    centers = (np.arange(enlarged) + 0.5) * (size / enlarged)
+    first = np.trunc(np.maximum(centers - 0.5, 0)).astype(np.int64)
+    both = np.stack([first, np.minimum(first + 1, size - 1)])
+    weights = np.maximum(1 - np.abs(both + 0.5 - centers), 0)
+    weights[1, both[1] == both[0]] = 0  # at the end there is one
+    whole = np.trunc(weights / weights.sum(axis=0) * 2**22 + 0.5)
+    return [(torch.from_numpy(at), torch.from_numpy(weight).int()) for at, weight in zip(both, whole, strict=True)]
 
 
 def floats(pixels: Tensor, config: DataConfig) -> Tensor:
@@ -79,8 +122,9 @@ def floats(pixels: Tensor, config: DataConfig) -> Tensor:
     return pixels.div(255.0).sub(mean).div(std)
 
 
-def _array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """uint8 `(H, W, C)`. What is transparent lies on white, as `transformers` lays it."""
+def _array(image: Image.Image, image_size: int | None, channels: int) -> np.ndarray:
+    """uint8 `(H, W, C)`; `image_size=None` leaves the size as it is. What is transparent lies on white, as
+    `transformers` lays it."""
     if image.mode not in MODES:
         raise ValueError(f"pixels of mode {image.mode!r}; {', '.join(MODES)} are read: save it with 8 bits a channel")
     mode = "L" if channels == 1 else "RGB"
@@ -90,9 +134,9 @@ def _array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     if image.mode != mode:
         image = image.convert(mode)
-    if image.size != (image_size, image_size):
+    if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(image, dtype=np.uint8).reshape(image_size, image_size, channels)
+    return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, Payload
 from fedsim.core import tree as trees
+from fedsim.core.sealed import is_damage
 from fedsim.devices import Device
 from fedsim.engine.boundary import Sent
 from fedsim.engine.clock import Clock
@@ -19,7 +20,6 @@ from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment
 from fedsim.learning.steps import run_alone, run_batched
 from fedsim.runtime.base import Call, Failure, Policy
-from fedsim.storage.sealed import is_damage
 
 
 NOTHING: Mapping[int, Payload] = {}

@@ -18,14 +18,16 @@ from fedsim.core import tree as trees
 from fedsim.core.environment import use_large_pages
 from fedsim.core.interrupts import Interrupt
 from fedsim.core.tree import State
-from fedsim.data.config import PER_TOKEN, Split
+from fedsim.data.config import PER_TOKEN
+from fedsim.data.dataset import Split
+from fedsim.data.prepared import Examples
 from fedsim.engine import boundary
 from fedsim.engine.cohort import Member
 from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.steps import Asking, asking
-from fedsim.learning.task import Task, load_task, subset
+from fedsim.learning.task import Task, load_task
 from fedsim.storage.checkpoint import private_of
 
 
@@ -230,20 +232,24 @@ class Participant:
     def _shard(self, everybodys: Split) -> Split:
         """This participant's part of the training data, lent: what is written into it is seen by nobody later."""
         if self.shard is None:
-            shard = subset(everybodys, self.member.train)
-            size = shard.labels.nbytes + sum(tensor.nbytes for tensor in shard.inputs.values())
-            if size > SMALL_SHARD:
-                return shard
+            shard = everybodys.select(self.member.train)
+            size = shard.labels.nbytes
+            if not isinstance(shard.inputs, Examples):
+                size += sum(tensor.nbytes for tensor in shard.inputs.values())
+                if size > SMALL_SHARD:
+                    return shard
             self.shard, self.shard_bytes = shard, size
         held, lend = self.shard, trees.lent_tensor
-        inputs = {name: lend(tensor) for name, tensor in held.inputs.items()}
+        inputs = held.inputs  # of prepared data, everyone who asks gets copies
+        if not isinstance(inputs, Examples):
+            inputs = {name: lend(tensor) for name, tensor in inputs.items()}
         return Split(inputs, lend(held.labels), None if held.groups is None else lend(held.groups))
 
     def _scores(self, model: torch.nn.Module) -> dict[str, Any]:
         dataset = self.task.dataset
         assert dataset is not None
         test = self.task.score(model, dataset.test)
-        validation = self.task.score(model, subset(dataset.train, self.member.validation))
+        validation = self.task.score(model, dataset.train.select(self.member.validation))
         if dataset.kind in PER_TOKEN:
             local = validation.accuracy  # examples carry no label to weight by: the participant's own held-out part
         else:

@@ -199,7 +199,7 @@ class _Batch:
                 one = {name: leaf[0] for name, leaf in leaves.items()}
                 losses_k = self._loss(one, batches[0], [tensor[0] for tensor in frozen])[None]
         else:
-            batch = {name: torch.stack([each[name] for each in batches]) for name in batches[0]}
+            batch = self.ctx.task.stacked(batches)
             with self._batchable(), autocast(self.ctx):
                 losses_k = vmap(self._loss)(leaves, batch, frozen)
         found = torch.autograd.grad(losses_k.sum(), list(leaves.values()), allow_unused=True)

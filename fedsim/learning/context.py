@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedsim.data.config import Split
+from fedsim.data.dataset import Split
 from fedsim.learning.task import Task
 from fedsim.models import Form
 

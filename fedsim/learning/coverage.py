@@ -8,7 +8,7 @@ from torch import Tensor
 from fedsim.core.submodel import Cut, ParamSpec, ScatterMean, join_fused, split_fused, split_specs
 from fedsim.core.tree import State, Tree
 from fedsim.core.updates import ClientUpdate, Partial
-from fedsim.data.config import Split
+from fedsim.data.dataset import Split
 from fedsim.learning import server_opt
 from fedsim.learning.server_opt import ServerOptimizer
 from fedsim.learning.task import Task

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedsim.core.tree import Tree
 from fedsim.data.config import PER_TOKEN
 from fedsim.data.source import DataConfig, Dataset, Split, load
 from fedsim.data.text import IGNORED
-from fedsim.data.vision import floats
+from fedsim.data.vision import floats, resized
 from fedsim.learning.entities import EntityCounts, EntityTags
 from fedsim.learning.masking import masked
 from fedsim.models import Form, Inputs, get_family
@@ -184,7 +184,7 @@ class Task:
         `generator`: draws which tokens are to be predicted, where tokens are masked and the split has not been masked
         before (it has no `labels` among its inputs); None: always the same stream.
         """
-        batch = {name: tensor[index] for name, tensor in split.inputs.items()}
+        batch = split.examples(index)
         if self.inputs.kind == "lm":
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         elif self.inputs.kind == "mlm" and "labels" not in batch:
@@ -193,8 +193,21 @@ class Task:
             batch["labels"] = split.labels[index]
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         if "pixel_values" in batch:
-            batch["pixel_values"] = floats(batch["pixel_values"], self.config.data)
+            pixels = resized(batch["pixel_values"], self.config.data.image_size)
+            batch["pixel_values"] = floats(pixels, self.config.data)
         return batch
+
+    def stacked(self, batches: Sequence[Batch]) -> Batch:
+        """Batches of one size as one, `(k, ...)`; texts are padded to the longest."""
+        padding = {"input_ids": self.inputs.padding_id or 0, "attention_mask": 0, "labels": IGNORED}
+        found = {}
+        for name in batches[0]:
+            each = [batch[name] for batch in batches]
+            if name in padding and each[0].dim() == 2:
+                longest = max(tensor.shape[1] for tensor in each)
+                each = [F.pad(tensor, (0, longest - tensor.shape[1]), value=padding[name]) for tensor in each]
+            found[name] = torch.stack(each)
+        return found
 
     def _masked(self, batch: Batch, generator: torch.Generator | None) -> Batch:
         generator = generator or stream(0, "scoring/mask")
@@ -248,7 +261,7 @@ class Task:
         """
         kind = self.inputs.kind
         if kind == "mlm" and "labels" not in split.inputs:
-            split = Split(self._masked(split.inputs, None), split.labels)
+            split = Split(self._masked(dict(split.inputs), None), split.labels)
         tags = EntityTags.of(self.config.data.class_names) if kind == "tokens" else None
         entities = EntityCounts() if tags and len(split.labels) else None
         classes = 1 if kind in ("lm", "mlm") else self.inputs.num_classes
@@ -279,14 +292,6 @@ class Task:
 def load_task(config: TaskConfig, data_dir: str | None) -> Task:
     """The task with its data. **Raises:** `ValueError` where the data are missing or not as the config says."""
     return Task(config, load(config.data, data_dir))
-
-
-def subset(split: Split, index: np.ndarray) -> Split:
-    """The examples of one shard."""
-    chosen = torch.from_numpy(np.array(index, np.int64))  # a copy: torch would warn of what Ray holds
-    inputs = {name: tensor[chosen] for name, tensor in split.inputs.items()}
-    groups = None if split.groups is None else split.groups[chosen]
-    return Split(inputs, split.labels[chosen], groups)
 
 
 # Whether models take their mask as it is instead of looking at it, as `torch.func.vmap` needs.

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
 from fedsim.core.canonical import parsed, revived
 from fedsim.core.fields import refuse
+from fedsim.core.sealed import Damaged
 from fedsim.core.tree import PATH, State, flat, nested, sha256
 from fedsim.data import bpe, text
 from fedsim.data.byte_tokenizer import byte_tokenizer
@@ -34,7 +35,6 @@ from fedsim.results.provenance import code_sha256
 from fedsim.results.store import TOKENIZER, hashes_of_tokenizer
 from fedsim.storage.checkpoint import Versions, private_of
 from fedsim.storage.place import Place, fetched
-from fedsim.storage.sealed import Damaged
 
 
 if TYPE_CHECKING:

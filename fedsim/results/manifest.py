@@ -5,8 +5,8 @@ What it does not vouch for never happened; what it vouches for must be there as 
 
 from typing import Any
 
+from fedsim.core.sealed import Damaged, read_sealed_json
 from fedsim.storage.place import Place
-from fedsim.storage.sealed import Damaged, read_sealed_json
 
 
 Manifest = dict[str, Any]

@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from fedsim.core.numerics import NATIVE
+from fedsim.core.sealed import Damaged, sealed_json
 from fedsim.engine.content import Content
 from fedsim.results import manifest as manifests
 from fedsim.results import tables as results
@@ -29,7 +30,6 @@ from fedsim.results.records import Row
 from fedsim.storage.checkpoint import check_states
 from fedsim.storage.locking import Lock, check_held, lock_of
 from fedsim.storage.place import Place, delete, move, sent, size_of, write_atomically
-from fedsim.storage.sealed import Damaged, sealed_json
 
 
 TOKENIZER = "tokenizer"  # the folder's name

@@ -23,10 +23,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedsim.core.sealed import UNSEALED, Damaged, check_sealed, sealed
 from fedsim.results import manifest as manifests
 from fedsim.results.columns import DEPLOYED, SCHEMA_KEY, SCHEMA_VERSION, SCHEMAS, TABLES
 from fedsim.storage.place import AT_ONCE, Place, Remote, place, write_atomically
-from fedsim.storage.sealed import UNSEALED, Damaged, check_sealed, sealed
 
 
 VOUCHED = ("rounds", "clients")  # tables whose rows a run's manifest vouches for

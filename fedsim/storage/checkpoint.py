@@ -12,9 +12,9 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
+from fedsim.core.sealed import MARK, UNSEALED, Damaged, stamp
 from fedsim.core.tree import State, Tree, flat, nested, ordered, sha256, sha256_of_text
 from fedsim.storage.place import AT_ONCE, Place, Remote, fetched, place, write_atomically
-from fedsim.storage.sealed import MARK, UNSEALED, Damaged, stamp
 
 
 SEAL = "seal"  # in the metadata of a file: hash of its tensors, the rest of its metadata, and its name

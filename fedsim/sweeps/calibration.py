@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from fedsim.core.tree import nbytes
-from fedsim.data.config import PER_TOKEN, Split
+from fedsim.data.config import PER_TOKEN
+from fedsim.data.dataset import Split
 from fedsim.data.partition import Partition
 from fedsim.engine.cost import Call, DryRun, DryRunState
 from fedsim.experiment import Experiment

@@ -13,11 +13,11 @@ from baselines.fjord import FjORD
 from baselines.heterofl import HeteroFL
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import Tree, nbytes, numel, sha256
-from fedsim.data.config import Split
+from fedsim.data.dataset import Split
 from fedsim.data.text import BYTE_END, BYTE_MASK, BYTE_PADDING, IGNORED
 from fedsim.learning.coverage import covered_of
 from fedsim.learning.rates import cut_at, sub_form
-from fedsim.learning.task import Batch, Task, load_task, subset
+from fedsim.learning.task import Batch, Task, load_task
 from fedsim.models import Form
 from tests.support.clients import asked_of
 from tests.support.family_rows import ROWS, batch_of, examples, random_tree
@@ -30,7 +30,7 @@ from tests.support.sub_models import LOCAL, METHODS, TARGET, VIT, Federation, cl
 def of_classes(task: Task, *classes: int) -> Split:
     assert task.dataset is not None
     labels = task.dataset.train.labels
-    return subset(task.dataset.train, torch.isin(labels, torch.tensor(classes)).nonzero()[:, 0].numpy())
+    return task.dataset.train.select(torch.isin(labels, torch.tensor(classes)).nonzero()[:, 0].numpy())
 
 
 def test_classes_that_nobody_has_stay_and_others_are_of_those_who_have_them() -> None:

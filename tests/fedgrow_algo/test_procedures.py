@@ -17,7 +17,7 @@ from fedgrow_algo.ligo import Operator
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate
 from fedsim.core.tree import State, Tree, clone, mapped, nbytes, numel, sha256, tensors
-from fedsim.data.config import Split
+from fedsim.data.dataset import Split
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, step_cost
 from fedsim.learning.objectives import TaskLoss

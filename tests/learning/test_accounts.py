@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines.fedavg import FedAvg
 from fedsim.algorithm import ClientContext
 from fedsim.core.tree import clone, sha256
-from fedsim.data.config import Split
+from fedsim.data.dataset import Split
 from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment, Tier
 from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work, step_cost
 from fedsim.learning.objectives import Objective, Proximal
-from fedsim.learning.task import Batch, Task, subset
+from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 from tests.support.clients import local_train, objective_of
 from tests.support.one_participant import CONFIG, FORM, SETTINGS, Square, loss_in, noted, plain_model
@@ -195,6 +195,6 @@ def test_counting_reads_no_data_and_changes_no_tensor(ctx: ClientContext) -> Non
 
 
 def test_a_shard_holds_its_own_examples(ctx: ClientContext) -> None:
-    chosen = subset(ctx.train, torch.tensor([5, 2]).numpy())
+    chosen = ctx.train.select(torch.tensor([5, 2]).numpy())
     assert torch.equal(chosen.labels, ctx.train.labels[[5, 2]])
     assert torch.equal(chosen.inputs["pixel_values"], ctx.train.inputs["pixel_values"][[5, 2]])

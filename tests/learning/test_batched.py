@@ -27,7 +27,7 @@ from fedsim.learning.batched import Tally
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.objectives import Frozen, Objective, Proximal, TaskLoss
 from fedsim.learning.steps import Asking, asking, run_alone, run_batched
-from fedsim.learning.task import Batch, TaskConfig, load_task, subset
+from fedsim.learning.task import Batch, TaskConfig, load_task
 from fedsim.learning.training import Training
 from fedsim.models import Form
 from tests.support.clients import client_update
@@ -380,7 +380,7 @@ def test_models_may_ask_whether_a_mask_hides_anything(family: str, uncounted: No
     data = pydoc(limit=24, max_length=8, objective="next_token" if "lm" in described.data else "masked_token")
     task = load_task(TaskConfig(data, described.module or family, settings=described.settings), None)
     assert task.dataset is not None
-    shards = [subset(task.dataset.train, torch.arange(start, start + 8).numpy()) for start in (0, 8, 16)]
+    shards = [task.dataset.train.select(torch.arange(start, start + 8).numpy()) for start in (0, 8, 16)]
     for client, shard in enumerate(shards):
         shard.inputs["attention_mask"].fill_(1)[:, 8 - client // 2 * 3 :] = 0
     start, tally = task.fresh(SMALL, 0), Tally()

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.algorithm import ClientContext, ClientInfo
-from fedsim.data.config import DataConfig, Split, pydoc
+from fedsim.data.config import DataConfig, pydoc
+from fedsim.data.dataset import Split
 from fedsim.data.source import load
 from fedsim.learning.masking import masked
 from fedsim.learning.meter import Meter
-from fedsim.learning.task import IGNORED, Task, TaskConfig, subset
+from fedsim.learning.task import IGNORED, Task, TaskConfig
 from fedsim.models import Form, Inputs
 from tests.support.clients import local_train, objective_of
 from tests.support.tagged_words import Knows, word_pieces
@@ -187,7 +188,7 @@ def test_a_masked_score_by_hand() -> None:
 
 def test_training_masks_afresh_in_each_epoch_and_the_same_in_each_run(masked_task: Task) -> None:
     assert masked_task.dataset is not None
-    train = subset(masked_task.dataset.train, np.arange(4))
+    train = masked_task.dataset.train.select(np.arange(4))
     form = Form(8, 1, heads=2)
 
     def labels_seen(round: int, purpose: str) -> list[Tensor]:

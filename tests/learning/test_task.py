@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.data.config import PER_TOKEN, DataConfig, Split, digits, pydoc
-from fedsim.learning.task import IGNORED, Score, Task, TaskConfig, load_task, subset
+from fedsim.data.config import PER_TOKEN, DataConfig, digits, pydoc
+from fedsim.data.dataset import Split
+from fedsim.learning.task import IGNORED, Score, Task, TaskConfig, load_task
 from fedsim.models import Form
 
 
@@ -119,7 +120,7 @@ def test_accuracy_of_everything_is_the_mean_over_parts_weighted_by_size(task: Ta
         whole_batch = task.batch(split, torch.arange(len(split)))
         split = Split(whole_batch, split.labels)
     parts = np.split(np.random.default_rng(0).permutation(len(split)), [len(split) // 7, len(split) // 2])
-    scores = [task.score(model, subset(split, part)) for part in parts]
+    scores = [task.score(model, split.select(part)) for part in parts]
     whole = task.score(model, split)
     sizes = [int(part.count.sum()) for part in scores]
     assert sum(sizes) == whole.count.sum() > 0
@@ -174,7 +175,7 @@ def test_training_loss_is_the_score_of_the_same_examples(task: Task, model: nn.M
 
 
 def test_an_empty_split_scores_nothing(task: Task, model: nn.Module) -> None:
-    result = task.score(model, subset(held_out(task), np.array([], dtype=np.int64)))
+    result = task.score(model, held_out(task).select(np.array([], dtype=np.int64)))
     assert result.count.sum() == result.correct.sum() == 0
     assert math.isnan(result.accuracy) and math.isnan(result.loss)
 
@@ -212,9 +213,9 @@ def test_a_module_of_a_tree_is_a_module_of_its_own(task: Task) -> None:
 
 def test_pixels_become_numbers_from_minus_one_to_one() -> None:
     task = Task(TASKS["vit/digits"])
-    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
     batch = task.batch(Split({"pixel_values": pixels}, torch.tensor([4, 5, 6])), torch.tensor([2, 0, 1]))
-    torch.testing.assert_close(batch["pixel_values"].flatten(), torch.tensor([1.0, -1.0, -0.6]))
+    torch.testing.assert_close(batch["pixel_values"][:, 0, 3, 5], torch.tensor([1.0, -1.0, -0.6]))
     assert batch["labels"].tolist() == [6, 4, 5]
 
 

@@ -15,7 +15,8 @@ from fedsim.algorithm import ClientContext
 from fedsim.core.canonical import canonical, revived
 from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import State, Tree, sha256
-from fedsim.data.config import Split, digits
+from fedsim.data.config import digits
+from fedsim.data.dataset import Split
 from fedsim.data.partition import Partition
 from fedsim.experiment import Experiment, Tier
 from fedsim.learning.objectives import Frozen

@@ -24,7 +24,7 @@ from fedsim.experiment import Experiment, from_pretrained, with_settings
 from fedsim.learning.meter import Meter
 from fedsim.learning.starts import load_small
 from fedsim.learning.steps import run_client
-from fedsim.learning.task import load_task, subset
+from fedsim.learning.task import load_task
 from fedsim.models.checkpoint import Checkpoint
 from tests.support.checkpoints import built, read, same, saved, with_task
 from tests.support.family_rows import ROWS, Row
@@ -112,7 +112,7 @@ def context(experiment: Experiment, checkpoint: Checkpoint | None) -> ClientCont
         intermediate=experiment.middle,
         target=experiment.target,
         info=ClientInfo(0, "phone", experiment.tiers[0].form, len(member.train), checkpoint),
-        train=subset(task.dataset.train, member.train),
+        train=task.dataset.train.select(member.train),
         device=torch.device("cpu"),
         meter=Meter({}),
     )

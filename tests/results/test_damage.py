@@ -14,6 +14,7 @@ import pytest
 import fedsim
 from fedsim.cli import main
 from fedsim.core.numerics import NATIVE, in_force
+from fedsim.core.sealed import Damaged
 from fedsim.engine.participant import Participant
 from fedsim.experiment import Experiment
 from fedsim.results.export import check_tokenizer, export
@@ -22,7 +23,6 @@ from fedsim.results.store import RunStore
 from fedsim.results.tables import load
 from fedsim.simulation import RunFailed
 from fedsim.storage.locking import locked
-from fedsim.storage.sealed import Damaged
 from tests.support.inline_runs import Cut, Interrupted, Told, inline
 from tests.support.manifests import rewrite
 

@@ -25,7 +25,8 @@ from transformers.image_utils import load_image
 
 from baselines.fedavg import FedAvg
 from benchmarks.suites import tiny
-from fedsim.data.config import DataConfig, Dataset
+from fedsim.data.config import DataConfig
+from fedsim.data.dataset import Dataset
 from fedsim.data.partition import Partition
 from fedsim.data.source import load
 from fedsim.data.text import IGNORED
@@ -79,7 +80,7 @@ def answers(kind: str, folder: Path, data: Dataset, task: Task) -> Iterator[tupl
     by_bytes = task.config.data.tokenizer == "bytes"
     named = model.config.label2id
     if kind == "mlm":
-        masked = task._masked(data.test.inputs, None)  # which tokens are asked for is drawn, not deployed
+        masked = task._masked(dict(data.test.inputs), None)  # which tokens are asked for is drawn, not deployed
         asked = zip(masked["input_ids"], masked["labels"], masked["attention_mask"].bool(), strict=True)
     for row in pq.read_table(Path(task.config.data.name, "test.parquet")).to_pylist():
         said = row["text"]

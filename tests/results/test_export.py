@@ -15,7 +15,8 @@ from fedgrow_algo.dual_ligo import grown, operator_between
 from fedsim.cli import main
 from fedsim.data import text, vision
 from fedsim.data.byte_tokenizer import byte_characters
-from fedsim.data.config import DataConfig, Split, cifar10, digits
+from fedsim.data.config import DataConfig, cifar10, digits
+from fedsim.data.dataset import Split
 from fedsim.experiment import Experiment
 from fedsim.learning.task import Task, TaskConfig, load_task
 from fedsim.models import families

@@ -27,11 +27,12 @@ from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
 from fedsim.core.tree import State, clone
-from fedsim.data.config import Split, digits, pydoc
+from fedsim.data.config import digits, pydoc
+from fedsim.data.dataset import Split
 from fedsim.experiment import Experiment, Tier
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.rates import rate_of, sub_form
-from fedsim.learning.task import Task, TaskConfig, load_task, subset
+from fedsim.learning.task import Task, TaskConfig, load_task
 from fedsim.models import Form
 from tests.support.clients import client_init, client_update
 
@@ -242,7 +243,7 @@ class Case:
         assert self.task.dataset is not None
         everything = torch.arange(len(self.task.dataset.train)).numpy()
         third = len(everything) // 3
-        return subset(self.task.dataset.train, everything[:third] if client == 0 else everything[third:])
+        return self.task.dataset.train.select(everything[:third] if client == 0 else everything[third:])
 
     def server(self, round: int = 1, seed: int = SEED) -> ServerContext:
         return ServerContext(seed, round, self.task, self.setting.forms[1], self.target, self.clients)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fedsim.core.tree import Tree
-from fedsim.data.config import DataConfig, Split, digits, pydoc
+from fedsim.data.config import DataConfig, digits, pydoc
+from fedsim.data.dataset import Split
 from fedsim.data.text import BYTE_END, IGNORED, padded
 from fedsim.learning.task import Batch, Task, TaskConfig
 from fedsim.models import Form

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedsim.storage.sealed import FIELD, sealed_json
+from fedsim.core.sealed import FIELD, sealed_json
 
 
 def rewrite(path: Path, **fields: Any) -> None:

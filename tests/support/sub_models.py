@@ -16,11 +16,12 @@ from baselines.heterofl import HeteroFL, heterofl_clean
 from fedsim.algorithm import Algorithm, ClientUpdate
 from fedsim.core.submodel import Cut, ScatterMean
 from fedsim.core.tree import Tree
-from fedsim.data.config import Split, digits
+from fedsim.data.config import digits
+from fedsim.data.dataset import Split
 from fedsim.learning.coverage import covered_of, model_of, start
 from fedsim.learning.rates import sub_form
 from fedsim.learning.server_opt import AVERAGE
-from fedsim.learning.task import Task, TaskConfig, load_task, subset
+from fedsim.learning.task import Task, TaskConfig, load_task
 from fedsim.models import Form
 from tests.support.cutting import Kept, kept_by
 from tests.support.family_rows import ROWS, examples
@@ -113,7 +114,7 @@ def shards_of_digits(task: Task, number: int) -> list[Split]:
     assert task.dataset is not None
     index = torch.arange(36).numpy()
     parts = (index[:6], index[6:18], index[18:])
-    return [subset(task.dataset.train, parts[id_ % 3]) for id_ in range(number)]
+    return [task.dataset.train.select(parts[id_ % 3]) for id_ in range(number)]
 
 
 def of_row(name: str, algorithm: Algorithm, rates: Sequence[float] = RATES, **fields: Any) -> Federation:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from fedsim.data.config import DataConfig, Dataset
+from fedsim.data.config import DataConfig
+from fedsim.data.dataset import Dataset
 from fedsim.data.source import load
 from fedsim.learning.task import IGNORED, Task, TaskConfig
 

@@ -1,0 +1,343 @@
+"""Examples in files: brought there once a machine, and read row by row by every process.
+
+    FEDSIM_CACHE_DIR/prepared/FINGERPRINT/         about.json, and files of arrays
+    FEDSIM_CACHE_DIR/sources/SETTINGS-STAMP.json   what some settings made of some files: a fingerprint
+
+A folder is called by the hash of its `about.json`, which holds the hashes of all arrays: by its content. Short arrays
+are held against their hash when it is opened; long ones have a checksum a row, which is held against what is read. Rows
+are read and not mapped: a process that has read all of them is no larger than one that has read none.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.core import environment
+from fedsim.core.fields import refuse
+from fedsim.core.sealed import Damaged, read_sealed_json, sealed_json
+from fedsim.data.text import IGNORED
+from fedsim.data.vision import resized, stacked
+
+
+T = TypeVar("T")
+ABOUT = "about.json"
+INPUTS = PIXELS, IDS, TAGS = "pixel_values", "input_ids", "labels_of_tokens"
+CHECKS, LENGTHS = "checks", "lengths"  # beside an array of rows: a checksum a row, and where they differ its length
+
+
+class Writer:
+    """Writes arrays into a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.arrays: dict[str, dict[str, Any]] = {}
+
+    def whole(self, name: str, array: np.ndarray) -> None:
+        """A short array, which whoever opens the folder holds in memory."""
+        data = np.ascontiguousarray(array).tobytes()
+        (self.folder / name).write_bytes(data)
+        self.arrays[name] = {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+    def rows(self, name: str, rows: Iterable[np.ndarray], ragged: bool = False) -> None:
+        """An array whose rows are read one by one: of one shape, or `ragged`, 1-D, of any length."""
+        digest, checks, lengths, shape, dtype = hashlib.sha256(), list[int](), list[int](), None, ""
+        with (self.folder / name).open("wb") as file:
+            for row in rows:
+                data = np.ascontiguousarray(row).tobytes()
+                shape, dtype = shape or row.shape, str(row.dtype)
+                assert ragged or row.shape == shape, f"rows of {name} differ: {shape}, {row.shape}"
+                file.write(data)
+                digest.update(data)
+                checks.append(zlib.crc32(data))
+                lengths.append(len(row))
+        rest = None if ragged or shape is None else [len(lengths), *shape]
+        self.arrays[name] = {"dtype": dtype, "shape": rest, "sha256": digest.hexdigest()}
+        self.whole(f"{name}.{CHECKS}", np.array(checks, np.uint32))
+        if ragged:
+            self.whole(f"{name}.{LENGTHS}", np.array(lengths, np.int64))
+
+
+class Column:
+    """The rows of one array in a file."""
+
+    def __init__(self, path: Path, entry: Mapping[str, Any], checks: np.ndarray, lengths: np.ndarray | None) -> None:
+        self.path, self.file = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+        self.dtype, self.checks = np.dtype(entry["dtype"]), checks
+        self.shape: tuple[int, ...] | None = None if lengths is not None else tuple(entry["shape"][1:])
+        sizes = lengths if lengths is not None else np.full(len(checks), math.prod(entry["shape"][1:]))
+        self.ends = np.concatenate([[0], np.cumsum(sizes)]) * self.dtype.itemsize
+        if (size := os.fstat(self.file).st_size) != self.ends[-1]:
+            raise Damaged(f"{path}: {size} bytes, not {self.ends[-1]}")
+
+    def rows(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Copies of some rows. **Raises:** `Damaged` naming a file and a row that is not as it was written."""
+        found = []
+        for number, begin, end in zip(numbers, self.ends[numbers], self.ends[numbers + 1], strict=True):
+            data = os.pread(self.file, end - begin, begin)
+            if zlib.crc32(data) != self.checks[number]:
+                raise Damaged(f"{self.path}: row {number} is not as it was written; {REMEDY}")
+            row = np.frombuffer(data, self.dtype)
+            found.append(row if self.shape is None else row.reshape(self.shape))
+        return found
+
+
+REMEDY = "`fedsim data clean` deletes what was prepared, and the next run prepares it anew"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How examples are handed out.
+
+    - `image_size`: images that are asked for all at once are brought to it. - `max_length`: so are texts.
+    - `padding`: the id that pads them.
+    """
+
+    image_size: int
+    max_length: int
+    padding: int | None
+
+
+class Examples(Mapping[str, Tensor]):
+    """Inputs of examples in files. As a mapping it has all of them as tensors, `(N, ...)`: for small sets.
+
+    - `numbers`: which rows of the files, in order.
+    """
+
+    def __init__(self, columns: Mapping[str, Column], numbers: np.ndarray, look: Look) -> None:
+        self.columns, self.numbers, self.look = columns, numbers, look
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """`pixel_values`; or `input_ids` and `attention_mask`, for token classes also `labels`."""
+        if PIXELS in self.columns:
+            return [PIXELS]
+        return [IDS, "attention_mask", *(["labels"] if TAGS in self.columns else [])]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        every = np.arange(len(self.numbers))
+        if name == PIXELS:
+            return resized(self.rows(every)[name], self.look.image_size)
+        return self.rows(every, self.look.max_length)[name]
+
+    def select(self, index: np.ndarray) -> "Examples":
+        """Some of them: nothing is read."""
+        return Examples(self.columns, self.numbers[index], self.look)
+
+    def rows(self, index: np.ndarray, length: int | None = None) -> dict[str, Tensor]:
+        """Some of them, read now: images of the size that they are kept in, texts padded to the longest of these, or to
+        a `length`."""
+        read = {name: column.rows(self.numbers[index]) for name, column in self.columns.items()}
+        if PIXELS in read:
+            shape = self.columns[PIXELS].shape
+            assert shape is not None
+            return {PIXELS: stacked(read[PIXELS], shape)}
+        longest = length if length is not None else max(map(len, read[IDS]), default=0)
+        assert self.look.padding is not None
+        found = {IDS: _padded(read[IDS], longest, self.look.padding)}
+        found["attention_mask"] = _padded([np.ones_like(ids) for ids in read[IDS]], longest, 0)
+        if TAGS in read:
+            found["labels"] = _padded(read[TAGS], longest, IGNORED)
+        return found
+
+
+def _padded(rows: Sequence[np.ndarray], length: int, padding: int) -> Tensor:
+    """int64 `(N, length)`."""
+    found = np.full((len(rows), length), padding, dtype=np.int64)
+    for into, row in zip(found, rows, strict=True):
+        into[: len(row)] = row
+    return torch.from_numpy(found)
+
+
+class Folder:
+    """A prepared folder, opened and held against its name.
+
+    - `about`: what was said when it was made. - `whole`: its short arrays.
+
+    **Raises:** `Damaged` if it is not as it was written; `OSError` if it is not there.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        self.path, self.fingerprint = _cache() / "prepared" / fingerprint, fingerprint
+        data = (self.path / ABOUT).read_bytes()
+        if hashlib.sha256(data).hexdigest() != fingerprint:
+            raise Damaged(f"{self.path / ABOUT}: not as it was written")
+        content = json.loads(data)
+        self.about: dict[str, Any] = content["about"]
+        arrays = content["arrays"]
+        self.whole = {name: self._whole(name, arrays[name]) for name in arrays if f"{name}.{CHECKS}" not in arrays}
+        self.columns = {name: self._column(name, arrays[name]) for name in arrays if name not in self.whole}
+
+    def _whole(self, name: str, entry: Mapping[str, Any]) -> np.ndarray:
+        data = (self.path / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise Damaged(f"{self.path / name}: not as it was written")
+        return np.frombuffer(bytearray(data), entry["dtype"]).reshape(entry["shape"])
+
+    def _column(self, name: str, entry: Mapping[str, Any]) -> Column:
+        return Column(self.path / name, entry, self.whole[f"{name}.{CHECKS}"], self.whole.get(f"{name}.{LENGTHS}"))
+
+    def examples(self, split: str, look: Look) -> Examples:
+        """The inputs of a split."""
+        columns = {name: self.columns[f"{split}.{name}"] for name in INPUTS if f"{split}.{name}" in self.columns}
+        return Examples(columns, np.arange(len(self.whole[f"{split}.labels"])), look)
+
+
+def opened(settings: str, fingerprint: str) -> Folder | None:
+    """What these settings once made, of whatever files, if it is this; None if it is not here."""
+    for entry in (_cache() / "sources").glob(f"{_key(settings)}-*.json"):
+        if (found := _entry(entry)) is not None and found.fingerprint == fingerprint:
+            return found
+    return None
+
+
+def prepared(
+    settings: str, stamp: str, name: str, make: Callable[[Writer], dict[str, Any]], anew: bool = False
+) -> Folder:
+    """What these settings make of files with this stamp: made now, by `make`, unless it has been before.
+
+    - `name`: for people. - `make`: writes, and returns what is said about it; it is called by one process at a time.
+    - `anew`: make it in any case.
+
+    **Raises:** `OSError` naming the folder, where nothing can be written.
+    """
+    cache, key = _cache(), f"{_key(settings)}-{_key(stamp)}"
+    entry = cache / "sources" / f"{key}.json"
+    if not anew and (found := _entry(entry)) is not None:
+        return found
+    try:
+        for folder in ("prepared", "sources", "making"):
+            (cache / folder).mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / "making" / f"{key}.lock"):
+            if not anew and (found := _entry(entry)) is not None:  # by the one that was waited for
+                return found
+            for left in (cache / "making").glob(f"{key}.*.d"):  # by one that was killed
+                shutil.rmtree(left)
+            making = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".d", dir=cache / "making"))
+            try:
+                fingerprint = _made(making, make)
+                place = cache / "prepared" / fingerprint
+                if _sound(fingerprint) is None:  # made by other settings, or from other files, it may be there
+                    shutil.rmtree(place, ignore_errors=True)
+                    making.rename(place)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+            writing = entry.with_suffix(f".{os.getpid()}")
+            writing.write_bytes(sealed_json({"name": name, "fingerprint": fingerprint}))
+            writing.replace(entry)
+    except OSError as error:
+        named = "FEDSIM_CACHE_DIR names the folder where data are prepared, and may name another"
+        raise OSError(error.errno, f"{cache}: {error.strerror or error}; {named}") from error
+    return Folder(fingerprint)
+
+
+def _made(folder: Path, make: Callable[[Writer], dict[str, Any]]) -> str:
+    """Have a folder filled. **Returns:** its fingerprint."""
+    writer = Writer(folder)
+    about = json.dumps({"about": make(writer), "arrays": writer.arrays}, sort_keys=True).encode()
+    (folder / ABOUT).write_bytes(about)
+    return hashlib.sha256(about).hexdigest()
+
+
+def _entry(path: Path) -> Folder | None:
+    """What an entry of a source leads to; None if one of the two is not there, or not as it was written."""
+    try:
+        return _sound(read_sealed_json(path.read_bytes(), "fingerprint")["fingerprint"])
+    except (OSError, Damaged):
+        return None
+
+
+def _sound(fingerprint: str) -> Folder | None:
+    try:
+        return Folder(fingerprint)
+    except (OSError, Damaged):
+        return None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A prepared folder: what it was made from, examples a split, and bytes."""
+
+    fingerprint: str
+    names: tuple[str, ...]
+    examples: dict[str, int]
+    nbytes: int
+
+
+def kept() -> list[Kept]:
+    """What is prepared. Without examples: what is not as it was written."""
+    names: dict[str, set[str]] = {}
+    for path in (_cache() / "sources").glob("*.json"):
+        with contextlib.suppress(OSError, Damaged):
+            found = read_sealed_json(path.read_bytes(), "fingerprint")
+            names.setdefault(found["fingerprint"], set()).add(found["name"])
+    rows = []
+    for folder in sorted((_cache() / "prepared").glob("*")):
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        whole = found.whole if (found := _sound(folder.name)) else {}
+        examples = {split: len(whole[f"{split}.labels"]) for split in ("train", "test") if whole}
+        rows.append(Kept(folder.name, tuple(sorted(names.get(folder.name, ()))), examples, size))
+    return rows
+
+
+def clean(fingerprints: Sequence[str] = ()) -> int:
+    """Delete what is prepared: all of it, or what begins so. **Returns:** bytes that are free again.
+
+    **Raises:** `ValueError` for a beginning that nothing has.
+    """
+    rows = kept()
+    for begin in fingerprints:
+        if not any(row.fingerprint.startswith(begin) for row in rows):
+            refuse("FINGERPRINT", begin, "the begin of one that `fedsim data list` shows")
+    chosen = [row for row in rows if not fingerprints or row.fingerprint.startswith(tuple(fingerprints))]
+    for row in chosen:
+        shutil.rmtree(_cache() / "prepared" / row.fingerprint)
+    for folder in ("sources", "making") if not fingerprints else ():
+        shutil.rmtree(_cache() / folder, ignore_errors=True)
+    return sum(row.nbytes for row in chosen)
+
+
+def progress(rows: Iterable[T], total: int, text: str) -> Iterable[T]:
+    """The same rows, and on a terminal a bar of how many have passed."""
+    if not sys.stderr.isatty():
+        return rows
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(rows, text, total, console=Console(stderr=True), transient=True)
+
+
+def _cache() -> Path:
+    return Path(environment.cache_dir())
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
