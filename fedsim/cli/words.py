@@ -156,6 +156,20 @@ def parser() -> argparse.ArgumentParser:
     add_numerics(exporting)
     exporting.set_defaults(command="export_command", module="commands")
 
+    data = commands.add_parser("data", help="data sets that are prepared on this machine")
+    parts = data.add_subparsers(required=True, metavar="list|prepare|clean")
+    listing = parts.add_parser("list", help="what there is, from what, and how large")
+    listing.set_defaults(command="list_command", module="data")
+    preparing = parts.add_parser("prepare", help="prepare the data of experiments now, which a run would do first")
+    preparing.add_argument(
+        "targets", nargs="+", metavar="MODULE:FUNCTION", help="functions that return an Experiment, or a list of them"
+    )
+    add_settings(preparing)
+    preparing.set_defaults(command="prepare_command", module="data")
+    freeing = parts.add_parser("clean", help="delete it: all, or what is named; runs prepare it again")
+    freeing.add_argument("fingerprints", nargs="*", metavar="FINGERPRINT", help="or the begin of one")
+    freeing.set_defaults(command="clean_command", module="data")
+
     cleaning = commands.add_parser("clean", help="delete checkpoints of finished runs; tables stay")
     cleaning.add_argument("directory", metavar="DIR", help="results folder")
     cleaning.add_argument("--unfinished", action="store_true", help="also of runs that could be resumed")

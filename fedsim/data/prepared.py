@@ -300,7 +300,7 @@ def kept() -> list[Kept]:
             found = read_sealed_json(path.read_bytes(), "fingerprint")
             names.setdefault(found["fingerprint"], set()).add(found["name"])
     rows = []
-    for folder in sorted((_cache() / "prepared").glob("*")):
+    for folder in sorted((_cache() / "prepared").glob("*/")):
         size = sum(file.stat().st_size for file in folder.iterdir())
         whole = found.whole if (found := _sound(folder.name)) else {}
         examples = {split: len(whole[f"{split}.labels"]) for split in ("train", "test") if whole}
