@@ -11,7 +11,8 @@ from fedsim.engine.cohort import Member, federation_sha256, label_histograms, me
 from fedsim.engine.content import content_of, pinned
 from fedsim.engine.cost import cost_of, too_small
 from fedsim.engine.gpu import with_gpu_fractions
-from fedsim.engine.participant import Inbox, Participant
+from fedsim.engine.inbox import Inbox
+from fedsim.engine.participant import Participant
 from fedsim.engine.progress import ProgressListener
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost

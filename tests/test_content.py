@@ -23,7 +23,7 @@ from fedsim.data.source import _pinned
 from fedsim.data.source import load as load_data
 from fedsim.engine.cohort import members
 from fedsim.engine.content import Content, content_of, pinned
-from fedsim.engine.participant import Inbox
+from fedsim.engine.inbox import Inbox
 from fedsim.experiment import Experiment, from_pretrained
 from fedsim.learning.task import TaskConfig, load_task
 from fedsim.models.checkpoint import Checkpoint

@@ -20,7 +20,8 @@ from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import ClientContext, ClientUpdate, Steps
 from fedsim.core.tree import Tree
 from fedsim.engine.cohort import members
-from fedsim.engine.participant import Inbox, Participant, Reply
+from fedsim.engine.inbox import Inbox
+from fedsim.engine.participant import Participant, Reply
 from fedsim.experiment import Experiment
 from fedsim.learning.steps import Asking, run_alone
 from fedsim.learning.task import load_task

@@ -85,6 +85,9 @@ def print_cost(cost: Cost, experiment: Experiment, console: Console) -> None:
         "trainable parameters saved": f"{100 * figures['trainable_saved']:.2f} % of the target's",
         "private state on disk": f"{figures['private_bytes'] / 1e6:.2f} MB for all participants",
         "memory of a step": f"{figures['peak_bytes'] / 1e6:.1f} MB at most, by count",
+        "scored": f"{figures['scored_models']:,} models in all (scored={experiment.scored}, eval_every="
+        f"{experiment.eval_every}), {figures['score_flops_per_example'] / 1e6:,.1f} MFLOP a test example for one as "
+        "large as the target; of equal ones a host scores one",
     }
     say(console, f"{label_of(experiment)}  run {experiment.run_id}")
     for name, text in lines.items():

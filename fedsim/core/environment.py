@@ -21,6 +21,11 @@ def cache_dir() -> str:
     return os.path.join(os.path.abspath(os.path.expanduser(users)), "fedsim")
 
 
+def use_cache_dir(folder: str) -> None:
+    """Have this process, and those that it starts, prepare data elsewhere."""
+    os.environ["FEDSIM_CACHE_DIR"] = folder
+
+
 def ray_address() -> str | None:
     """A cluster to join without being told on the command line: `RAY_ADDRESS`."""
     return os.environ.get("RAY_ADDRESS") or None

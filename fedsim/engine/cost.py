@@ -21,9 +21,9 @@ from fedsim.core.tree import State
 from fedsim.data.source import Split
 from fedsim.devices import MEBIBYTE
 from fedsim.engine.boundary import Sent, check_outcome, check_state, layout_of
-from fedsim.engine.cohort import check_checkpoints, check_forms, tiers_of
+from fedsim.engine.cohort import check_checkpoints, check_forms, scored_in, tiers_of
 from fedsim.experiment import Experiment, Tier, of_tier
-from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work
+from fedsim.learning.meter import PRETRAIN, Meter, StepCost, Work, forward_flops
 from fedsim.learning.steps import run_client
 from fedsim.learning.task import Task
 
@@ -96,6 +96,8 @@ class Cost:
             "fedavg_upload_bytes": self.fedavg_upload_bytes,
             "communication_saved": self.communication_saved,
             "trainable_saved": self.trainable_saved,
+            "scored_models": sum(len(scored_in(experiment, round)) for round in range(experiment.rounds + 1)),
+            "score_flops_per_example": forward_flops(Task(experiment.task), experiment.target),
             "peak_bytes": max(cost.peak_bytes for cost in self.participants),
             "private_bytes": sum(cost.private_bytes * cost.count for cost in self.participants),
             "participants": participants,

@@ -23,6 +23,7 @@ from fedsim.data.dataset import Split
 from fedsim.data.prepared import Examples
 from fedsim.engine import boundary
 from fedsim.engine.cohort import Member
+from fedsim.engine.inbox import Inbox
 from fedsim.engine.report import ClientReport
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, StepCost
@@ -32,7 +33,6 @@ from fedsim.storage.checkpoint import private_of
 
 
 SMALL_SHARD = 2**18  # bytes
-DISTINCT = 8  # payloads of a call of which copies are held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +50,6 @@ class DeviceMemoryError(RuntimeError):
 
 Done = tuple[ClientUpdate | None, dict[str, Any]]  # an update, and more fields of the report
 Work = Callable[[State, Meter], Asking[Done]]  # with the payload that was received
-
-
-class Inbox:
-    """What the participants that share it have received: a copy of each payload, which is lent to all who were sent it.
-
-    Nobody ever writes into what was sent, nor sees what another one wrote.
-    """
-
-    def __init__(self) -> None:
-        self.call: tuple[str, int] | None = None
-        self.copies: dict[tuple[int, torch.device], tuple[Payload, State]] = {}
-
-    def copy_of(self, payload: Payload, device: torch.device, call: tuple[str, int]) -> State:
-        """A payload on a device. Copies are held as long as the same `call` (method and round) lasts."""
-        if call != self.call:
-            self.copies.clear()
-            self.call = call
-        sent, copy = self.copies.get((id(payload), device), ({}, {}))
-        if sent is payload:
-            return trees.lent(copy)
-        copy = trees.to(trees.clone(payload), device)
-        if len(self.copies) < DISTINCT:
-            self.copies[id(payload), device] = (payload, copy)
-        return trees.lent(copy)
 
 
 class Participant:
@@ -248,7 +224,7 @@ class Participant:
     def _scores(self, model: torch.nn.Module) -> dict[str, Any]:
         dataset = self.task.dataset
         assert dataset is not None
-        test = self.task.score(model, dataset.test)
+        test = self.inbox.once(model, lambda: self.task.score(model, dataset.test))
         validation = self.task.score(model, dataset.train.select(self.member.validation))
         if dataset.kind in PER_TOKEN:
             local = validation.accuracy  # examples carry no label to weight by: the participant's own held-out part

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedsim.core.tree import State, mapped
 from fedsim.learning.context import LocalContext
 from fedsim.learning.objectives import Frozen, Objective, identity
-from fedsim.learning.task import Batch
+from fedsim.learning.task import Batch, Task
+from fedsim.models import Form
 
 
 PRETRAIN = "pretrain"  # the purpose of training that a participant is assumed to have done before it joins
@@ -114,6 +115,17 @@ class StepCost:
         two, three = (step_cost(ctx, objective, parameters, frozen, size) for size in (2, 3))
         per_example = (three[0] - two[0], three[1] - two[1])
         return StepCost((two[0] - 2 * per_example[0], two[1] - 2 * per_example[1]), per_example)
+
+
+def forward_flops(task: Task, form: Form) -> int:
+    """FLOPs of scoring one example with a model of this form, counted as those of a step are."""
+    drawn, example = task.fresh(form, 0), task.example(1)
+    task.skeleton(form)  # what is built once must not be built inside the counting below
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        tree, batch = (mapped(fake.from_tensor, each) for each in (drawn, example))
+        with FlopCounterMode(display=False) as counter:
+            task.forward(form, tree, batch)
+    return counter.get_total_flops()
 
 
 def step_cost(ctx: LocalContext, objective: Objective, parameters: State, frozen: Frozen, size: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from fedsim.models import Form, Inputs, get_family
 
 
 Batch = dict[str, Tensor]
+MOST_SCORED, SCORING_BYTES = 256, 2**28  # examples at once, and bytes of a layer's output for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,9 +252,22 @@ class Task:
         kept = (labels != IGNORED).to(student.dtype)
         return (F.cross_entropy(student, soft, reduction="none") * kept).sum() / kept.sum()
 
+    def _scored_at_once(self, model: nn.Module) -> int:
+        """Goes by sizes alone, not by the memory there is: it decides bits."""
+        inputs = self.inputs
+        if inputs.kind == "image":
+            assert inputs.image_size and inputs.patch_size
+            tokens = (inputs.image_size // inputs.patch_size) ** 2 + 1
+        else:
+            tokens = inputs.max_length or 1
+        widths = [getattr(layer, "out_features", getattr(layer, "nf", 1)) for layer in model.modules()]
+        return max(1, min(MOST_SCORED, SCORING_BYTES // (4 * tokens * max(widths))))
+
     @torch.no_grad()
-    def score(self, model: nn.Module, split: Split, batch_size: int = 256) -> Score:
+    def score(self, model: nn.Module, split: Split, batch_size: int | None = None) -> Score:
         """Loss and counts of right answers on a split; independent of `batch_size` to rounding.
+
+        - `batch_size`: None: 256, or as many as leave each layer's output below `SCORING_BYTES`.
 
         Where tokens are masked, the same ones are, each time, for everyone who scores this split.
 
@@ -266,6 +280,7 @@ class Task:
         entities = EntityCounts() if tags and len(split.labels) else None
         classes = 1 if kind in ("lm", "mlm") else self.inputs.num_classes
         device = next(model.parameters()).device
+        batch_size = batch_size or self._scored_at_once(model)
         loss, correct, count = 0.0, np.zeros(classes, np.int64), np.zeros(classes, np.int64)
         for start in range(0, len(split.labels), batch_size):
             index = torch.arange(start, min(start + batch_size, len(split.labels)))

@@ -188,9 +188,7 @@ def test_no_damage_gives_other_data(kind: str, how: str, request: pytest.Fixture
     assert refused == (rows if how == "flipped" else set())
 
 
-def test_a_flipped_row_stops_a_run_that_drops_participants(
-    texts: DataConfig, cache: Path, tmp_path: Path
-) -> None:
+def test_a_flipped_row_stops_a_run_that_drops_participants(texts: DataConfig, cache: Path, tmp_path: Path) -> None:
     """It is nobody's fault who takes part."""
     from fedsim.runtime.inline import InlineRuntime
     from fedsim.simulation import RunFailed, run

@@ -11,7 +11,8 @@ from torch import nn
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Payload, ServerContext, State
 from fedsim.core.tree import sha256
 from fedsim.engine.cohort import members
-from fedsim.engine.participant import Inbox, Participant
+from fedsim.engine.inbox import Inbox
+from fedsim.engine.participant import Participant
 from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter
 from fedsim.learning.steps import run_alone
