@@ -25,6 +25,7 @@ from fedsim.cli.options import (
     runtime_maker,
 )
 from fedsim.core import interrupts
+from fedsim.core.terminal import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.make_runtime = runtime_maker(options, console)
                 if arguments is None:
                     options.make_runtime = afterwards.enter_context(options.make_runtime.ahead())
+                say(
+                    console,
+                    "importing torch" if options.make_runtime.begun is None else "starting Ray, importing torch",
+                )
             if options.command == "submit_command":
                 interrupts.give_back()  # it ends a job elsewhere, which takes as long as it takes
             module = importlib.import_module(f"fedsim.cli.{options.module}")

@@ -45,12 +45,12 @@ def about_models(module: str) -> bool:
     return module.startswith("fedsim.models.") or ".modeling_" in module
 
 
-def start(name: str) -> None:
+def start(name: str) -> "subprocess.Popen[bytes]":
     """Start the process that is forked; what Ray is to start must have the name in its environment."""
     modules = [*MODULES, *filter(about_models, sys.modules)]
     words, nowhere = [sys.executable, "-P", __file__, name, json.dumps([sys.path, modules])], subprocess.DEVNULL
-    subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
     sys.meta_path.insert(0, Mirror(name))
+    return subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def forget() -> None:
@@ -74,7 +74,9 @@ def connected(name: str) -> socket.socket | None:
 
 def own(connection: socket.socket) -> bool:
     """Whether this user's process is at the other end."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, user, _ = struct.unpack(
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     return user == os.geteuid()
 
 

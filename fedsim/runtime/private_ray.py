@@ -151,7 +151,7 @@ def connect_private(cpus: float, gpus: int | None) -> None:
     _keepers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
     before = environment.variables([keeper.MARK, forks.NAME, *KEPT])
     environment.set_variables({keeper.MARK: mark, forks.NAME: mark, **KEPT})
-    forks.start(mark)
+    _keepers.insert(0, forks.start(mark))  # so that its end is waited for when the keeper has seen to it
     ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # of this process: SIGTERM ends it in order
     worker.print_to_stdstream = lambda *_, **__: None  # what its processes complain of, each for itself
     try:
