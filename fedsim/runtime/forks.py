@@ -7,6 +7,7 @@ unusual one, does as Ray would. It imports nothing of fedsim, and nothing slow b
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ NAME = "FEDSIM_FORKS"  # the variable: what the process that is forked is called
 MODULES = ("fedsim.simulation", "fedsim.runtime.answering")  # not Ray: it reads as it is imported whose worker it is in
 CONTEXT = "--serialized-runtime-env-context="  # Ray's words before those of the worker itself
 LANGUAGE = "--language="
+SECONDS = 30.0  # in which a fork is made, or the worker is started as Ray does it
 
 
 # whoever starts a Ray -------------------------------------------------------------------------------------------------
@@ -37,7 +39,7 @@ class Mirror:
 
     def find_spec(self, module: str, path: Any = None, target: Any = None) -> None:
         if about_models(module) and (connection := connected(self.name)) is not None:
-            with connection:
+            with connection, contextlib.suppress(OSError):  # it has just ended
                 connection.sendall(json.dumps({"module": module}).encode())
 
 
@@ -100,7 +102,9 @@ def serve(name: str, paths: Sequence[str], modules: Sequence[str]) -> NoReturn:
             request = json.loads(connection.makefile("rb").read())
             if "module" in request:
                 imported(request["module"])
-            elif os.fork() == 0:
+                continue
+            gc.freeze()  # to look for garbage among what was imported would copy it
+            if os.fork() == 0:
                 listening.close()
                 connection.sendall(b"\1")
                 connection.close()
@@ -143,7 +147,8 @@ def set_up(words: list[str]) -> NoReturn:
     usual &= not any(value for key, value in context.items() if key != "py_executable")
     connection = connected(os.environ.get(NAME, "")) if usual else None
     if connection is not None:
-        with connection:
+        connection.settimeout(SECONDS)
+        with connection, contextlib.suppress(OSError):
             request = {"words": own_words, "variables": {**os.environ, **variables}, "nice": os.nice(0)}
             connection.sendall(json.dumps(request).encode())
             connection.shutdown(socket.SHUT_WR)

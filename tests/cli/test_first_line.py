@@ -31,9 +31,3 @@ def test_the_first_line_comes_before_torch_is_imported(
     program = [sys.executable, "-c", PROGRAM, *words, "--runtime", runtime, "--out", str(tmp_path)]
     said = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
     assert said == f"{line}\ntorch is imported\n"
-
-
-@pytest.mark.parametrize("words", [["sweep", "--list"], ["report", "--help"]])
-def test_commands_that_start_nothing_say_nothing_of_it(words: list[str]) -> None:
-    said = subprocess.run([sys.executable, "-m", "fedsim", *words], cwd=ROOT, capture_output=True, text=True).stdout
-    assert said and "importing" not in said

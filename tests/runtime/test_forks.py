@@ -104,7 +104,8 @@ if __name__ == "__main__":
     (server,) = [p for p in psutil.Process().children() if any(word.endswith("forks.py") for word in p.cmdline())]
     server.kill()
     server.wait()
-    third = ray.get(asked.remote())
+    others = (ray.get(asked.remote()) for _ in range(20))  # the first may have been forked before
+    third = next(found for found in others if not found[1])
     private_ray.end_private()
     left = [type(finder).__name__ for finder in sys.meta_path if isinstance(finder, forks.Mirror)]
     print(first[:5] == second[:5], first[:3], third[:3], first[3:5] == third[3:5], first[5] != second[5], left)
