@@ -79,6 +79,7 @@ def run(
         store.check_numerics(numerics, resume_anywhere)
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
         too_small(experiment, cost_of(experiment, counted))
+    progress.preparing("placing participants, counting what a step costs")
     _start(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted)
     cost = cost_of(experiment, counted)  # hosts come up meanwhile
     tiers_left_out = too_small(experiment, cost)

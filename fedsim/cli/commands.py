@@ -31,10 +31,12 @@ from fedsim.sweeps.tensorboard import Boards
 
 
 def run_command(options: argparse.Namespace, console: Console) -> int:
+    options.doing(f"loading {options.target} and its models")
     experiments = [with_settings(experiment, options.settings) for experiment in load_experiments(options.target)]
     out = place(Path("results", options.target.partition(":")[2]) if options.out is None else options.out)
     data_dir, typed = environment.data_dir(), ["fedsim", *options.words]
     overview = Boards(overview_for(console), out) if options.tensorboard else None
+    options.doing("preparing data")
     check_data(experiments, data_dir)
     with locked(out, functools.partial(say, console)) as out:
         check_folder(out, experiments, options.resume)

@@ -36,6 +36,8 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
         return list_suites(suites_of(SUITES))
     if options.jobs < 1:
         raise ValueError(f"--jobs={options.jobs}: must be at least 1")
+    if not options.dry_run:
+        options.doing("loading experiments and their models")
     wanted = wanted_of(options)
     out, data_dir = (
         place(Path("results", "+".join(wanted)) if options.out is None else options.out),
@@ -50,6 +52,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
     if options.tensorboard:
         check_tensorboard()
     check_reference(options.reference, [each for experiments in wanted.values() for each in experiments], out)
+    options.doing("preparing data")
     for experiments in wanted.values():
         check_fair(experiments, data_dir)
     check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)

@@ -5,6 +5,7 @@ Importing torch and what is built on it takes seconds: it waits until the words 
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import sys
@@ -25,6 +26,8 @@ from fedsim.cli.options import (
     runtime_maker,
 )
 from fedsim.core import interrupts
+from fedsim.core.terminal import say
+from fedsim.runtime import silent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     options = parser().parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
+    options.doing = functools.partial(say, console) if arguments is None else silent  # told what takes long beforehand
 
     with contextlib.ExitStack() as afterwards:  # a Ray that nobody wants is ended when it has been said why
 
@@ -46,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.make_runtime = runtime_maker(options, console)
                 if arguments is None:
                     options.make_runtime = afterwards.enter_context(options.make_runtime.ahead())
+                options.doing(
+                    "importing torch" if options.make_runtime.begun is None else "starting Ray, importing torch"
+                )
             if options.command == "submit_command":
                 interrupts.give_back()  # it ends a job elsewhere, which takes as long as it takes
             module = importlib.import_module(f"fedsim.cli.{options.module}")

@@ -1,4 +1,4 @@
-"""The one place where environment variables are read, or set."""
+"""The one place where environment variables are read, or set (`fedsim.runtime.forks` hands them on, whole)."""
 
 import math
 import os

@@ -8,6 +8,9 @@ from fedsim.experiment import Experiment
 class ProgressListener:
     """Hears everything and says nothing; displays derive from it."""
 
+    def preparing(self, what: str) -> None:
+        """What is done before the run begins."""
+
     def begin(self, experiment: Experiment, first: int) -> None:
         """A run begins with round `first` (0, or later when it is resumed)."""
 

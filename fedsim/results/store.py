@@ -15,9 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 
 from fedsim.core.numerics import NATIVE
@@ -30,6 +29,10 @@ from fedsim.results.records import Row
 from fedsim.storage.checkpoint import check_states
 from fedsim.storage.locking import Lock, check_held, lock_of
 from fedsim.storage.place import Place, delete, move, sent, size_of, write_atomically
+
+
+if TYPE_CHECKING:  # importing it takes long, and hosts make no frames
+    import pandas as pd
 
 
 TOKENIZER = "tokenizer"  # the folder's name
@@ -283,7 +286,7 @@ def config_of(directory: Place, run_id: str) -> str | None:
     return row["config"] if row else (RunStore(directory, run_id, "")._manifest() or {}).get("config")
 
 
-def runs_in(directory: Place) -> pd.DataFrame:
+def runs_in(directory: Place) -> "pd.DataFrame":
     """The `runs` table of a folder. **Raises:** `ValueError` if the folder holds no results."""
     return results.read_table(directory, "runs")
 

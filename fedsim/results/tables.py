@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,6 +26,10 @@ from fedsim.core.sealed import UNSEALED, Damaged, check_sealed, sealed
 from fedsim.results import manifest as manifests
 from fedsim.results.columns import DEPLOYED, SCHEMA_KEY, SCHEMA_VERSION, SCHEMAS, TABLES
 from fedsim.storage.place import AT_ONCE, Place, Remote, place, write_atomically
+
+
+if TYPE_CHECKING:  # importing it takes long, and hosts make no frames
+    import pandas as pd
 
 
 VOUCHED = ("rounds", "clients")  # tables whose rows a run's manifest vouches for
@@ -41,31 +44,33 @@ class Results:
     """
 
     directories: tuple[Place, ...]
-    runs: pd.DataFrame
-    rounds: pd.DataFrame
+    runs: "pd.DataFrame"
+    rounds: "pd.DataFrame"
 
     @functools.cached_property
-    def clients(self) -> pd.DataFrame:
+    def clients(self) -> "pd.DataFrame":
         """One row a participant and round."""
         return _joined("clients", self.directories)
 
     @functools.cached_property
-    def profile(self) -> pd.DataFrame:
+    def profile(self) -> "pd.DataFrame":
         """One row a place and round: where its time went. Empty unless a run was asked for it."""
         return _joined("profile", self.directories)
 
     @functools.cached_property
-    def deployed(self) -> pd.DataFrame:
+    def deployed(self) -> "pd.DataFrame":
         """One row a run and participant: `DEPLOYED`, of the last round in which it was scored. Reads no more."""
         return self._last_rows[0]
 
     @functools.cached_property
-    def small_models(self) -> pd.DataFrame:
+    def small_models(self) -> "pd.DataFrame":
         """One row a run and participant that trained a small model of its own: `run_id`, `client`, `small_sha256`."""
         return self._last_rows[1]
 
     @functools.cached_property
-    def _last_rows(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _last_rows(self) -> "tuple[pd.DataFrame, pd.DataFrame]":
+        import pandas as pd
+
         parts = [_last_rows(directory) for directory in self.directories]
         deployed, small = zip(*parts, strict=True)
         return pd.concat(deployed, ignore_index=True), pd.concat(small, ignore_index=True)
@@ -149,7 +154,7 @@ def arrow_of_run(directory: Place, table: str, run_id: str, last: int) -> pa.Tab
     return part.filter(pa.array(part["round"].to_numpy() <= last))
 
 
-def read_table(directory: Place, table: str) -> pd.DataFrame:
+def read_table(directory: Place, table: str) -> "pd.DataFrame":
     """All rows of one table, ordered by run id. Empty if only the other tables have rows yet.
 
     Raises `ValueError` for a folder without any results, a file that cannot be read, or one of a newer schema.
@@ -160,13 +165,15 @@ def read_table(directory: Place, table: str) -> pd.DataFrame:
     return pa.concat_tables([TABLES[table].empty_table(), *parts]).to_pandas()
 
 
-def read_run(directory: Place, table: str, run_id: str) -> pd.DataFrame:
+def read_run(directory: Place, table: str, run_id: str) -> "pd.DataFrame":
     """One run's rows of one table; empty if it has none yet."""
     return _read(place(directory), table, run_id).to_pandas()
 
 
-def rows_of(frame: pd.DataFrame, table: str) -> list[dict[str, Any]]:
+def rows_of(frame: "pd.DataFrame", table: str) -> list[dict[str, Any]]:
     """A frame of a table as rows that `write_table` takes back: nulls as None, whole numbers as int."""
+    import pandas as pd
+
     whole = {field.name for field in SCHEMAS[table] if field.type == pa.int64()}
     columns = {
         name: [None if pd.isna(value) else int(value) if name in whole else value for value in frame[name]]
@@ -189,17 +196,19 @@ def load(*directories: Place | str) -> Results:
     return Results(folders, runs, rounds)
 
 
-def _repeated(rounds: pd.DataFrame) -> pd.Series:
+def _repeated(rounds: "pd.DataFrame") -> "pd.Series":
     """Which rows are of a run and a round that another row is of, too."""
     return rounds.duplicated(["run_id", "round"])
 
 
-def _joined(table: str, directories: Sequence[Place]) -> pd.DataFrame:
+def _joined(table: str, directories: Sequence[Place]) -> "pd.DataFrame":
+    import pandas as pd
+
     parts = [read_table(directory, table) for directory in directories]
     return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
 
-def _last_rows(directory: Place) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _last_rows(directory: Place) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """`deployed` and `small_models` in one pass over the files of `clients`, a few columns of each."""
     hashed = ("run_id", "client", "small_sha256")
     scored, trained = (

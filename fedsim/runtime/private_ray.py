@@ -6,6 +6,7 @@ imported where it is used, beside what the others import.
 
 import atexit
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -16,12 +17,13 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 
 from fedsim.core import environment, interrupts
 from fedsim.core.limits import address_space, limits, memory_bytes
-from fedsim.runtime import keeper
+from fedsim.runtime import forks, keeper
 from fedsim.runtime.ray_token import keep_token
 
 
@@ -113,6 +115,31 @@ def on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A Ray that is started here is for one machine and nobody looks at it: it starts no dashboard, and nothing that
+    scales, exports metrics or gathers logs; and its workers are forked (`forks`)."""
+    from ray._private import node, parameter, utils
+
+    def no_server(self: Any, **_: Any) -> None:
+        self._webui_url = ""
+
+    settings: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False, "setup_worker_path": forks.__file__}
+    changes: list[tuple[Any, str, Any]] = [
+        (parameter, "RayParams", functools.partial(parameter.RayParams, **settings)),
+        (node.Node, "start_api_server", no_server),
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("is not asked for")),
+    ]
+    before = [(where, name, getattr(where, name)) for where, name, _ in changes]
+    for where, name, value in changes:
+        setattr(where, name, value)
+    try:
+        yield
+    finally:
+        for where, name, value in before:
+            setattr(where, name, value)
+
+
 def connect_private(cpus: float, gpus: int | None) -> None:
     """Start a Ray, for this machine alone, and connect this process to it."""
     import ray
@@ -122,12 +149,13 @@ def connect_private(cpus: float, gpus: int | None) -> None:
     mark, limit, room = uuid.uuid4().hex, environment.liveness_seconds(), address_space()
     command = [sys.executable, "-P", keeper.__file__, mark]
     _keepers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
-    before = environment.variables([keeper.MARK, *KEPT])
-    environment.set_variables({keeper.MARK: mark, **KEPT})
+    before = environment.variables([keeper.MARK, forks.NAME, *KEPT])
+    environment.set_variables({keeper.MARK: mark, forks.NAME: mark, **KEPT})
+    _keepers.insert(0, forks.start(mark))  # so that its end is waited for when the keeper has seen to it
     ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # of this process: SIGTERM ends it in order
     worker.print_to_stdstream = lambda *_, **__: None  # what its processes complain of, each for itself
     try:
-        with on_loopback():
+        with on_loopback(), alone():
             ray.init(
                 address="local",
                 num_cpus=max(1, math.ceil(cpus)),
@@ -142,6 +170,7 @@ def connect_private(cpus: float, gpus: int | None) -> None:
                     "health_check_period_ms": round(limit / 12 * 1000),
                     "health_check_timeout_ms": round(limit / 6 * 1000),
                     "health_check_failure_threshold": 4,
+                    "prestart_worker_first_driver": False,
                 },
             )
         _raylets.extend(child for child in psutil.Process().children() if child.name() == "raylet")
@@ -181,6 +210,7 @@ def raylet_died() -> bool:
 def _end_all() -> None:
     """Have the keeper end what is left, and wait until it has."""
     _raylets.clear()
+    forks.forget()
     while _keepers:
         _keepers.pop().communicate()
 

@@ -201,6 +201,9 @@ class Sender(ProgressListener):
     def __init__(self, connection: Connection) -> None:
         self.connection, self.next = connection, 0.0
 
+    def preparing(self, what: str) -> None:
+        self.send("tell", "preparing", what)
+
     def begin(self, experiment: Experiment, first: int) -> None:
         self.send("begin", first)  # the other process has the experiment
 

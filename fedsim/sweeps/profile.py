@@ -1,16 +1,21 @@
 """Where the time of rounds went, in words: the table that `--profile` prints."""
 
-import pandas as pd
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from fedsim.core.terminal import shown
 
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+
 PHASES = ("broadcast", "compute", "sum", "write", "idle")
 
 
-def print_profile(profile: pd.DataFrame, console: Console) -> None:
+def print_profile(profile: "pd.DataFrame", console: Console) -> None:
     """Seconds of a federated round at every place, on average, for each algorithm; round 0 has a line of its own.
 
     - `profile`: the table of that name (`fedsim.results.columns`).

@@ -121,6 +121,9 @@ class RunLines(ProgressListener):
     def __init__(self, console: Console, label: str) -> None:
         self.console, self.label = console, label
 
+    def preparing(self, what: str) -> None:
+        self._print(what)
+
     def begin(self, experiment: Experiment, first: int) -> None:
         self.rounds, self.clock = experiment.rounds, Clock(first, experiment.rounds)
         self._print(f"{experiment.rounds} rounds{f' (resumed at round {first})' if first else ''}")
@@ -208,6 +211,9 @@ class TableRow(ProgressListener):
         self.console, self.label, self.rounds, self.status = console, label, rounds, status
         self.round, self.now, self.accuracy, self.sent, self.left = "", "", "", "", ""
         self.done, self.changed = 0, 0.0
+
+    def preparing(self, what: str) -> None:
+        self.now = what
 
     def begin(self, experiment: Experiment, first: int) -> None:
         self.clock, self.done = Clock(first, experiment.rounds), max(0, first - 1)

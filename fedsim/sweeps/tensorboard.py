@@ -76,6 +76,9 @@ class Board(ProgressListener):
         self.inner, self.folder = inner, folder
         self.writer: Any = None
 
+    def preparing(self, what: str) -> None:
+        self.inner.preparing(what)
+
     def begin(self, experiment: Experiment, first: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # only here: importing it takes a second
 

@@ -201,7 +201,8 @@ def test_python_m_fedsim_is_the_command_and_says_why_before_it_ends_its_ray() ->
         assert process.stdout is not None and process.stderr is not None
         assert process.stderr.readline() == "error: --set roundz: no such field; did you mean rounds?\n"
         assert process.poll() is None, "there is a Ray to be ended yet"
-        assert (process.stdout.read(), process.stderr.read(), process.wait()) == ("", "", 2)
+        said = f"starting Ray, importing torch\nloading {TINY} and its models\n"
+        assert (process.stdout.read(), process.stderr.read(), process.wait()) == (said, "", 2)
 
 
 def test_clean_frees_checkpoints_of_finished_runs_and_keeps_the_tables(
