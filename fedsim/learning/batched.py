@@ -27,7 +27,8 @@ from fedsim.core.tree import Tree, clone, flat, mapped, nested, ordered
 from fedsim.learning.context import LocalContext
 from fedsim.learning.meter import autocast, shapes_of
 from fedsim.learning.objectives import identity
-from fedsim.learning.task import Batch, masked_attention
+from fedsim.learning.skeleton import masked_attention
+from fedsim.learning.task import Batch
 from fedsim.learning.training import LocalSteps, StepPart, Trained, Training, make_optimizer, train
 
 

@@ -3,10 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -26,6 +23,7 @@ from fedsim.data.vision import floats
 from fedsim.learning.augmentation import Augmentation, augmented
 from fedsim.learning.entities import EntityCounts, EntityTags
 from fedsim.learning.masking import masked
+from fedsim.learning.skeleton import dropping, skeleton
 from fedsim.models import Form, Inputs, get_family
 
 
@@ -165,7 +163,7 @@ class Task:
 
     def skeleton(self, form: Form) -> nn.Module:
         """A module to run trees in with `functional_call`. Shared by the whole process: never change it."""
-        return _skeleton(self.config.family, form, self.inputs, MASKED.get(), self.config.dropout * DROPPING.get())
+        return skeleton(self.config.family, form, self.inputs, self.config.dropout)
 
     def fresh(self, form: Form, seed: int) -> Tree:
         """Randomly initialised parameters, as the Hugging Face class draws them."""
@@ -187,7 +185,7 @@ class Task:
 
     def dropping(self, seed: int) -> contextlib.AbstractContextManager[None]:
         """Inside, models drop out as the config says, by draws of this seed; elsewhere they never do."""
-        return _dropping(seed) if self.config.dropout else contextlib.nullcontext()
+        return dropping(seed) if self.config.dropout else contextlib.nullcontext()
 
     # data -----------------------------------------------------------------------------------------------------------
 
@@ -312,43 +310,3 @@ def subset(split: Split, index: np.ndarray) -> Split:
     inputs = {name: tensor[chosen] for name, tensor in split.inputs.items()}
     groups = None if split.groups is None else split.groups[chosen]
     return Split(inputs, split.labels[chosen], groups)
-
-
-# Whether models take their mask as it is instead of looking at it, as `torch.func.vmap` needs.
-MASKED: ContextVar[bool] = ContextVar("MASKED", default=False)
-
-
-@contextlib.contextmanager
-def masked_attention() -> Iterator[None]:
-    """Inside, no model of a task looks at its attention mask to do without it: the same to rounding."""
-    before = MASKED.set(True)
-    try:
-        yield
-    finally:
-        MASKED.reset(before)
-
-
-# Whether models drop out.
-DROPPING: ContextVar[bool] = ContextVar("DROPPING", default=False)
-
-
-@contextlib.contextmanager
-def _dropping(seed: int) -> Iterator[None]:
-    before = DROPPING.set(True)
-    try:
-        with torch_seeded(seed):
-            yield
-    finally:
-        DROPPING.reset(before)
-
-
-@functools.lru_cache(maxsize=32)
-def _skeleton(family_name: str, form: Form, inputs: Inputs, masked: bool, dropout: float) -> nn.Module:
-    family = get_family(family_name)
-    with torch_seeded(0):  # the values are never used, but drawing them must not move the caller's stream
-        module: Any = family.with_dropout(form, inputs, dropout) if dropout else family.build(form, inputs).eval()
-    if masked and getattr(module, "_supports_sdpa", False):  # Hugging Face's, and without attention of its own
-        from fedsim.models.attention import always_masked
-
-        module.set_attn_implementation(always_masked())
-    return module.requires_grad_(False)

@@ -133,7 +133,7 @@ def pillow(image: Tensor, function: Callable[[Image.Image], Image.Image]) -> Ten
         (sharpness, 1.0, lambda image: ImageEnhance.Sharpness(image).enhance(1.9), 2),
         (sharpness, -1.0, lambda image: ImageEnhance.Sharpness(image).enhance(0.1), 1),
         (posterize, 0.5, lambda image: ImageOps.posterize(image, 6), 0),
-        (solarize, 0.5, lambda image: ImageOps.solarize(image, 127.5), 0),
+        (solarize, 0.5, lambda image: ImageOps.solarize(image, 128), 0),
         (autocontrast, 1.0, ImageOps.autocontrast, 1),
         (equalize, 1.0, ImageOps.equalize, 0),
     ],

@@ -42,6 +42,10 @@ def changed(ctx: ClientContext, **fields: Any) -> ClientContext:
     return dataclasses.replace(ctx, task=task, meter=Meter({}))
 
 
+def training(objective: Any, start: Tree, settings: dict[str, Any], **changes: Any) -> Training:
+    return Training(objective, start, **{**settings, **changes})
+
+
 def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
@@ -85,8 +89,8 @@ def test_batches_that_add_up_are_one_batch(ctx: ClientContext, settings: dict[st
     """60 examples, in steps of 16 at once or of four batches of 4; the last step has 12, or three."""
     start = ctx.task.fresh(FORM, 0)
     asked = SGD | settings | {"epochs": 2}
-    whole = train(ctx, Training(loss_in(ctx), start, **asked | {"batch_size": 16}))
-    parts = train(ctx, Training(loss_in(ctx), start, **asked | {"batch_size": 4}, accumulate=4))
+    whole = train(ctx, training(loss_in(ctx), start, asked, batch_size=16))
+    parts = train(ctx, training(loss_in(ctx), start, asked, batch_size=4, accumulate=4))
     assert whole.steps == parts.steps == 8
     assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
     assert apart(whole.parameters, parts.parameters) < 1e-6 < 1e-3 < apart(whole.parameters, start)
@@ -95,7 +99,7 @@ def test_batches_that_add_up_are_one_batch(ctx: ClientContext, settings: dict[st
 def test_a_step_is_the_mean_over_its_examples_by_hand(ctx: ClientContext) -> None:
     """The slope is 1 for batches of 25 examples and 4 for the one of 10: steps of 25 + 25 and of 10."""
     slope = objective_of(lambda tree, batch: tree["a"].sum() * (1.0 if len(batch["labels"]) > 10 else 4.0))
-    asked = Training(slope, {"a": torch.zeros(1)}, **SGD | {"lr": 1.0, "batch_size": 25}, accumulate=2)
+    asked = training(slope, {"a": torch.zeros(1)}, SGD, lr=1.0, batch_size=25, accumulate=2)
     found = train(ctx, asked)
     assert (found.steps, float(found.parameters["a"])) == (2, pytest.approx(-(1 + 4)))
     three = train(ctx, dataclasses.replace(asked, accumulate=3))  # one step, on 25 + 25 + 10
@@ -105,7 +109,7 @@ def test_a_step_is_the_mean_over_its_examples_by_hand(ctx: ClientContext) -> Non
 def test_schedules_run_over_steps(ctx: ClientContext) -> None:
     """Eight batches of 8 (the last of 4) in four steps along a slope of 1."""
     slope, start = objective_of(lambda tree, batch: tree["a"].sum()), {"a": torch.zeros(1)}
-    found = train(ctx, Training(slope, start, **SGD | {"lr": 1.0}, schedule="linear", accumulate=2))
+    found = train(ctx, training(slope, start, SGD, lr=1.0, schedule="linear", accumulate=2))
     assert (found.steps, float(found.parameters["a"])) == (4, pytest.approx(-(1 + 3 / 4 + 2 / 4 + 1 / 4)))
 
 
@@ -121,7 +125,7 @@ def test_a_step_draws_one_objective(ctx: ClientContext) -> None:
         return objective_of(asked)
 
     objectives = (note(0), note(1))
-    train(ctx, Training(objectives, {"a": torch.zeros(1)}, **SETTINGS | {"epochs": 8}, accumulate=4))
+    train(ctx, training(objectives, {"a": torch.zeros(1)}, SETTINGS, epochs=8, accumulate=4))
     steps = [seen[at : at + 4] for at in range(0, len(seen), 4)]
     assert len(steps) == 16 and all(len(set(step)) == 1 for step in steps)
     assert {step[0] for step in steps} == {0, 1}
@@ -139,8 +143,8 @@ def test_what_fills_no_batch_is_left_out(
 ) -> None:
     """Of 60 examples; a shard smaller than a batch is one, for nobody is to train nothing and not be told."""
     ctx = dataclasses.replace(ctx, meter=Meter({}))
-    settings = SETTINGS | {"batch_size": batch_size, "epochs": 2}
-    found = train(ctx, Training(Square("a"), {"a": torch.ones(1)}, **settings, drop_last=True, accumulate=accumulate))
+    settings = {"batch_size": batch_size, "accumulate": accumulate, "drop_last": True}
+    found = train(ctx, training(Square("a"), {"a": torch.ones(1)}, SETTINGS, epochs=2, **settings))
     (work,) = ctx.meter.work
     assert (found.steps, work.steps, work.examples) == (2 * steps, 2 * steps, 2 * examples)
     assert math.isfinite(found.loss)
@@ -154,8 +158,7 @@ def test_other_examples_are_left_out_in_each_epoch(ctx: ClientContext) -> None:
             seen.append(batch["pixel_values"].sum((1, 2, 3)))
         return tree["a"].sum()
 
-    settings = SETTINGS | {"batch_size": 8, "epochs": 2}
-    train(ctx, Training(objective_of(loss), {"a": torch.ones(1)}, **settings, drop_last=True))
+    train(ctx, training(objective_of(loss), {"a": torch.ones(1)}, SETTINGS, epochs=2, drop_last=True))
     assert [len(batch) for batch in seen] == 14 * [8]
     first, second = torch.cat(seen[:7]), torch.cat(seen[7:])
     assert set(first.tolist()) != set(second.tolist())
@@ -276,7 +279,7 @@ def test_every_pass_drops_others(ctx: ClientContext) -> None:
         return (tree["a"] * kept.mean()).sum()
 
     dropped = changed(ctx, dropout=0.5)
-    train(dropped, Training(objective_of(loss), {"a": torch.ones(1)}, **SETTINGS, accumulate=4))
+    train(dropped, training(objective_of(loss), {"a": torch.ones(1)}, SETTINGS, accumulate=4))
     assert len(torch.stack(seen).unique(dim=0)) == 8
 
 

@@ -7,11 +7,12 @@ import ray
 
 import fedsim
 from fedsim.experiment import Experiment
+from fedsim.learning.augmentation import Augmentation
 from fedsim.results.tables import Results
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.ray_runtime import RayRuntime
 from fedsim.sweeps.runner import run_all
-from tests.support.disturbed import small, without_federation
+from tests.support.disturbed import Disturbed, marks, small, without_federation
 
 
 pytestmark = pytest.mark.ray
@@ -37,6 +38,21 @@ def test_models_of_hugging_face_give_the_same_bits_too(on_hosts, tmp_path):
     here = results_of([experiment], tmp_path / "here", InlineRuntime)
     there = results_of([experiment], tmp_path / "there", on_hosts(2))
     assert sha256s(here) == sha256s(there) and len(sha256s(there)) == 3
+
+
+def test_augmented_images_and_dropout_give_the_same_bits_too_and_after_a_kill(on_hosts, tmp_path):
+    plain = dataclasses.replace(small("vit"), rounds=2)
+    augmentation = Augmentation(crop=(0.3, 1.0), flip=0.5, randaugment=2, erase=0.25, mixup=0.8, cutmix=1.0)
+    task = dataclasses.replace(plain.task, augmentation=augmentation, label_smoothing=0.1, dropout=0.1)
+    schedule = {"schedule": "cosine", "lr_warmup": 0.1, "accumulate": 2, "drop_last": True}
+    experiment = dataclasses.replace(plain, task=task, algorithm=dataclasses.replace(plain.algorithm, **schedule))
+    here = results_of([experiment], tmp_path / "here", InlineRuntime)
+    dying = dataclasses.replace(experiment, algorithm=Disturbed(experiment.algorithm, "die", str(tmp_path)))
+    there = results_of([dying], tmp_path / "there", on_hosts(2))
+    assert all(mark.exists() for mark in marks(tmp_path)), "a host was killed in round 2"
+    assert here.rounds.state_sha256.tolist() == there.rounds.state_sha256.tolist()
+    assert here.rounds.state_sha256.nunique() == 3
+    assert here.rounds.train_loss.tolist() == there.rounds.train_loss.tolist()
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 1])
