@@ -59,10 +59,11 @@ class TaskConfig:
         names = [name for name, _ in self.settings]
         if "" in names or len({*names}) < len(names):
             refuse("task.settings", self.settings, "pairs of a field's name, each named once, and its value")
+        family = get_family(self.family)
         for name in ("label_smoothing", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 refuse(f"task.{name}", getattr(self, name), "at least 0, and below 1")
-        if self.dropout and not get_family(self.family).dropouts:
+        if self.dropout and not family.dropouts:
             refuse("task.dropout", self.dropout, f"0: the family {self.family!r} names no dropout")
         if self.augmentation is not None and self.data.kind != "image":
             refuse("task.augmentation", self.augmentation, f"None for data of kind {self.data.kind!r}: of images alone")

@@ -234,6 +234,15 @@ def test_draws_are_the_generators_alone() -> None:
     assert not torch.equal(one["labels"], other["labels"])
 
 
+def test_images_stay_on_their_device() -> None:
+    """A tensor without storage meets none of the CPU's: such a device is like a GPU."""
+    batch = {"pixel_values": images(16).to("meta"), "labels": torch.zeros(16, dtype=torch.long, device="meta")}
+    for mixing in ({"mixup": 1.0}, {"cutmix": 1.0}):
+        asked = Augmentation(crop=(0.3, 1.0), flip=0.5, randaugment=3, erase=0.5, **mixing)
+        found = augmented(batch, 4, asked, generator(0, "test"))
+        assert {tensor.device.type for tensor in found.values()} == {"meta"}
+
+
 # as part of a task ----------------------------------------------------------------------------------------------------
 
 

@@ -334,6 +334,12 @@ def test_bad_fields_of_the_task_are_named(field: str, value: float) -> None:
         dataclasses.replace(CONFIG, **{field: value})
 
 
+def test_a_family_that_is_not_there_is_refused_with_or_without_dropout() -> None:
+    for dropout in (0.0, 0.1):
+        with pytest.raises(ValueError, match="nowhere"):
+            dataclasses.replace(CONFIG, family="nowhere", dropout=dropout)
+
+
 @pytest.mark.parametrize("field, value", [("accumulate", 0), ("accumulate", 1.5), ("drop_last", 1)])
 def test_bad_fields_of_training_are_named(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"algorithm.{field}={value!r}"):

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 import fedsim
-from fedsim.experiment import Experiment
+from fedsim.experiment import Experiment, with_settings
 from fedsim.learning.augmentation import Augmentation
 from fedsim.results.tables import Results
 from fedsim.runtime.inline import InlineRuntime
@@ -41,15 +41,14 @@ def test_models_of_hugging_face_give_the_same_bits_too(on_hosts, tmp_path):
 
 
 def test_augmented_images_and_dropout_give_the_same_bits_too_and_after_a_kill(on_hosts, tmp_path):
-    plain = dataclasses.replace(small("vit"), rounds=2)
     augmentation = Augmentation(crop=(0.3, 1.0), flip=0.5, randaugment=2, erase=0.25, mixup=0.8, cutmix=1.0)
-    task = dataclasses.replace(plain.task, augmentation=augmentation, label_smoothing=0.1, dropout=0.1)
-    schedule = {"schedule": "cosine", "lr_warmup": 0.1, "accumulate": 2, "drop_last": True}
-    experiment = dataclasses.replace(plain, task=task, algorithm=dataclasses.replace(plain.algorithm, **schedule))
+    words = ["task.label_smoothing=0.1", "task.dropout=0.1", "algorithm.schedule=cosine", "algorithm.lr_warmup=0.1"]
+    plain = with_settings(small("vit"), ["rounds=2", "algorithm.accumulate=2", "algorithm.drop_last=true", *words])
+    experiment = dataclasses.replace(plain, task=dataclasses.replace(plain.task, augmentation=augmentation))
     here = results_of([experiment], tmp_path / "here", InlineRuntime)
-    dying = dataclasses.replace(experiment, algorithm=Disturbed(experiment.algorithm, "die", str(tmp_path)))
+    dying = dataclasses.replace(experiment, algorithm=Disturbed(experiment.algorithm, "die", str(tmp_path), round=1))
     there = results_of([dying], tmp_path / "there", on_hosts(2))
-    assert all(mark.exists() for mark in marks(tmp_path)), "a host was killed in round 2"
+    assert all(mark.exists() for mark in marks(tmp_path)), "a host was killed in round 1"
     assert here.rounds.state_sha256.tolist() == there.rounds.state_sha256.tolist()
     assert here.rounds.state_sha256.nunique() == 3
     assert here.rounds.train_loss.tolist() == there.rounds.train_loss.tolist()
