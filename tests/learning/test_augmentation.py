@@ -1,5 +1,6 @@
 """Augmentation: each part by hand or against Pillow, and that its draws are the generator's alone."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -237,8 +238,8 @@ def test_draws_are_the_generators_alone() -> None:
 def test_images_stay_on_their_device() -> None:
     """A tensor without storage meets none of the CPU's: such a device is like a GPU."""
     batch = {"pixel_values": images(16).to("meta"), "labels": torch.zeros(16, dtype=torch.long, device="meta")}
-    for mixing in ({"mixup": 1.0}, {"cutmix": 1.0}):
-        asked = Augmentation(crop=(0.3, 1.0), flip=0.5, randaugment=3, erase=0.5, **mixing)
+    alone = Augmentation(crop=(0.3, 1.0), flip=0.5, randaugment=3, erase=0.5)
+    for asked in (dataclasses.replace(alone, mixup=1.0), dataclasses.replace(alone, cutmix=1.0)):
         found = augmented(batch, 4, asked, generator(0, "test"))
         assert {tensor.device.type for tensor in found.values()} == {"meta"}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from baselines.fedavg import FedAvg
 from fedsim.algorithm import ClientContext
 from fedsim.core.canonical import canonical, revived
-from fedsim.core.tree import Tree, sha256
+from fedsim.core.tree import Tree, flat, sha256
 from fedsim.data.config import digits
 from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment, Tier
@@ -22,10 +22,11 @@ from fedsim.learning.batched import Tally
 from fedsim.learning.meter import Meter
 from fedsim.learning.objectives import TaskLoss
 from fedsim.learning.steps import Asking, run_batched
-from fedsim.learning.task import Batch, Task, TaskConfig
+from fedsim.learning.task import Batch, Task, TaskConfig, load_task
 from fedsim.learning.training import Trained, Training, train
 from fedsim.models import get_family
 from tests.support.clients import client_update, local_train, objective_of
+from tests.support.contract import METHODS
 from tests.support.family_rows import ROWS
 from tests.support.one_participant import CONFIG, FORM, SETTINGS, Square, loss_in
 from tests.support.small_federation import Federation
@@ -321,6 +322,22 @@ def test_clients_trained_together_take_the_same_batches(
         assert apart(decided, trained.parameters) < 1e-4
     assert isinstance(found[0], Trained) and isinstance(found[1], Trained)
     assert sha256(found[0].parameters) != sha256(found[1].parameters)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_with_all_of_it(name: str, uncounted: None) -> None:
+    """Losses read shares of classes instead of labels; sub-models, exits and adapters drop out; twice the same bits."""
+    config = TaskConfig(digits(limit=36), patch_size=4, augmentation=RECIPE, label_smoothing=0.1, dropout=0.1)
+    task, hashes = load_task(config, None), []
+    for _ in range(2):
+        algorithm: Any = dataclasses.replace(METHODS[name].algorithm, accumulate=2, drop_last=True)  # type: ignore[type-var]
+        federation = Federation(algorithm, task=task)
+        found = [each for round in (1, 2) for each in federation.run(round)]
+        assert all(bool(tensor.isfinite().all()) for each in found for tensor in flat(each.tree).values())
+        works = [work for meter in federation.work.values() for work in meter.work]
+        assert works and all(math.isfinite(work.loss) for work in works if work.steps)
+        hashes.append([sha256(each.tree) for each in found] + [work.loss for work in works])
+    assert hashes[0] == hashes[1]
 
 
 # fields ---------------------------------------------------------------------------------------------------------------
