@@ -248,6 +248,8 @@ class LocalTraining(Algorithm):
     - `optimizer`: "adamw" or "sgd", made anew in every round. - `momentum`, `nesterov`: of SGD.
     - `schedule`: of the learning rate over a round's steps: "constant", or to 0 along a "cosine" or "linear".
     - `lr_warmup`: the share of a round's steps over which the learning rate first rises.
+    - `accumulate`: batches a step. - `drop_last`: leave out the examples that fill no batch at the end of an epoch; a
+      shard smaller than a batch stays one.
     """
 
     lr: float = 5e-4
@@ -260,6 +262,8 @@ class LocalTraining(Algorithm):
     nesterov: bool = dataclasses.field(default=False, metadata=LATER, kw_only=True)
     schedule: ScheduleName = dataclasses.field(default="constant", metadata=LATER, kw_only=True)
     lr_warmup: float = dataclasses.field(default=0.0, metadata=LATER, kw_only=True)
+    accumulate: int = dataclasses.field(default=1, metadata=LATER, kw_only=True)
+    drop_last: bool = dataclasses.field(default=False, metadata=LATER, kw_only=True)
 
     def __post_init__(self) -> None:
         check_types(self, "algorithm")

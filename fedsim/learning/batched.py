@@ -7,7 +7,8 @@
 Trainings are compatible if they have one objective each, and the same (`fedsim.learning.objectives.identity`), tensors
 of equal shapes and types, and the same settings; data, purpose and epochs may differ. Shards differ in size, so each
 client has its own sequence of steps: a pass takes those whose next batches are of one size. A training by itself gives
-the same bits as outside; trainings in a batch agree with that to rounding.
+the same bits as outside; trainings in a batch agree with that to rounding. Trainings that accumulate batches, or whose
+models drop out, are computed by themselves.
 
 Letters: K clients in all, k in a pass, P parameters of one.
 """
@@ -26,8 +27,9 @@ from fedsim.core.tree import Tree, clone, flat, mapped, nested, ordered
 from fedsim.learning.context import LocalContext
 from fedsim.learning.meter import autocast, shapes_of
 from fedsim.learning.objectives import identity
-from fedsim.learning.task import Batch, masked_attention
-from fedsim.learning.training import LocalSteps, Step, Trained, Training, make_optimizer, train
+from fedsim.learning.skeleton import masked_attention
+from fedsim.learning.task import Batch
+from fedsim.learning.training import LocalSteps, StepPart, Trained, Training, make_optimizer, train
 
 
 Request = tuple[LocalContext, Training]
@@ -69,6 +71,8 @@ def _key(request: Request) -> Hashable:
     tensors = flat(asked.start)
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
     if len(asked.objectives) != 1 or len(kinds) != 1 or not asked.epochs * len(ctx.train.labels) or ctx.meter.timing:
+        return None
+    if asked.accumulate > 1 or ctx.task.config.dropout:
         return None
     rates = tuple(asked.rate(name) for name in sorted(tensors))
     ours = {"objective", "start", "frozen", "lr", "lr_of", "purpose", "epochs"}
@@ -146,9 +150,9 @@ class _Batch:
 
     def trained(self) -> list[Trained | FloatingPointError]:
         """What each training returns or raises, in the order given; its accounts are noted."""
-        rest = [local.steps() for local in self.locals]
+        rest = [local.parts() for local in self.locals]
         errors: dict[int, FloatingPointError] = {}
-        upcoming: dict[int, Step] = {}
+        upcoming: dict[int, StepPart] = {}
         moving: Sequence[int] = range(len(rest))
         while True:
             for member in moving:
@@ -171,7 +175,7 @@ class _Batch:
             results[at] = errors.get(member) or self.locals[member].end(parameters)
         return [results[at] for at in range(len(results))]
 
-    def _step(self, active: Sequence[int], steps: Sequence[Step]) -> list[float]:
+    def _step(self, active: Sequence[int], steps: Sequence[StepPart]) -> list[float]:
         """One step of some clients on batches of one size. **Returns:** their losses."""
         losses_k, gradients_kP = self._pass(active, [step.batch for step in steps])
         if self.first.clip is not None:

@@ -24,9 +24,11 @@ class Work:
     """What one training did, or would do with data.
 
     - `trainable`: scalars with a gradient. - `flops`: forward and backward. - `loss`: mean over the last epoch.
-    - `flops_per_step`: of one full batch. - `activation_bytes`: saved for the backward pass of one full batch.
-    - `epochs`, `batch_size`: as asked for, whether or not there were data. - `seconds_per_step`: of one full batch;
-      None unless the meter times. - `moments`: numbers that the optimizer keeps of each scalar. - `objective`: names.
+    - `examples`, `steps`: seen, and taken by the optimizer, in all epochs. - `flops_per_step`: of one on full batches.
+    - `activation_bytes`: saved for the backward pass of one full batch.
+    - `epochs`, `batch_size`, `accumulate`, `drop_last`: as asked for, whether or not there were data.
+    - `seconds_per_step`: of one full batch, with an optimizer's step; None unless the meter times.
+    - `moments`: numbers that the optimizer keeps of each scalar. - `objective`: names.
     """
 
     purpose: str
@@ -39,6 +41,8 @@ class Work:
     loss: float
     epochs: int
     batch_size: int
+    accumulate: int = 1
+    drop_last: bool = False
     seconds_per_step: float | None = None
     moments: int = 2
     objective: str = ""
@@ -109,10 +113,11 @@ class StepCost:
     @staticmethod
     def measured(ctx: LocalContext, objective: Objective, parameters: State, frozen: Frozen) -> "StepCost":
         """Both parts are straight lines in the batch size, so two sizes tell them."""
-        with torch.no_grad():  # what is built once (a skeleton) must not be built inside the counting below
-            example = {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(1).items()}
-            objective(parameters, frozen, example)
-        two, three = (step_cost(ctx, objective, parameters, frozen, size) for size in (2, 3))
+        with ctx.task.dropping(0):
+            with torch.no_grad():  # what is built once (a skeleton) must not be built inside the counting below
+                example = {name: tensor.to(ctx.device) for name, tensor in ctx.task.example(1).items()}
+                objective(parameters, frozen, example)
+            two, three = (step_cost(ctx, objective, parameters, frozen, size) for size in (2, 3))
         per_example = (three[0] - two[0], three[1] - two[1])
         return StepCost((two[0] - 2 * per_example[0], two[1] - 2 * per_example[1]), per_example)
 

@@ -3,10 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +20,10 @@ from fedsim.data.config import PER_TOKEN
 from fedsim.data.source import DataConfig, Dataset, Split, load
 from fedsim.data.text import IGNORED
 from fedsim.data.vision import floats, resized
+from fedsim.learning.augmentation import Augmentation, augmented
 from fedsim.learning.entities import EntityCounts, EntityTags
 from fedsim.learning.masking import masked
+from fedsim.learning.skeleton import dropping, skeleton
 from fedsim.models import Form, Inputs, get_family
 
 
@@ -40,12 +39,20 @@ class TaskConfig:
     - `family`: a file of `fedsim/models`, or the dotted name of a module that declares `FAMILY`.
     - `patch_size`: side of an image patch in pixels (image families).
     - `settings`: fields of the Hugging Face config and their values, over the family's own: `(("rope_theta", 5e5),)`.
+    - `augmentation`: of images that are trained on; None: they are as they are.
+    - `label_smoothing`: the share of a label, in training, that goes to all classes alike.
+    - `dropout`: the probability that every dropout of the family has in training; its config may name several.
+
+    The last three are for training alone: models are scored and deployed without them, and by the plain loss.
     """
 
     data: DataConfig = DataConfig()
     family: str = dataclasses.field(default="vit", metadata={"module": True})
     patch_size: int = 2
     settings: tuple[tuple[str, str | int | float | bool], ...] = ()
+    augmentation: Augmentation | None = dataclasses.field(default=None, metadata={"later": True})
+    label_smoothing: float = dataclasses.field(default=0.0, metadata={"later": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_types(self, "task")
@@ -53,7 +60,14 @@ class TaskConfig:
         names = [name for name, _ in self.settings]
         if "" in names or len({*names}) < len(names):
             refuse("task.settings", self.settings, "pairs of a field's name, each named once, and its value")
-        get_family(self.family)
+        family = get_family(self.family)
+        for name in ("label_smoothing", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                refuse(f"task.{name}", getattr(self, name), "at least 0, and below 1")
+        if self.dropout and not family.dropouts:
+            refuse("task.dropout", self.dropout, f"0: the family {self.family!r} names no dropout")
+        if self.augmentation is not None and self.data.kind != "image":
+            refuse("task.augmentation", self.augmentation, f"None for data of kind {self.data.kind!r}: of images alone")
 
     @property
     def inputs(self) -> Inputs:
@@ -151,7 +165,7 @@ class Task:
 
     def skeleton(self, form: Form) -> nn.Module:
         """A module to run trees in with `functional_call`. Shared by the whole process: never change it."""
-        return _skeleton(self.config.family, form, self.inputs, MASKED.get())
+        return skeleton(self.config.family, form, self.inputs, self.config.dropout)
 
     def fresh(self, form: Form, seed: int) -> Tree:
         """Randomly initialised parameters, as the Hugging Face class draws them."""
@@ -171,6 +185,10 @@ class Task:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return functional_call(self.skeleton(form), dict(tree), kwargs=inputs).logits
 
+    def dropping(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, models drop out as the config says, by draws of this seed; elsewhere they never do."""
+        return dropping(seed) if self.config.dropout else contextlib.nullcontext()
+
     # data -----------------------------------------------------------------------------------------------------------
 
     def batch(
@@ -179,9 +197,11 @@ class Task:
         index: Tensor,
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
+        augment: torch.Generator | None = None,
     ) -> Batch:
         """Model inputs and labels of some examples. Pixels become floats, in [-1, 1] unless the data say otherwise.
 
+        `augment`: draws how images are augmented, where the config says so; None: they are not.
         `generator`: draws which tokens are to be predicted, where tokens are masked and the split has not been masked
         before (it has no `labels` among its inputs); None: always the same stream.
         """
@@ -194,8 +214,10 @@ class Task:
             batch["labels"] = split.labels[index]
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         if "pixel_values" in batch:
-            pixels = resized(batch["pixel_values"], self.config.data.image_size)
-            batch["pixel_values"] = floats(pixels, self.config.data)
+            batch["pixel_values"] = resized(batch["pixel_values"], self.config.data.image_size)
+            if augment is not None and self.config.augmentation is not None:
+                batch |= augmented(batch, self.inputs.num_classes, self.config.augmentation, augment)
+            batch["pixel_values"] = floats(batch["pixel_values"], self.config.data)
         return batch
 
     def stacked(self, batches: Sequence[Batch]) -> Batch:
@@ -231,6 +253,7 @@ class Task:
 
     def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predictions `(M, classes)` and what they should have been `(M,)`; M counts tokens where these are labelled.
+        Labels of mixed images are shares of classes, `(M, classes)`.
 
         A token predicts the next one ("lm"), or itself ("tokens", "mlm").
         """
@@ -242,14 +265,15 @@ class Task:
         return logits, labels
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over examples (over labelled tokens, where tokens are labelled)."""
-        return F.cross_entropy(*self.aligned(logits, batch), ignore_index=IGNORED)
+        """What is trained: mean cross-entropy over examples (over labelled tokens, where tokens are labelled)."""
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(*self.aligned(logits, batch), ignore_index=IGNORED, label_smoothing=smoothing)
 
     def distillation(self, logits: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy against another's softmax, over what `loss` is a mean over."""
         student, labels = self.aligned(logits, batch)
         soft = self.aligned(teacher, batch)[0].softmax(-1)
-        kept = (labels != IGNORED).to(student.dtype)
+        kept = torch.ones_like(student[:, 0]) if labels.is_floating_point() else (labels != IGNORED).to(student.dtype)
         return (F.cross_entropy(student, soft, reduction="none") * kept).sum() / kept.sum()
 
     def _scored_at_once(self, model: nn.Module) -> int:
@@ -307,28 +331,3 @@ class Task:
 def load_task(config: TaskConfig, data_dir: str | None) -> Task:
     """The task with its data. **Raises:** `ValueError` where the data are missing or not as the config says."""
     return Task(config, load(config.data, data_dir))
-
-
-# Whether models take their mask as it is instead of looking at it, as `torch.func.vmap` needs.
-MASKED: ContextVar[bool] = ContextVar("MASKED", default=False)
-
-
-@contextlib.contextmanager
-def masked_attention() -> Iterator[None]:
-    """Inside, no model of a task looks at its attention mask to do without it: the same to rounding."""
-    before = MASKED.set(True)
-    try:
-        yield
-    finally:
-        MASKED.reset(before)
-
-
-@functools.lru_cache(maxsize=32)
-def _skeleton(family_name: str, form: Form, inputs: Inputs, masked: bool) -> nn.Module:
-    with torch_seeded(0):  # the values are never used, but drawing them must not move the caller's stream
-        module: Any = get_family(family_name).build(form, inputs)
-    if masked and getattr(module, "_supports_sdpa", False):  # Hugging Face's, and without attention of its own
-        from fedsim.models.attention import always_masked
-
-        module.set_attn_implementation(always_masked())
-    return module.requires_grad_(False).eval()

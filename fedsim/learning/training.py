@@ -41,13 +41,19 @@ class Training:
       Numbers are refused: make them fields of the objective.
     - `purpose`: names this stage in the random stream and in the accounts. Two trainings of one client and round with
       one purpose get the same order of data. "pretrain" is not counted as trained in the federation.
-    - `epochs`: passes over the shard. - `batch_size`: examples a step.
+    - `epochs`: passes over the shard. - `batch_size`: examples of one forward and backward pass.
+    - `accumulate`: batches a step: its gradient is the mean over the examples of all of them, at the memory of one. An
+      epoch ends with a step, on as many batches as are left. Such a training is never batched with other clients'.
+    - `drop_last`: leave out what is left of the shard at the end of an epoch, in which it is other examples each time:
+      every batch then has `batch_size` examples. A shard that is smaller than that is one batch, not none.
     - `lr`: learning rate. - `lr_of`: learning rates of parts of a nested `start`, by name.
     - `weight_decay`: decoupled with "adamw", in the gradient with "sgd".
     - `clip`: largest global norm of the gradient; None: no clipping.
     - `optimizer`, `momentum`, `nesterov`: AdamW, or SGD with these two.
     - `schedule`: of the learning rate over the steps of this training: it stays, or falls to 0 along a cosine or a
       line. - `lr_warmup`: the share of steps over which it first rises, linearly.
+
+    What the task says of training (`TaskConfig.augmentation`, `label_smoothing`, `dropout`) holds for all of them.
 
     **Raises:** `TypeError` for an objective that is no frozen dataclass, and for what is no tensor; `ValueError` for a
     setting out of its range.
@@ -69,6 +75,8 @@ class Training:
     nesterov: bool = False
     schedule: ScheduleName = "constant"
     lr_warmup: float = 0.0
+    accumulate: int = 1
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         for objective in self.objectives:
@@ -92,6 +100,10 @@ class Training:
         part, *inner = name.split(PATH)
         return self.lr_of.get(part, self.lr) if inner else self.lr
 
+    def examples_of(self, shard: int) -> int:
+        """How many examples an epoch has, of a shard of so many."""
+        return shard - shard % self.batch_size if self.drop_last and shard >= self.batch_size else shard
+
     def scheduled(self, step: int, steps: int) -> float:
         """What a learning rate is multiplied by in a step, counted from 0, of so many."""
         rising = round(self.lr_warmup * steps)
@@ -110,7 +122,7 @@ def check_settings(asked: Any, prefix: str) -> None:
         if getattr(asked, name) not in typing.get_args(accepted):
             refuse(f"{prefix}.{name}", getattr(asked, name), " or ".join(map(repr, typing.get_args(accepted))))
     check_range(asked, prefix, "lr", "weight_decay", "epochs", least=0)
-    check_range(asked, prefix, "batch_size", least=1)
+    check_range(asked, prefix, "batch_size", "accumulate", least=1)
     check_range(asked, prefix, "clip", above=0)
     check_range(asked, prefix, "momentum", "lr_warmup", least=0, most=1)
     if asked.momentum and asked.optimizer != "sgd":
@@ -136,7 +148,7 @@ def _constant(tree: Frozen, name: str) -> dict[str, Any]:
 class Trained:
     """The answer to a `Training`.
 
-    - `parameters`: what was trained, as `start`, detached. - `steps`: how many were taken.
+    - `parameters`: what was trained, as `start`, detached. - `steps`: how many the optimizer took.
     - `loss`: mean over the last epoch; NaN without data.
     """
 
@@ -156,17 +168,19 @@ def train(ctx: LocalContext, asked: Training) -> Trained:
         asked, [{"params": members, "lr": rate, "base": rate} for rate, members in groups.items()]
     )
     local = LocalSteps(ctx, asked, leaves)
-    for step in local.steps():
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * step.scheduled
-        with autocast(ctx):
-            loss = asked.objectives[step.drawn](parameters, asked.frozen, step.batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if asked.clip is not None:
-            torch.nn.utils.clip_grad_norm_(leaves.values(), asked.clip)
-        optimizer.step()
-        local.note(step, float(loss.detach()))
+    for part in local.parts():
+        with ctx.task.dropping(part.seed):
+            with autocast(ctx):
+                loss = asked.objectives[part.drawn](parameters, asked.frozen, part.batch)
+            (loss * part.share).backward()
+        if part.last:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * part.scheduled
+            if asked.clip is not None:
+                torch.nn.utils.clip_grad_norm_(leaves.values(), asked.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        local.note(part, float(loss.detach()))
     return local.end({name: tensor.detach() for name, tensor in leaves.items()})
 
 
@@ -179,17 +193,25 @@ def make_optimizer(asked: Training, groups: list[dict[str, Any]]) -> torch.optim
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """What one step is taken on: which of the objectives, how many examples, these, and the schedule's factor."""
+class StepPart:
+    """One forward and backward pass: a whole step, or one of the batches that it accumulates.
+
+    - `drawn`: which of the objectives; the same for the whole step. - `size`: how many examples, in `batch`.
+    - `scheduled`: the schedule's factor. - `share`: of the step's examples. - `last`: whether the step is then taken.
+    - `seed`: of what models drop out.
+    """
 
     drawn: int
     size: int
     batch: Batch
     scheduled: float
+    share: float
+    last: bool
+    seed: int
 
 
 class LocalSteps:
-    """The steps of one training in order, and its accounts. Whoever takes a step notes it before the next.
+    """The steps of one training in order, and its accounts. Whoever computes a part notes it before the next.
 
     - `leaves`: what is trained, flat, with its names in order.
     """
@@ -197,21 +219,28 @@ class LocalSteps:
     def __init__(self, ctx: LocalContext, asked: Training, leaves: Tree) -> None:
         self.ctx, self.asked, self.leaves = ctx, asked, leaves
         self.costs = [ctx.meter.cost(ctx, objective, nested(leaves), asked.frozen) for objective in asked.objectives]
-        self.examples = len(ctx.train.labels)
+        self.shard = len(ctx.train.labels)
+        self.examples = asked.examples_of(self.shard)
         self.taken, self.flops, self.total, self.loss = 0, 0, 0.0, float("nan")
 
-    def steps(self) -> Iterator[Step]:
+    def parts(self) -> Iterator[StepPart]:
         """**Raises:** `FloatingPointError`, at the end of an epoch, if its mean loss is not finite."""
         asked, ctx, examples = self.asked, self.ctx, self.examples
-        order, masking, choosing = (ctx.generator(f"{asked.purpose}/{what}") for what in ("order", "mask", "objective"))
+        draws = (ctx.generator(f"{asked.purpose}/{what}") for what in ("order", "mask", "objective", "augment", "drop"))
+        order, masking, choosing, augmenting, dropping = draws
         several = len(asked.objectives) if len(asked.objectives) > 1 else 0
-        in_all = asked.epochs * -(-examples // asked.batch_size)
+        a_step = asked.batch_size * asked.accumulate
+        in_all = asked.epochs * -(-examples // a_step)
         for _ in range(asked.epochs if examples else 0):
             self.total = 0.0
-            for index in torch.randperm(examples, generator=order).split(asked.batch_size):
-                batch = ctx.task.batch(ctx.train, index, ctx.device, masking)
+            for chosen in torch.randperm(self.shard, generator=order)[:examples].split(a_step):
                 drawn = int(torch.randint(several, (), generator=choosing)) if several else 0
-                yield Step(drawn, len(index), batch, asked.scheduled(self.taken, in_all))
+                scheduled, left = asked.scheduled(self.taken, in_all), len(chosen)
+                for index in chosen.split(asked.batch_size):
+                    left -= len(index)
+                    batch = ctx.task.batch(ctx.train, index, ctx.device, masking, augmenting)
+                    seed = int(torch.randint(2**62, (), generator=dropping))
+                    yield StepPart(drawn, len(index), batch, scheduled, len(index) / len(chosen), not left, seed)
             self.loss = self.total / examples
             if not math.isfinite(self.loss):
                 rates = "".join(f", {part}: {rate}" for part, rate in asked.lr_of.items())
@@ -220,15 +249,16 @@ class LocalSteps:
                     f"with lr={asked.lr}{rates}"
                 )
 
-    def note(self, step: Step, loss: float) -> None:
-        """A step was taken, and this was its mean loss."""
-        self.total += loss * step.size
-        self.taken += 1
-        self.flops += self.costs[step.drawn].flops(step.size)
+    def note(self, part: StepPart, loss: float) -> None:
+        """A part was computed, and the step taken if it was the last one; this was its mean loss."""
+        self.total += loss * part.size
+        self.taken += part.last
+        self.flops += self.costs[part.drawn].flops(part.size)
 
     def end(self, parameters: Tree) -> Trained:
         """Note the whole training, which gave these, flat."""
         asked, ctx, costs = self.asked, self.ctx, self.costs
+        of_batch = sum(cost.flops(asked.batch_size) for cost in costs) / len(costs)
         seconds = None
         if ctx.meter.timing:
             seconds = sum(seconds_of_step(ctx, asked, each) for each in asked.objectives) / len(costs)
@@ -239,11 +269,13 @@ class LocalSteps:
                 examples=self.examples * asked.epochs,
                 steps=self.taken,
                 flops=self.flops,
-                flops_per_step=round(sum(cost.flops(asked.batch_size) for cost in costs) / len(costs)),
+                flops_per_step=round(asked.accumulate * of_batch),
                 activation_bytes=max(cost.activation_bytes(asked.batch_size) for cost in costs),
                 loss=self.loss,
                 epochs=asked.epochs,
                 batch_size=asked.batch_size,
+                accumulate=asked.accumulate,
+                drop_last=asked.drop_last,
                 seconds_per_step=seconds,
                 moments=2 if asked.optimizer == "adamw" else int(asked.momentum > 0),
                 objective="/".join(type(each).__qualname__ for each in asked.objectives),
@@ -262,10 +294,11 @@ def seconds_of_step(ctx: LocalContext, asked: Training, objective: Objective) ->
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        with autocast(ctx):
-            value = objective(nested(leaves), asked.frozen, batch)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        with ctx.task.dropping(0):
+            with autocast(ctx):
+                value = objective(nested(leaves), asked.frozen, batch)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
         optimizer.step()
         float(value.detach())  # waits for the device
         times.append(time.perf_counter() - started)

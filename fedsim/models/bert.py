@@ -99,6 +99,7 @@ class Bert(Family):
     """Classifier of texts ("text") or of their tokens ("tokens"), or finder of masked tokens ("mlm")."""
 
     post_norm = True
+    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     constants = (
         "add_cross_attention",
         "hidden_act",

@@ -109,6 +109,7 @@ class DebertaV2(Family):
     """Classifier of texts ("text") or of their tokens ("tokens"), or finder of masked tokens ("mlm")."""
 
     post_norm = True
+    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout")
     constants = (
         "hidden_act",
         "max_position_embeddings",

@@ -98,6 +98,7 @@ class Family(abc.ABC):
     """One Hugging Face family. Stateless; a module of this folder holds one instance named `FAMILY`."""
 
     post_norm: bool = False  # whether a block normalises after adding to the residual stream (BERT), not before
+    dropouts: tuple[str, ...] = ()  # fields of the Hugging Face config that are probabilities of dropout
     constants: tuple[str, ...] = ()  # fields of the Hugging Face config, beyond the form, that grown models must share
 
     @abc.abstractmethod
@@ -110,7 +111,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def config(self, form: Form, inputs: Inputs) -> "PretrainedConfig":
-        """The Hugging Face config of a model of this form; dropout off, so that a step is a function of its batch."""
+        """The Hugging Face config of a model of this form, without dropout."""
 
     @abc.abstractmethod
     def form(self, config: "PretrainedConfig") -> Form:
@@ -138,6 +139,14 @@ class Family(abc.ABC):
         """A randomly initialised Hugging Face module (draws from torch's global stream)."""
         self.check(form, inputs)
         return self.model_class(inputs)(self.config(form, inputs))
+
+    def with_dropout(self, form: Form, inputs: Inputs, dropout: float) -> "PreTrainedModel":
+        """The same, in training mode, with this probability in every field of `dropouts`."""
+        self.check(form, inputs)
+        config = self.config(form, inputs)
+        for name in self.dropouts:
+            setattr(config, name, dropout)
+        return self.model_class(inputs)(config).train()
 
     @functools.lru_cache(maxsize=256)  # noqa: B019, families are few and live as long as the process
     def check_memory(self, form: Form, inputs: Inputs) -> None:

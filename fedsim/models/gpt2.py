@@ -72,6 +72,7 @@ EPSILON_TIMES_WIDTH = 768 * 1e-5
 class Gpt2(Family):
     """Language model for data of kind "lm", classifier for "text"."""
 
+    dropouts = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
     constants = (
         "activation_function",
         "add_cross_attention",

@@ -75,6 +75,7 @@ EPSILON_TIMES_WIDTH = 4096 * 1e-6
 class Llama(Family):
     """Language model for data of kind "lm", its head apart from the token embedding; classifier for "text"."""
 
+    dropouts = ("attention_dropout",)
     constants = ("attention_bias", "hidden_act", "mlp_bias", "rope_parameters", "tie_word_embeddings", "vocab_size")
 
     def check(self, form: Form, inputs: Inputs) -> None:

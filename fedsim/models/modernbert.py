@@ -94,6 +94,7 @@ BIASES = {
 class ModernBert(Family):
     """Classifier of texts ("text") or of their tokens ("tokens"), or finder of masked tokens ("mlm")."""
 
+    dropouts = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
     constants = (
         "classifier_activation",
         "classifier_pooling",

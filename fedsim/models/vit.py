@@ -64,6 +64,7 @@ SETTINGS = {"hidden_act": ACTIVATIONS, "qkv_bias": bool, "initializer_range": fl
 class Vit(Family):
     """`transformers.ViTForImageClassification`. Heads may be of any size; there are no grouped queries."""
 
+    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     constants = ("hidden_act", "qkv_bias", "image_size", "patch_size", "num_channels")
 
     def check(self, form: Form, inputs: Inputs) -> None:

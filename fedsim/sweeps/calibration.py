@@ -90,8 +90,9 @@ class Calibration:
             Stage(
                 work.epochs,
                 work.batch_size,
-                Line.through((work.batch_size, work.flops_per_step), (fewer.batch_size, fewer.flops_per_step)),
+                Line.through(*((each.batch_size, each.flops_per_step / each.accumulate) for each in (work, fewer))),
                 self.training.get(_work_key(experiment, work)),
+                work.drop_last,
             )
             for work, fewer in zip(call.work, less.work, strict=True)
         ]

@@ -38,6 +38,12 @@ class Stage:
     batch_size: int
     flops: Line
     seconds: Line | None
+    drop_last: bool = False
+
+    def total(self, line: Line, shards: np.ndarray) -> np.ndarray:
+        """Over all batches of all epochs on shards of these sizes."""
+        left = np.where(shards >= self.batch_size, shards % self.batch_size, 0) if self.drop_last else 0
+        return self.epochs * line.total(shards - left, self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +73,12 @@ class Part:
 
     def flops(self, examples: np.ndarray) -> np.ndarray:
         """For shards of these sizes."""
-        return sum((each.epochs * each.flops.total(examples, each.batch_size) for each in self.stages), 0 * examples)
+        return sum((each.total(each.flops, examples) for each in self.stages), 0 * examples)
 
     def seconds(self, examples: np.ndarray) -> np.ndarray:
         """For shards of these sizes, on one core."""
         timed = [(each, each.seconds) for each in self.stages if each.seconds]
-        return sum(
-            (each.epochs * line.total(examples, each.batch_size) for each, line in timed), self.beside + 0 * examples
-        )
+        return sum((each.total(line, examples) for each, line in timed), self.beside + 0 * examples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,9 @@ import pytest
 from baselines.fedavg import FedAvg
 from benchmarks import suites
 from fedgrow_algo.fedgrow import FedGrow
+from fedsim.algorithm import LocalTraining
 from fedsim.experiment import Experiment
+from fedsim.learning.augmentation import Augmentation
 from fedsim.models import Form
 
 
@@ -46,6 +48,20 @@ def test_paper_cv_trains_every_method_for_as_long():
         if isinstance(each.algorithm, FedAvg | FedGrow):
             expected = {"cifar10": {10: 4, 20: 8}, "cifar100": {10: 4, 20: 8}, "flowers102": {10: 40, 20: 40}}
             assert each.algorithm.epochs == expected[each.task.data.name][each.participants]
+
+
+def test_paper_cv_augments_images_for_every_method():
+    asked = {each.task.augmentation for scale in (1.0, 0.1) for each in suites.paper_cv(scale)}
+    assert asked == {Augmentation(crop=(0.08, 1.0), flip=0.5, randaugment=2, magnitude=9, erase=0.25)}
+
+
+def test_paper_nlp_warms_up_and_decays_for_every_method():
+    for each in suites.paper_nlp(0.5):
+        assert isinstance(each.algorithm, LocalTraining)
+        settings = each.algorithm.settings()
+        asked = {"schedule": "linear", "lr_warmup": 0.06, "clip": 1.0, "weight_decay": 0.01, "optimizer": "adamw"}
+        assert {name: settings[name] for name in asked} == asked
+        assert each.task.dropout == 0.1
 
 
 def test_paper_nlp_keeps_the_proportions_of_the_released_code():

@@ -1,5 +1,6 @@
 """What training costs, against counts made by other means: FLOPs, bytes, losses and what is counted once."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -146,6 +147,9 @@ class Linear:
 
     def example(self, size: int) -> Batch:
         return {"x": torch.zeros(size, 6), "labels": torch.zeros(size, dtype=torch.long)}
+
+    def dropping(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(logits, batch["labels"])

@@ -274,6 +274,7 @@ def test_settings_are_an_algorithms_fields() -> None:
     algorithm = FedAvg(lr=0.25, epochs=3, batch_size=5, weight_decay=0.5, clip=None, optimizer="sgd", momentum=0.9)
     expected = {"lr": 0.25, "epochs": 3, "batch_size": 5, "weight_decay": 0.5, "clip": None, "optimizer": "sgd"}
     expected |= {"momentum": 0.9, "nesterov": False, "schedule": "constant", "lr_warmup": 0.0}
+    expected |= {"accumulate": 1, "drop_last": False}
     assert algorithm.settings() == expected
     assert algorithm.settings(lr=1.0) == expected | {"lr": 1.0}
     assert {*expected} <= {field.name for field in dataclasses.fields(Training)}

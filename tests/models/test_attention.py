@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgrow_algo.presets import PRESETS
 from fedsim.core.tree import Tree
-from fedsim.learning.task import Task, masked_attention
+from fedsim.learning.skeleton import masked_attention
+from fedsim.learning.task import Task
 from fedsim.models import Form
 from tests.support.family_rows import ROWS, batch_of, examples, model_inputs, random_tree, real
 

@@ -6,12 +6,13 @@ import pytest
 import ray
 
 import fedsim
-from fedsim.experiment import Experiment
+from fedsim.experiment import Experiment, with_settings
+from fedsim.learning.augmentation import Augmentation
 from fedsim.results.tables import Results
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.runtime.ray_runtime import RayRuntime
 from fedsim.sweeps.runner import run_all
-from tests.support.disturbed import small, without_federation
+from tests.support.disturbed import Disturbed, marks, small, without_federation
 
 
 pytestmark = pytest.mark.ray
@@ -37,6 +38,20 @@ def test_models_of_hugging_face_give_the_same_bits_too(on_hosts, tmp_path):
     here = results_of([experiment], tmp_path / "here", InlineRuntime)
     there = results_of([experiment], tmp_path / "there", on_hosts(2))
     assert sha256s(here) == sha256s(there) and len(sha256s(there)) == 3
+
+
+def test_augmented_images_and_dropout_give_the_same_bits_too_and_after_a_kill(on_hosts, tmp_path):
+    augmentation = Augmentation(crop=(0.3, 1.0), flip=0.5, randaugment=2, erase=0.25, mixup=0.8, cutmix=1.0)
+    words = ["task.label_smoothing=0.1", "task.dropout=0.1", "algorithm.schedule=cosine", "algorithm.lr_warmup=0.1"]
+    plain = with_settings(small("vit"), ["rounds=2", "algorithm.accumulate=2", "algorithm.drop_last=true", *words])
+    experiment = dataclasses.replace(plain, task=dataclasses.replace(plain.task, augmentation=augmentation))
+    here = results_of([experiment], tmp_path / "here", InlineRuntime)
+    dying = dataclasses.replace(experiment, algorithm=Disturbed(experiment.algorithm, "die", str(tmp_path), round=1))
+    there = results_of([dying], tmp_path / "there", on_hosts(2))
+    assert all(mark.exists() for mark in marks(tmp_path)), "a host was killed in round 1"
+    assert here.rounds.state_sha256.tolist() == there.rounds.state_sha256.tolist()
+    assert here.rounds.state_sha256.nunique() == 3
+    assert here.rounds.train_loss.tolist() == there.rounds.train_loss.tolist()
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 1])

@@ -95,6 +95,13 @@ def test_a_run_costs_what_was_planned(algorithm: Algorithm, tmp_path: Path) -> N
     assert 0 < planned.core_seconds < math.inf and planned.seconds == planned.core_seconds
 
 
+def test_batches_that_add_up_or_are_left_out_cost_what_was_planned(tmp_path: Path) -> None:
+    for settings in ({"accumulate": 3}, {"drop_last": True}, {"drop_last": True, "accumulate": 2, "batch_size": 16}):
+        algorithm = dataclasses.replace(FedAvg(**LOCAL), **settings)
+        planned, rounds = planned_and_run(algorithm, tmp_path / str(settings))
+        assert planned.flops == pytest.approx(rounds.flops.sum(), rel=1e-6)
+
+
 @pytest.mark.usefixtures("uncounted")
 @pytest.mark.parametrize(
     "algorithm",
