@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Exit status as `fedsim`'s."""
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     options = parser().parse_args(["sweep", *words])
-    return fedsim(["sweep", *words, *([] if options.suite or options.targets else ["--suite", "quick"])])
+    suite = [] if options.suite or options.targets else ["--suite", "quick"]
+    return fedsim(["sweep", *words, *suite], alone=arguments is None)
 
 
 if __name__ == "__main__":

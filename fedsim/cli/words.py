@@ -30,14 +30,19 @@ from fedsim.core.terminal import say
 from fedsim.runtime import silent
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The console command."""
+def main(arguments: Sequence[str] | None = None, alone: bool | None = None) -> int:
+    """The console command.
+
+    - `alone`: whether this process is the command and nothing else, as it is where it takes its own arguments: then Ray
+      is started ahead, and what takes long is said beforehand.
+    """
+    alone = arguments is None if alone is None else alone
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     console = Console()
     options = parser().parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
-    options.doing = functools.partial(say, console) if arguments is None else silent  # told what takes long beforehand
+    options.doing = functools.partial(say, console) if alone else silent
 
     with contextlib.ExitStack() as afterwards:  # a Ray that nobody wants is ended when it has been said why
 
@@ -48,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 choose_numerics(options, console)
             if "runtime" in options and not idle:
                 options.make_runtime = runtime_maker(options, console)
-                if arguments is None:
+                if alone:
                     options.make_runtime = afterwards.enter_context(options.make_runtime.ahead())
                 options.doing(
                     "importing torch" if options.make_runtime.begun is None else "starting Ray, importing torch"

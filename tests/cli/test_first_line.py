@@ -18,16 +18,29 @@ class Torch:
             os._exit(0)
 
 sys.meta_path.insert(0, Torch())
-from fedsim.cli import main
-main()
+COMMAND
 """
+FEDSIM = "from fedsim.cli import main; main()"
+SWEEP = "import runpy; runpy.run_path('benchmarks/sweep.py', run_name='__main__')"
 
 
 @pytest.mark.parametrize("runtime, line", [("inline", "importing torch"), ("ray", "starting Ray, importing torch")])
-@pytest.mark.parametrize("words", [["run", "benchmarks.suites:tiny"], ["sweep", "--suite", "tiny"]])
+@pytest.mark.parametrize(
+    "command, words",
+    [(FEDSIM, ["run", "benchmarks.suites:tiny"]), (FEDSIM, ["sweep", "--suite", "tiny"]), (SWEEP, [])],
+)
 def test_the_first_line_comes_before_torch_is_imported(
-    tmp_path: Path, runtime: str, line: str, words: list[str]
+    tmp_path: Path, runtime: str, line: str, command: str, words: list[str]
 ) -> None:
-    program = [sys.executable, "-c", PROGRAM, *words, "--runtime", runtime, "--out", str(tmp_path)]
+    program = [
+        sys.executable,
+        "-c",
+        PROGRAM.replace("COMMAND", command),
+        *words,
+        "--runtime",
+        runtime,
+        "--out",
+        str(tmp_path),
+    ]
     said = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
     assert said == f"{line}\ntorch is imported\n"
