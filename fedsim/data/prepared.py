@@ -245,15 +245,18 @@ def prepared(
             try:
                 fingerprint = _made(making, make)
                 place = cache / "prepared" / fingerprint
-                if _sound(fingerprint) is None:  # made by other settings, or from other files, it may be there
-                    shutil.rmtree(place, ignore_errors=True)
-                    making.rename(place)
+                with filelock.FileLock(cache / "making" / "publishing.lock"):
+                    if _sound(fingerprint) is None:  # made by other settings, or from other files, it may be there
+                        shutil.rmtree(place, ignore_errors=True)
+                        making.rename(place)
             finally:
                 shutil.rmtree(making, ignore_errors=True)
             writing = entry.with_suffix(f".{os.getpid()}")
             writing.write_bytes(sealed_json({"name": name, "fingerprint": fingerprint}))
             writing.replace(entry)
     except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(cache)):  # the source's
+            raise
         named = "FEDSIM_CACHE_DIR names the folder where data are prepared, and may name another"
         raise OSError(error.errno, f"{cache}: {error.strerror or error}; {named}") from error
     return Folder(fingerprint)

@@ -244,6 +244,20 @@ def test_of_processes_that_prepare_at_once_one_does_and_the_others_wait(texts: D
     assert (tmp_path / "begun").read_text().splitlines() == ["train.input_ids", "test.input_ids"]
 
 
+SIZED = """
+import sys
+from fedsim.data import DataConfig, load
+print(load(DataConfig(sys.argv[1], image_size=int(sys.argv[2]), channels=3, num_classes=2), None).fingerprint)
+"""
+
+
+def test_processes_whose_settings_make_the_same_of_the_same(images: DataConfig) -> None:
+    commands = [[sys.executable, "-c", SIZED, images.name, str(size)] for size in (6, 7, 8)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    assert len({process.communicate()[0] for process in processes}) == len(prepared.kept()) == 1
+    assert all(process.returncode == 0 for process in processes)
+
+
 LIMITED = """
 import resource, sys
 from fedsim.data import DataConfig, load
@@ -268,6 +282,17 @@ def test_a_cache_that_cannot_be_written_to(texts: DataConfig, tmp_path: Path, mo
     monkeypatch.setenv("FEDSIM_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"file: Not a directory; FEDSIM_CACHE_DIR names the folder"):
         reloaded(texts)
+
+
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(
+    texts: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", f"{texts.name}/train.parquet")
+
+    monkeypatch.setattr(conversion.files, "tables", denied)
+    with pytest.raises(PermissionError, match=r"^\[Errno 13\] Permission denied: '.*train.parquet'$"):
+        load(texts, None)
 
 
 def test_wrong_data_leave_nothing(texts: DataConfig, cache: Path) -> None:
