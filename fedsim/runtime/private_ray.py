@@ -130,6 +130,7 @@ def alone() -> Iterator[None]:
         (node.Node, "start_api_server", no_server),
         (utils, "get_dashboard_dependency_error", lambda: ImportError("is not asked for")),
     ]
+    changes = [(where, name, value) for where, name, value in changes if hasattr(where, name)]  # of this version
     before = [(where, name, getattr(where, name)) for where, name, _ in changes]
     for where, name, value in changes:
         setattr(where, name, value)
