@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-Stamp = tuple[tuple[str, int, int, int], ...]
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 
 def stamp(*paths: Path) -> Stamp:
-    """Name, size, time and inode of every file: what is remembered of files is forgotten when these change."""
+    """Name, size, times and inode of every file: what is remembered of files is forgotten when these change."""
     found = [(str(file), file.stat()) for path in paths for file in _files(path)]
-    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found)
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in found)
 
 
 def sha256s(path: Path) -> dict[str, str]:

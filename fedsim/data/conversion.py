@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ TOGETHER = 2000  # texts that are tokenised at once
 
 def convert(config: DataConfig, data_dir: str | None, into: Writer) -> dict[str, Any]:
     """Write the examples of both splits. **Returns:** what else there is to know of them."""
-    # The library's Arrow files live in a throw-away folder: nothing is left in the home folder.
-    with tempfile.TemporaryDirectory(prefix="fedsim-data-") as scratch:
+    # What the library writes meanwhile lies where whoever prepares next clears it away, if this process is killed.
+    with tempfile.TemporaryDirectory(dir=into.folder) as scratch:
         tables, columns = files.tables(config, data_dir, scratch)
         own, reading = bpe.parsed(config.tokenizer), config
         if own is not None:
@@ -132,8 +133,14 @@ def _numbered(config: DataConfig, tables: dict[str, Table], columns: Columns) ->
 
 def _write_images(config: DataConfig, table: Table, column: str, name: str, into: Writer) -> None:
     """Images as they are, if they are of one size and none too large: they are enlarged when they are used."""
+    places = [Path(part.place) for part in table.parts]
+
+    def read(path: Path) -> None:
+        if not any(path.is_relative_to(place) for place in places):
+            into.beside.add(path)
+
     for keep in (True, False):
-        rows = vision.column_rows(table, column, config.image_size, config.channels, keep)
+        rows = vision.column_rows(table, column, config.image_size, config.channels, keep, read)
         try:
             return into.rows(name, progress(rows, len(table), f"{config.name}: images"))
         except vision.MixedSizes:

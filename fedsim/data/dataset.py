@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.prepared import Examples
+from fedsim.data.examples import Examples
 
 
 if TYPE_CHECKING:

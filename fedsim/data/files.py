@@ -6,6 +6,7 @@ rules for each kind of source.
 
 import contextlib
 import csv
+import errno
 import glob
 import logging
 import re
@@ -103,14 +104,25 @@ def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[
     if len(kinds) > 1:
         refuse("task.data.name", config.name, f"a folder with splits in one format, not {sorted(kinds)}")
     kind = kinds.pop()
-    try:
-        with offline():
-            return {split: [(str(p), _rows(p, kind, config, cache)) for p in paths] for split, paths in found.items()}
-    except (DatasetsError, ValueError, OSError, Warning) as error:
-        if str(error).startswith("task.data."):
-            raise
-        cause = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" ...")
-        raise ValueError(f"task.data.name={config.name!r}: could not be read as {kind} ({cause})") from error
+
+    def rows(path: Path) -> Any:
+        try:
+            return _rows(path, kind, config, cache)
+        except (DatasetsError, ValueError, OSError, Warning) as error:
+            if str(error).startswith("task.data."):
+                raise
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno in (
+                errno.ENOSPC,
+                errno.EFBIG,
+                errno.EDQUOT,
+            ):  # of the cache's
+                raise OSError(cause.errno, cause.strerror) from error
+            said = textwrap.shorten(str(cause), 400, placeholder=" ...")
+            raise ValueError(f"task.data.name={config.name!r}: {path} could not be read as {kind} ({said})") from error
+
+    with offline():
+        return {split: [(str(path), rows(path)) for path in paths] for split, paths in found.items()}
 
 
 def _format(path: Path) -> str:

@@ -11,42 +11,41 @@ are read and not mapped: a process that has read all of them is no larger than o
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
 import tempfile
-import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedsim.core import environment
 from fedsim.core.fields import refuse
 from fedsim.core.sealed import Damaged, read_sealed_json, sealed_json
-from fedsim.data.text import IGNORED
-from fedsim.data.vision import resized, stacked
+from fedsim.data.content import stamp as stamp_of
+from fedsim.data.examples import INPUTS, Column, Examples, Look
 
 
 T = TypeVar("T")
 ABOUT = "about.json"
-INPUTS = PIXELS, IDS, TAGS = "pixel_values", "input_ids", "labels_of_tokens"
 CHECKS, LENGTHS = "checks", "lengths"  # beside an array of rows: a checksum a row, and where they differ its length
 
 
 class Writer:
-    """Writes arrays into a folder of its own."""
+    """Writes arrays into a folder of its own.
+
+    - `beside`: files that were read though they lie outside of what the stamp is of.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.arrays: dict[str, dict[str, Any]] = {}
+        self.beside: set[Path] = set()
 
     def whole(self, name: str, array: np.ndarray) -> None:
         """A short array, which whoever opens the folder holds in memory."""
@@ -75,106 +74,6 @@ class Writer:
         self.whole(f"{name}.{CHECKS}", np.array(checks, np.uint32))
         if ragged:
             self.whole(f"{name}.{LENGTHS}", np.array(lengths, np.int64))
-
-
-class Column:
-    """The rows of one array in a file."""
-
-    def __init__(self, path: Path, entry: Mapping[str, Any], checks: np.ndarray, lengths: np.ndarray | None) -> None:
-        self.path, self.file = path, os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.file)
-        self.dtype, self.checks = np.dtype(entry["dtype"]), checks
-        self.shape: tuple[int, ...] | None = None if lengths is not None else tuple(entry["shape"][1:])
-        sizes = lengths if lengths is not None else np.full(len(checks), math.prod(entry["shape"][1:]))
-        self.ends = np.concatenate([[0], np.cumsum(sizes)]) * self.dtype.itemsize
-        if (size := os.fstat(self.file).st_size) != self.ends[-1]:
-            raise Damaged(f"{path}: {size} bytes, not {self.ends[-1]}")
-
-    def rows(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """Copies of some rows. **Raises:** `Damaged` naming a file and a row that is not as it was written."""
-        found = []
-        for number, begin, end in zip(numbers, self.ends[numbers], self.ends[numbers + 1], strict=True):
-            data = os.pread(self.file, end - begin, begin)
-            if zlib.crc32(data) != self.checks[number]:
-                raise Damaged(f"{self.path}: row {number} is not as it was written; {REMEDY}")
-            row = np.frombuffer(data, self.dtype)
-            found.append(row if self.shape is None else row.reshape(self.shape))
-        return found
-
-
-REMEDY = "`fedsim data clean` deletes what was prepared, and the next run prepares it anew"
-
-
-@dataclass(frozen=True)
-class Look:
-    """How examples are handed out.
-
-    - `image_size`: images that are asked for all at once are brought to it. - `max_length`: so are texts.
-    - `padding`: the id that pads them.
-    """
-
-    image_size: int
-    max_length: int
-    padding: int | None
-
-
-class Examples(Mapping[str, Tensor]):
-    """Inputs of examples in files. As a mapping it has all of them as tensors, `(N, ...)`: for small sets.
-
-    - `numbers`: which rows of the files, in order.
-    """
-
-    def __init__(self, columns: Mapping[str, Column], numbers: np.ndarray, look: Look) -> None:
-        self.columns, self.numbers, self.look = columns, numbers, look
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    @property
-    def names(self) -> list[str]:
-        """`pixel_values`; or `input_ids` and `attention_mask`, for token classes also `labels`."""
-        if PIXELS in self.columns:
-            return [PIXELS]
-        return [IDS, "attention_mask", *(["labels"] if TAGS in self.columns else [])]
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        every = np.arange(len(self.numbers))
-        if name == PIXELS:
-            return resized(self.rows(every)[name], self.look.image_size)
-        return self.rows(every, self.look.max_length)[name]
-
-    def select(self, index: np.ndarray) -> "Examples":
-        """Some of them: nothing is read."""
-        return Examples(self.columns, self.numbers[index], self.look)
-
-    def rows(self, index: np.ndarray, length: int | None = None) -> dict[str, Tensor]:
-        """Some of them, read now: images of the size that they are kept in, texts padded to the longest of these, or to
-        a `length`."""
-        read = {name: column.rows(self.numbers[index]) for name, column in self.columns.items()}
-        if PIXELS in read:
-            shape = self.columns[PIXELS].shape
-            assert shape is not None
-            return {PIXELS: stacked(read[PIXELS], shape)}
-        longest = length if length is not None else max(map(len, read[IDS]), default=0)
-        assert self.look.padding is not None
-        found = {IDS: _padded(read[IDS], longest, self.look.padding)}
-        found["attention_mask"] = _padded([np.ones_like(ids) for ids in read[IDS]], longest, 0)
-        if TAGS in read:
-            found["labels"] = _padded(read[TAGS], longest, IGNORED)
-        return found
-
-
-def _padded(rows: Sequence[np.ndarray], length: int, padding: int) -> Tensor:
-    """int64 `(N, length)`."""
-    found = np.full((len(rows), length), padding, dtype=np.int64)
-    for into, row in zip(found, rows, strict=True):
-        into[: len(row)] = row
-    return torch.from_numpy(found)
 
 
 class Folder:
@@ -214,7 +113,7 @@ class Folder:
 def opened(settings: str, fingerprint: str) -> Folder | None:
     """What these settings once made, of whatever files, if it is this; None if it is not here."""
     for entry in (_cache() / "sources").glob(f"{_key(settings)}-*.json"):
-        if (found := _entry(entry)) is not None and found.fingerprint == fingerprint:
+        if (found := _entry(entry, as_made=True)) is not None and found.fingerprint == fingerprint:
             return found
     return None
 
@@ -243,7 +142,9 @@ def prepared(
                 shutil.rmtree(left)
             making = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".d", dir=cache / "making"))
             try:
-                fingerprint = _made(making, make)
+                writer = Writer(making)
+                fingerprint = _made(writer, make)
+                beside = {"paths": sorted(map(str, writer.beside)), "stamp": repr(stamp_of(*sorted(writer.beside)))}
                 place = cache / "prepared" / fingerprint
                 with filelock.FileLock(cache / "making" / "publishing.lock"):
                     if _sound(fingerprint) is None:  # made by other settings, or from other files, it may be there
@@ -252,7 +153,7 @@ def prepared(
             finally:
                 shutil.rmtree(making, ignore_errors=True)
             writing = entry.with_suffix(f".{os.getpid()}")
-            writing.write_bytes(sealed_json({"name": name, "fingerprint": fingerprint}))
+            writing.write_bytes(sealed_json({"name": name, "fingerprint": fingerprint, "beside": beside}))
             writing.replace(entry)
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(cache)):  # the source's
@@ -262,20 +163,24 @@ def prepared(
     return Folder(fingerprint)
 
 
-def _made(folder: Path, make: Callable[[Writer], dict[str, Any]]) -> str:
+def _made(writer: Writer, make: Callable[[Writer], dict[str, Any]]) -> str:
     """Have a folder filled. **Returns:** its fingerprint."""
-    writer = Writer(folder)
     about = json.dumps({"about": make(writer), "arrays": writer.arrays}, sort_keys=True).encode()
-    (folder / ABOUT).write_bytes(about)
+    (writer.folder / ABOUT).write_bytes(about)
     return hashlib.sha256(about).hexdigest()
 
 
-def _entry(path: Path) -> Folder | None:
-    """What an entry of a source leads to; None if one of the two is not there, or not as it was written."""
+def _entry(path: Path, as_made: bool = False) -> Folder | None:
+    """What an entry of a source leads to; None if one of the two is not there, or not as it was written, or, unless it
+    is wanted `as_made`, if files beside the source have changed."""
     try:
-        return _sound(read_sealed_json(path.read_bytes(), "fingerprint")["fingerprint"])
+        entry = read_sealed_json(path.read_bytes(), "fingerprint")
+        beside = entry["beside"]
+        if not as_made and repr(stamp_of(*map(Path, beside["paths"]))) != beside["stamp"]:
+            return None
     except (OSError, Damaged):
         return None
+    return _sound(entry["fingerprint"])
 
 
 def _sound(fingerprint: str) -> Folder | None:
@@ -318,13 +223,18 @@ def clean(fingerprints: Sequence[str] = ()) -> int:
     """
     rows = kept()
     for begin in fingerprints:
-        if not any(row.fingerprint.startswith(begin) for row in rows):
+        if not begin or not any(row.fingerprint.startswith(begin) for row in rows):
             refuse("FINGERPRINT", begin, "the begin of one that `fedsim data list` shows")
     chosen = [row for row in rows if not fingerprints or row.fingerprint.startswith(tuple(fingerprints))]
     for row in chosen:
         shutil.rmtree(_cache() / "prepared" / row.fingerprint)
-    for folder in ("sources", "making") if not fingerprints else ():
-        shutil.rmtree(_cache() / folder, ignore_errors=True)
+    if not fingerprints:
+        shutil.rmtree(_cache() / "sources", ignore_errors=True)
+        for lock in (_cache() / "making").glob("*.lock"):
+            with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):  # others prepare right now
+                for left in lock.parent.glob(f"{lock.stem}.*.d"):
+                    shutil.rmtree(left)
+                lock.unlink()
     return sum(row.nbytes for row in chosen)
 
 

@@ -8,7 +8,7 @@ import io
 import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,12 @@ class MixedSizes(Exception):
     """Images are not all of the size of the first one."""
 
 
-def column_rows(table: Table, column: str, image_size: int, channels: int, keep: bool) -> Iterator[np.ndarray]:
+def column_rows(
+    table: Table, column: str, image_size: int, channels: int, keep: bool, read: Callable[[Path], None]
+) -> Iterator[np.ndarray]:
     """The images of one column of a table in order, uint8 `(h, w, C)`, decoded a few at a time by all processors.
 
+    - `read`: is told the path of each image that lies in a file of its own.
     - `keep`: leave images as they are if the first is no larger than `image_size`; else each is resized to H = W.
 
     **Raises:** `ValueError` naming the file, or the row, of what is no image; `MixedSizes`.
@@ -64,12 +67,13 @@ def column_rows(table: Table, column: str, image_size: int, channels: int, keep:
 
     def decoded(numbered: tuple[int, Any]) -> np.ndarray:
         row, cell = numbered
+        path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
+        alone = path is not None and os.path.isabs(path)
         try:
             return _array(_opened(cell), None if keep else image_size, channels)
         except Exception as error:  # of any kind: files can be broken in more ways than their readers foresee
-            path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
             reason = "no image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-            accepted = f"a column of images; {path or table.where(row)}: {reason}"
+            accepted = f"a column of images; {path if alone else table.where(row)}: {reason}"
             raise ValueError(f"task.data.image={column!r}: must be {accepted}") from error
 
     first = None
@@ -77,7 +81,9 @@ def column_rows(table: Table, column: str, image_size: int, channels: int, keep:
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         while some := list(itertools.islice(cells, TOGETHER)):
-            for array in pool.map(decoded, some):
+            for (_, cell), array in zip(some, pool.map(decoded, some), strict=True):
+                if isinstance(cell, dict) and not cell.get("bytes"):
+                    read(Path(cell["path"]))
                 first = first or array.shape
                 if array.shape != first or max(array.shape[:2]) > image_size:
                     raise MixedSizes
@@ -153,6 +159,12 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in Image.OPEN if name != "EPS")
 
 
+def _has_16_bits(raw: Any, format: str | None) -> bool:
+    """Whether a decoder is told so: by a mode's name, such as "RGB;16B", or by the maximum that a PPM file names."""
+    said = raw if isinstance(raw, tuple | list) else (raw,)
+    return any(";16" in part if isinstance(part, str) else format == "PPM" and part == 65535 for part in said)
+
+
 def _opened(cell: Any) -> Image.Image:
     """An image the way up that its camera says, the first of several."""
     if isinstance(cell, Image.Image):
@@ -165,7 +177,7 @@ def _opened(cell: Any) -> Image.Image:
             cell = Path(cell).read_bytes()
     if isinstance(cell, bytes):
         with Image.open(io.BytesIO(cell), formats=formats()) as image:
-            if any("16" in str(raw) or "65535" in str(raw) for *_, raw in getattr(image, "tile", ())):
+            if any(_has_16_bits(raw, image.format) for *_, raw in getattr(image, "tile", ())):
                 raise ValueError("16 bits a channel; 8 are read: save it with 8 bits a channel")
             ImageOps.exif_transpose(image, in_place=True)
             image.load()

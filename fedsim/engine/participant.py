@@ -20,7 +20,7 @@ from fedsim.core.interrupts import Interrupt
 from fedsim.core.tree import State
 from fedsim.data.config import PER_TOKEN
 from fedsim.data.dataset import Split
-from fedsim.data.prepared import Examples
+from fedsim.data.examples import Examples
 from fedsim.engine import boundary
 from fedsim.engine.cohort import Member
 from fedsim.engine.inbox import Inbox

@@ -25,6 +25,7 @@ NAME = "FEDSIM_FORKS"  # the variable: what the process that is forked is called
 MODULES = ("fedsim.simulation", "fedsim.runtime.answering")  # not Ray: it reads as it is imported whose worker it is in
 CONTEXT = "--serialized-runtime-env-context="  # Ray's words before those of the worker itself
 LANGUAGE = "--language="
+ASKED_SECONDS = 5.0  # in which a request is read
 SECONDS = 30.0  # in which a fork is made, or the worker is started as Ray does it
 
 
@@ -96,10 +97,14 @@ def serve(name: str, paths: Sequence[str], modules: Sequence[str]) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
     while True:
         connection, _ = listening.accept()
+        connection.settimeout(ASKED_SECONDS)
         with connection:
             if not own(connection):
                 continue
-            request = json.loads(connection.makefile("rb").read())
+            try:
+                request = json.loads(connection.makefile("rb").read())
+            except (OSError, ValueError):  # whoever asks ended, or does not go on
+                continue
             if "module" in request:
                 imported(request["module"])
                 continue
@@ -113,7 +118,7 @@ def serve(name: str, paths: Sequence[str], modules: Sequence[str]) -> NoReturn:
 
 def imported(module: str) -> None:
     """Import a module, if it can be: what is wrong with it, whoever needs it is told."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):
         importlib.import_module(module)
 
 

@@ -73,6 +73,19 @@ def test_every_format_is_what_the_exported_processor_makes_of_it(kind: str, conf
     assert compared >= 2
 
 
+@pytest.mark.parametrize("size", [(16, 3), (160, 16), (54, 5), (72, 16), (5, 16), (100, 2)])
+@pytest.mark.parametrize("kind", ["BMP", "DIB", "PCX", "PPM", "TIFF", "PNG"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "1"])
+def test_sixteens_that_are_no_bits_of_a_channel(mode: str, kind: str, size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    try:
+        noise(mode, size).save(buffer, kind)
+    except (OSError, ValueError):  # a format that has no such pixels
+        return
+    expected = vision.pixels([Image.open(io.BytesIO(buffer.getvalue()))], 8, 3)
+    assert torch.equal(vision.pixels([buffer.getvalue()], 8, 3), expected)
+
+
 def test_what_is_transparent_lies_on_white() -> None:
     clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     assert vision.pixels([clear], 4, 3).unique().tolist() == [255]
@@ -216,7 +229,10 @@ def test_paths_in_a_column_are_whole_ones(tmp_path: Path, monkeypatch: pytest.Mo
     config = in_column(tmp_path, [{"bytes": None, "path": str(tmp_path / "a.png")}] * 2)
     assert len(load(config, None).train) == 2
     config = in_column(tmp_path, [{"bytes": None, "path": "a.png"}] * 2)
-    with pytest.raises(ValueError, match=r"task\.data\.image='image': must be a column of images; a\.png: .*absolute"):
+    with pytest.raises(
+        ValueError,
+        match=r"task\.data\.image='image': must be a column of images; .*train\.parquet, row 0: .*'a\.png'; .*absolute",
+    ):
         load(config, None)
 
 

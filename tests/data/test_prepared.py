@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 
 from fedsim.core.sealed import Damaged
 from fedsim.data import DataConfig, Dataset, Partition, conversion, load, prepared, vision
-from fedsim.data.prepared import Examples
+from fedsim.data.examples import Examples
 from tests.support.data_files import reloaded
 
 
@@ -92,6 +93,40 @@ def test_the_same_content_is_kept_once_and_another_one_beside_it(texts: DataConf
     assert reloaded(texts).fingerprint != first.fingerprint and len(prepared.kept()) == 2
 
 
+def test_a_file_that_is_overwritten_keeping_size_and_time_is_read_again(texts: DataConfig, tmp_path: Path) -> None:
+    lines = "text,label\n" + "one,0\ntwo,1\n" * 5
+    file = tmp_path / "lines.csv"
+    file.write_text(lines)
+    before, config = file.stat(), replace(texts, name=str(file), group=None)
+    first = load(config, None)
+    file.write_text(lines.replace("one", "six"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) == (
+        (before.st_size, before.st_mtime_ns, before.st_ino)
+    )
+    assert reloaded(config).fingerprint != first.fingerprint
+
+
+def test_images_that_a_table_names_by_path_count(images: DataConfig, tmp_path: Path) -> None:
+    paths = [str(tmp_path / "images" / "train" / "b" / f"{number}.png") for number in range(3)]
+    frame = pd.DataFrame({"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1, 0]})
+    frame.to_parquet(tmp_path / "named.parquet")
+    config = replace(images, name=str(tmp_path / "named.parquet"), test_share=0.4)
+    first = load(config, None)
+    assert reloaded(config).fingerprint == first.fingerprint and len(prepared.kept()) == 1
+    for path in paths:
+        Image.new("RGB", (5, 6), (7, 7, 7)).save(path)
+    again = reloaded(config)
+    assert again.train.inputs["pixel_values"].unique().tolist() == [7] and again.fingerprint != first.fingerprint
+    Path(paths[1]).unlink()
+    with pytest.raises(ValueError, match=r"images/train/b/1.png"):
+        reloaded(config)
+    frame["image"] = [{"bytes": None, "path": "1.png"}] * 3
+    frame.to_parquet(tmp_path / "named.parquet")
+    with pytest.raises(ValueError, match=r"named.parquet, row \d: ValueError: the path '1.png'"):
+        reloaded(config)
+
+
 def test_images_keep_their_size_and_are_enlarged_in_the_batch(images: DataConfig, tmp_path: Path) -> None:
     """5 x 6 pixels, kept so, are enlarged to 6 x 6 and to 20 x 20; 4 x 4 is smaller than they are."""
     original = Image.open(tmp_path / "images" / "train" / "b" / "1.png")
@@ -142,6 +177,19 @@ def test_a_shard_reads_its_own_rows_alone(images: DataConfig, monkeypatch: pytes
     assert read == [] and shard.labels.tolist() == [1, 0, 0]
     shard.examples(torch.tensor([2, 0]))
     assert read == [(90, 180), (90, 450)]
+
+
+def test_a_shard_stays_what_it_is_and_where_it_is(images: DataConfig) -> None:
+    rows = np.array([3, 1])
+    shard = load(images, None).train.select(rows)
+    expected = shard.examples(torch.arange(2))["pixel_values"]
+    rows[:] = 0
+    assert isinstance(shard.inputs, Examples)
+    with pytest.raises(ValueError, match="read-only"):
+        shard.inputs.numbers[:] = 0
+    assert torch.equal(shard.examples(torch.arange(2))["pixel_values"], expected)
+    with pytest.raises(TypeError, match="prepared data do not travel"):
+        pickle.dumps(shard)
 
 
 def test_what_is_handed_out_may_be_written_to(images: DataConfig) -> None:
@@ -232,7 +280,7 @@ def test_what_a_killed_process_left_is_not_used(texts: DataConfig, cache: Path, 
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert list((cache / "making").glob("*.d")) and not list((cache / "prepared").iterdir())
+    assert len(list((cache / "making").glob("*.d"))) == 1 and not list((cache / "prepared").iterdir())
     assert load(texts, None).train.labels.tolist() == [0, 1, 0] * 4
     assert not list((cache / "making").glob("*.d"))
 
@@ -315,7 +363,8 @@ def test_what_is_prepared_is_listed_and_freed(
     assert first.fingerprint[:12] in said and second.fingerprint[:12] in said and "2 prepared data sets" in said
     assert main(["data", "clean", first.fingerprint[:8]]) == 0
     assert [row.fingerprint for row in prepared.kept()] == [second.fingerprint]
-    assert main(["data", "clean", "nonsense"]) == 2 and "FINGERPRINT='nonsense'" in capsys.readouterr().err
+    for word in ("nonsense", ""):
+        assert main(["data", "clean", word]) == 2 and f"FINGERPRINT={word!r}" in capsys.readouterr().err
     assert main(["data", "clean"]) == 0 and prepared.kept() == []
     assert isinstance(reloaded(texts).train.inputs, Examples)
 

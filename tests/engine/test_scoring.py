@@ -1,5 +1,6 @@
 """Models that are scored: equal ones once a process and round, as many examples at once as their sizes allow."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,30 @@ def test_models_that_differ_in_a_bit_or_in_an_attribute_are_two() -> None:
     assert [inbox.once(model, score(number)) for number, model in enumerate(models)] == [0, 0, 2, 3, 4, 5]
     inbox.copy_of({}, torch.device("cpu"), ("score", 1))
     assert inbox.once(first, score(6)) == 6, "a round later"
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:`torch.jit.script`")
+def test_models_that_are_more_than_their_pickled_bits_are_scored_each() -> None:
+    """Scales of quantised tensors, what hangs on a parameter, and what cannot be pickled at all."""
+    inbox, asked = Inbox(), list[int]()
+
+    def quantised(scale: float) -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.register_buffer("table", torch.quantize_per_tensor(torch.ones(2) * scale, scale, 0, torch.qint8))
+        model.load_state_dict(plain.state_dict(), strict=False)
+        return model
+
+    def hung(scale: float) -> nn.Module:
+        model = copy.deepcopy(plain)
+        vars(model.weight)["scale"] = scale
+        return model
+
+    plain = nn.Linear(2, 2)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    models = [quantised(1.0), quantised(2.0), hung(1.0), hung(2.0), normed, normed, torch.jit.script(plain)]
+    for number, model in enumerate(models):
+        inbox.once(model, lambda number=number: asked.append(number))  # pyright: ignore[reportArgumentType]
+    assert asked == [*range(len(models))]
 
 
 def test_how_many_are_scored_at_once_goes_by_sizes() -> None:
