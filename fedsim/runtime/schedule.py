@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 
-WORTH = 1.05  # a chunk is cut up where the call would else take longer than this many times the best
+WORTH = 1.02  # a chunk is cut up where the call would else take longer than this many times the best
 WORTH_SECONDS = 0.02  # and at least so much longer: what is cut up travels as several updates, not as one sum, and
 # what is moved finds neither its state nor its data in memory
 
