@@ -24,6 +24,7 @@ from fedsim.data.table import Columns, Table, joined
 
 
 SUFFIXES = (".parquet", ".csv", ".tsv")
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LONGEST = 2**31 - 1  # characters of a cell
 
 
@@ -112,11 +113,7 @@ def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[
             if str(error).startswith("task.data."):
                 raise
             cause = error.__cause__ or error
-            if isinstance(cause, OSError) and cause.errno in (
-                errno.ENOSPC,
-                errno.EFBIG,
-                errno.EDQUOT,
-            ):  # of the cache's
+            if isinstance(cause, OSError) and cause.errno in FULL:  # the cache, not the source
                 raise OSError(cause.errno, cause.strerror) from error
             said = textwrap.shorten(str(cause), 400, placeholder=" ...")
             raise ValueError(f"task.data.name={config.name!r}: {path} could not be read as {kind} ({said})") from error
