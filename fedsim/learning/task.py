@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedsim.core.fields import check_range, check_types, refuse
@@ -23,7 +22,7 @@ from fedsim.data.vision import floats, resized
 from fedsim.learning.augmentation import Augmentation, augmented
 from fedsim.learning.entities import EntityCounts, EntityTags
 from fedsim.learning.masking import masked
-from fedsim.learning.skeleton import dropping, skeleton
+from fedsim.learning.skeleton import called_with, dropping, skeleton
 from fedsim.models import Form, Inputs, get_family
 
 
@@ -164,7 +163,7 @@ class Task:
         return get_family(self.config.family).specs(form, self.inputs)
 
     def skeleton(self, form: Form) -> nn.Module:
-        """A module to run trees in with `functional_call`. Shared by the whole process: never change it."""
+        """A module to run trees in with `called_with`. Shared by the whole process: never change it."""
         return skeleton(self.config.family, form, self.inputs, self.config.dropout)
 
     def fresh(self, form: Form, seed: int) -> Tree:
@@ -183,7 +182,7 @@ class Task:
     def forward(self, form: Form, tree: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Logits of the model of this form with these parameters; gradients reach `tree`."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return functional_call(self.skeleton(form), dict(tree), kwargs=inputs).logits
+        return called_with(self.skeleton(form), tree, inputs).logits
 
     def dropping(self, seed: int) -> contextlib.AbstractContextManager[None]:
         """Inside, models drop out as the config says, by draws of this seed; elsewhere they never do."""
