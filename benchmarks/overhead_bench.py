@@ -37,9 +37,10 @@ Environment = Mapping[str, str | None]  # variables to set, or, where None, to u
 class Sample(NamedTuple):
     """Bytes of one process. `at`: `time.monotonic()`, the same clock in all processes of a machine.
 
-    - `anonymous`: what it holds for itself: no files, nothing shared. - `uss`: pages nobody else has mapped: those of
-      libraries and of Ray's object store among them, unless another process uses them at that moment. - `rss`: all
-      pages it has mapped; those of the object store count in every process that touched them.
+    - `anonymous`: what it holds for itself, no files; a page that forked processes share counts as a part in each. -
+      `uss`: pages nobody else has mapped: those of libraries and of Ray's object store among them, unless another
+      process uses them at that moment. - `rss`: all pages it has mapped; those of the object store count in every
+      process that touched them.
     """
 
     at: float
@@ -202,10 +203,10 @@ def _descendants(process: psutil.Process, titles: Mapping[str, str]) -> dict[str
 
 
 def _sampled(process: psutil.Process) -> Sample:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    sizes = dict(line.split(":", 1) for line in status.splitlines() if line.startswith("Rss"))
-    memory = process.memory_full_info()
-    return Sample(time.monotonic(), int(sizes["RssAnon"].split()[0]) * 1024, memory.uss, memory.rss)
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {name: int(size.split()[0]) * 1024 for name, size in (line.split(":") for line in lines)}
+    uss = sizes["Private_Clean"] + sizes["Private_Dirty"]
+    return Sample(time.monotonic(), sizes["Pss_Anon"], uss, sizes["Rss"])
 
 
 def imports_mb(modules: Sequence[str]) -> dict[str, float]:
