@@ -21,6 +21,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Leaves,
     LocalTraining,
     Partial,
     Payload,
@@ -63,14 +64,18 @@ class DepthFL(LocalTraining):
     def name(self) -> str:
         return "depthfl"
 
+    @property
+    def leaves(self) -> Leaves:
+        return "sub-model"
+
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        model, end = ctx.task.fresh(ctx.target, ctx.derive("target")), tail(ctx.task, ctx.target)
+        model, end = ctx.initial(ctx.target), tail(ctx.task, ctx.target)
         body, exits = {name: tensor for name, tensor in model.items() if name not in end}, {}
         for depth in ends_at(ctx.target.depth, self.exits):
             last = depth == ctx.target.depth
-            fresh = model if last else ctx.task.fresh(ctx.target, ctx.derive(f"exit {depth}"))
+            fresh = model if last else ctx.initial(ctx.target, f"exit {depth}")
             exits[str(depth)] = {name: fresh[name] for name in end}
         model = body | {EXIT: exits}
         return self.server.start(model) | {COVERED: mapped(lambda _: torch.tensor(False), model)}

@@ -58,7 +58,7 @@ class EnsembleSmall(Averaging):
     def server_init(self, ctx: ServerContext) -> State:
         form, state = _form(ctx), {}
         for member in range(self._members(ctx.task, form, ctx.target)):
-            state[str(member)] = ctx.task.fresh(form, ctx.derive(f"member {member}"))
+            state[str(member)] = ctx.initial(form, f"member {member}")
         return self.server.start(state)
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:

@@ -70,7 +70,7 @@ class FedAvg(Averaging):
 
     def server_init(self, ctx: ServerContext) -> State:
         form = self._form(ctx, [client.form for client in ctx.clients])
-        return self.server.start(ctx.task.fresh(form, ctx.derive("target")))
+        return self.server.start(ctx.initial(form))
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
         return ctx.task.module(self._form(ctx, [client.form for client in ctx.clients]), model_of(state))

@@ -2,7 +2,8 @@
 
 A reconstruction. FedBRB (arXiv 2402.17202, IEEE TMC) cuts the weights of the global model into blocks of local size,
 trains all blocks by rolling, and broadcasts what was trained, weighted, to the whole space; its method section could
-not be read: block geometry, clock and broadcast weight are this project's, and fields. In print it is `fedbrb_like`.
+not be read: block geometry, clock and broadcast weight are this project's, and fields. A broadcast
+weight of 1 is nearest to its abstract, and was best of those tried (`LOG.md`). In print it is `fedbrb_like`.
 
     participant k        n_k = 1 / r_k blocks an axis; block b is coordinates [b D / n, (b + 1) D / n)
     round t, k           trains block t mod n of the residual stream and block floor(t / n) mod n of heads and MLP
@@ -24,11 +25,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from baselines.sub_models import SubModels
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
     Partial,
     Payload,
     ServerContext,
@@ -38,35 +39,29 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.submodel import Cut
-from fedsim.core.tree import State, Tree
-from fedsim.learning.coverage import MODEL, averaged, covered_of, everywhere, model_of, start
-from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form, window
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.core.tree import State
+from fedsim.learning.coverage import MODEL, averaged, everywhere, model_of
+from fedsim.learning.rates import FITTING, cut_axes, rate_of, sub_form, window
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FedBRBLike(LocalTraining):
+class FedBRBLike(SubModels):
     """The reconstruction of FedBRB, of the target.
 
-    - `rates`: the block sizes there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `clock`: all participants of a rate train the same block ("together"), or each begins at another ("spread").
     - `broadcast`: lam; 0: none. - `decay`: rounds after which lam_t is half of it; None: constant.
     - `mode`: what is broadcast: the trained blocks themselves ("parameters"), or how they changed ("changes").
-    - `server`: what the server makes of the mean.
     """
 
-    rates: tuple[float, ...] = RATES
     clock: Literal["together", "spread"] = "together"
-    broadcast: float = 0.05
+    broadcast: float = 1.0
     decay: float | None = None
     mode: Literal["parameters", "changes"] = "parameters"
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rates(self.rates)
         check_range(self, "algorithm", "broadcast", least=0, most=1)
         check_range(self, "algorithm", "decay", above=0)
 
@@ -75,17 +70,21 @@ class FedBRBLike(LocalTraining):
         return "fedbrb_like"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
-        check_forms(task, target, forms, self.rates)
-        for rate in {rate_of(task, target, form, self.rates) for form in forms}:
+        for rate in {self.rate(task, form, target) for form in forms}:
             for axis in cut_axes(task.specs(target)):
                 if abs(rate * round(1 / rate) - 1) > 1e-9 or target.axes[axis] % round(1 / rate):
                     accepted = f"rates 1/n whose n divides axis {axis!r}, {target.axes[axis]} in the target {target}"
                     refuse("algorithm.rates", rate, accepted)
 
-    # at the aggregator ----------------------------------------------------------------------------------------------
+    def rate(self, task: Task, form: Form, target: Form) -> float:
+        """The largest 1/n that fits; of "fitting", those whose n divides every axis that is cut."""
+        if self.rates != FITTING:
+            return rate_of(task, target, form, self.rates)
+        sizes = [target.axes[axis] for axis in cut_axes(task.specs(target))]
+        blocks = [n for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes)]
+        return rate_of(task, target, form, tuple(1 / n for n in blocks))
 
-    def server_init(self, ctx: ServerContext) -> State:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
+    # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
@@ -111,15 +110,9 @@ class FedBRBLike(LocalTraining):
             moved[name] = torch.where(now[name], tensor, torch.lerp(tensor.double(), aim, lam).to(tensor.dtype))
         return after | {MODEL: after[MODEL] | moved}
 
-    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, model_of(state))
-
-    def server_covered(self, state: State) -> Tree | None:
-        return covered_of(state)
-
     def _block(self, ctx: ServerContext, client: ClientInfo) -> tuple[int, int]:
         """n, and the time on its client's clock, which comes round after n^2."""
-        n = round(1 / rate_of(ctx.task, ctx.target, client.form, self.rates))
+        n = round(1 / self.rate(ctx.task, client.form, ctx.target))
         return n, (max(ctx.round - 1, 0) + (client.id if self.clock == "spread" else 0)) % n**2
 
     # at a participant -----------------------------------------------------------------------------------------------
@@ -133,7 +126,7 @@ class FedBRBLike(LocalTraining):
         return ctx.task.module(self._form(ctx), payload)
 
     def _form(self, ctx: ClientContext) -> Form:
-        return sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, ctx.info.form, self.rates))
+        return sub_form(ctx.task, ctx.target, self.rate(ctx.task, ctx.info.form, ctx.target))
 
 
 def _cut(ctx: ServerContext, n: int, time: int) -> Cut:

@@ -20,11 +20,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from baselines.sub_models import SubModels
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
     Partial,
     Payload,
     ServerContext,
@@ -35,30 +35,24 @@ from fedsim.core.fields import refuse
 from fedsim.core.seeding import generator
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import State, Tree
-from fedsim.learning.coverage import averaged, covered_of, model_of, start
+from fedsim.learning.coverage import averaged, model_of
 from fedsim.learning.objectives import Frozen
-from fedsim.learning.rates import RATES, check_forms, check_rates, cut_axes, rate_of, sub_form
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.rates import cut_axes, rate_of, sub_form
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FederatedDropout(LocalTraining):
+class FederatedDropout(SubModels):
     """Federated Dropout of the target.
 
-    - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `keep`: the share of each axis that everyone keeps, whatever its device; None: the participant's rate.
-    - `server`: what the server makes of the mean.
     """
 
-    rates: tuple[float, ...] = RATES
     keep: float | None = None
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rates(self.rates)
         if self.keep is not None and not 0 < self.keep <= 1:
             refuse("algorithm.keep", self.keep, "above 0 and at most 1, or None")
 
@@ -66,17 +60,10 @@ class FederatedDropout(LocalTraining):
     def name(self) -> str:
         return "federated_dropout"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
-        check_forms(task, target, forms, self._rates)
-
-    @property
-    def _rates(self) -> tuple[float, ...]:
-        return self.rates if self.keep is None else (self.keep,)
+    def rate(self, task: Task, form: Form, target: Form) -> float:
+        return rate_of(task, target, form, self.rates if self.keep is None else (self.keep,))
 
     # at the aggregator ----------------------------------------------------------------------------------------------
-
-    def server_init(self, ctx: ServerContext) -> State:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)
@@ -87,15 +74,9 @@ class FederatedDropout(LocalTraining):
             state, updates, ctx.task, ctx.target, self.server, lambda client: self._cut(ctx, ctx.clients[client])
         )[0]
 
-    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, model_of(state))
-
-    def server_covered(self, state: State) -> Tree | None:
-        return covered_of(state)
-
     def _cut(self, ctx: ServerContext, client: ClientInfo) -> Cut:
         """This round's lists for a client, in ascending order; the residual stream's first."""
-        form = sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, client.form, self._rates))
+        form = sub_form(ctx.task, ctx.target, self.rate(ctx.task, client.form, ctx.target))
         draw = generator(ctx.seed, "kept", ctx.round, client.id)
         specs, lists = ctx.task.specs(ctx.target), {}
         for axis in cut_axes(specs):
@@ -117,7 +98,7 @@ class FederatedDropout(LocalTraining):
         return ctx.task.module(form, divided(payload, shares(ctx.task, form, ctx.target)))
 
     def _form(self, ctx: ClientContext) -> Form:
-        return sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, ctx.info.form, self._rates))
+        return sub_form(ctx.task, ctx.target, self.rate(ctx.task, ctx.info.form, ctx.target))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from baselines.sub_models import SubModels
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
     Partial,
     Payload,
     ServerContext,
@@ -32,32 +32,25 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import refuse
 from fedsim.core.submodel import Cut
-from fedsim.core.tree import State, Tree
-from fedsim.learning.coverage import averaged, covered_of, model_of, start
-from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
-from fedsim.learning.task import Task
+from fedsim.core.tree import State
+from fedsim.learning.coverage import averaged, model_of
+from fedsim.learning.rates import cut_at, cut_axes, sub_form
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FedRolex(LocalTraining):
+class FedRolex(SubModels):
     """FedRolex of the target.
 
-    - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who trains which).
     - `step`: coordinates that windows move on by in a round; negative rolls the other way.
     - `by_examples`: weight the mean by examples.
-    - `server`: what the server makes of the mean.
     """
 
-    rates: tuple[float, ...] = RATES
     step: int = 1
     by_examples: bool = False
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rates(self.rates)
         if not self.step:
             refuse("algorithm.step", self.step, "a whole number other than 0 (HeteroFL's windows stay)")
 
@@ -65,30 +58,18 @@ class FedRolex(LocalTraining):
     def name(self) -> str:
         return "fedrolex"
 
-    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
-        check_forms(task, target, forms, self.rates)
-
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> State:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
-
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
+        rates = self.rates_of(cohort, ctx)
         model = model_of(state)
         parts = {rate: self._cut(ctx, rate).extract(model) for rate in {*rates.values()}}
         return {id_: parts[rate] for id_, rate in rates.items()}
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
-        rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
-        cuts = {rate: self._cut(ctx, rate) for rate in {*rates}}
+        rates = self.rates_of(ctx.clients, ctx)
+        cuts = {rate: self._cut(ctx, rate) for rate in {*rates.values()}}
         return averaged(state, updates, ctx.task, ctx.target, self.server, lambda client: cuts[rates[client]])[0]
-
-    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, model_of(state))
-
-    def server_covered(self, state: State) -> Tree | None:
-        return covered_of(state)
 
     def _cut(self, ctx: ServerContext, rate: float) -> Cut:
         moved = self.step * max(ctx.round - 1, 0)  # round 0 only shows where round 1 will begin
@@ -106,4 +87,4 @@ class FedRolex(LocalTraining):
         return ctx.task.module(self._form(ctx), payload)
 
     def _form(self, ctx: ClientContext) -> Form:
-        return sub_form(ctx.task, ctx.target, rate_of(ctx.task, ctx.target, ctx.info.form, self.rates))
+        return sub_form(ctx.task, ctx.target, self.rate(ctx.task, ctx.info.form, ctx.target))

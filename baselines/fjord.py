@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from baselines.sub_models import SubModels
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
-    LocalTraining,
     Partial,
     Payload,
     ServerContext,
@@ -27,79 +27,63 @@ from fedsim.algorithm import (
 )
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import State, Tree
-from fedsim.learning.coverage import averaged, covered_of, model_of, start
+from fedsim.learning.coverage import averaged, model_of
 from fedsim.learning.objectives import Frozen
-from fedsim.learning.rates import RATES, check_forms, check_rates, cut_at, cut_axes, rate_of, sub_form, window
-from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
+from fedsim.learning.rates import cut_at, cut_axes, rates_of, sub_form, window
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
 
 @dataclasses.dataclass(frozen=True)
-class FjORD(LocalTraining):
+class FjORD(SubModels):
     """FjORD of the target.
 
-    - `rates`: the sub-models there are, largest first (`fedsim.learning.rates.rate_of` says who holds which).
     - `distillation`: smaller sub-models learn from the largest that the participant holds.
-    - `server`: what the server makes of the mean.
     """
 
-    rates: tuple[float, ...] = RATES
     distillation: bool = True
-    server: ServerOptimizer = AVERAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rates(self.rates)
 
     @property
     def name(self) -> str:
         return "fjord"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
-        check_forms(task, target, forms, self.rates)
-        largest = max((rate_of(task, target, form, self.rates) for form in forms), default=0.0)
-        for rate in self.rates:  # whoever holds a sub-model trains all smaller ones too
+        largest = max((self.rate(task, form, target) for form in forms), default=0.0)
+        for rate in rates_of(task, target, self.rates):  # whoever holds a sub-model trains all smaller ones too
             if rate <= largest:
                 sub_form(task, target, rate)
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
-    def server_init(self, ctx: ServerContext) -> State:
-        return start(ctx.task.fresh(ctx.target, ctx.derive("target")), self.server)
-
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        rates = {client.id: rate_of(ctx.task, ctx.target, client.form, self.rates) for client in cohort}
+        rates = self.rates_of(cohort, ctx)
         model = model_of(state)
         parts = {rate: cut_at(ctx.task, ctx.target, rate).extract(model) for rate in {*rates.values()}}
         return {id_: parts[rate] for id_, rate in rates.items()}
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
-        rates = [rate_of(ctx.task, ctx.target, client.form, self.rates) for client in ctx.clients]
-        cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates}}
+        rates = self.rates_of(ctx.clients, ctx)
+        cuts = {rate: cut_at(ctx.task, ctx.target, rate) for rate in {*rates.values()}}
         return averaged(state, updates, ctx.task, ctx.target, self.server, lambda client: cuts[rates[client]])[0]
-
-    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(ctx.target, model_of(state))
-
-    def server_covered(self, state: State) -> Tree | None:
-        return covered_of(state)
 
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
-        own = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
+        own = self.rate(ctx.task, ctx.info.form, ctx.target)
         largest = sub_form(ctx.task, ctx.target, own)
         objectives = tuple(
             SubModelLoss(ctx.task, largest, sub_form(ctx.task, ctx.target, rate), self.distillation and rate < own)
-            for rate in self.rates
+            for rate in rates_of(ctx.task, ctx.target, self.rates)
             if rate <= own
         )
         trained = yield Training(objectives, payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
-        own = rate_of(ctx.task, ctx.target, ctx.info.form, self.rates)
+        own = self.rate(ctx.task, ctx.info.form, ctx.target)
         return ctx.task.module(sub_form(ctx.task, ctx.target, own), payload)
 
 

@@ -21,6 +21,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Leaves,
     LocalTraining,
     Partial,
     Payload,
@@ -64,13 +65,17 @@ class FLoRA(LocalTraining):
     def name(self) -> str:
         return "flora"
 
+    @property
+    def leaves(self) -> Leaves:
+        return "adapter"
+
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_rank(task, target, self.rank, forms)
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        base = start_of(ctx.task, ctx.target, self.base, ctx.seed)
+        base = start_of(ctx, ctx.target, self.base)
         matrices = {name: base[name] for name in adapted(ctx.task, ctx.target)}
         head = {name: base[name] for name in tail(ctx.task, ctx.target)}
         since = torch.zeros(2 + len(ctx.clients), dtype=torch.long)
@@ -101,7 +106,7 @@ class FLoRA(LocalTraining):
         return {"w": clone(self._merged(state, ctx)), "stack": stack, "since": since} | head
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        base = start_of(ctx.task, ctx.target, self.base, ctx.seed)
+        base = start_of(ctx, ctx.target, self.base)
         return ctx.task.module(ctx.target, base | self._merged(state, ctx) | state[HEAD])
 
     def _merged(self, state: State, ctx: ServerContext) -> Tree:
@@ -112,7 +117,7 @@ class FLoRA(LocalTraining):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> State:
-        return to(start_of(ctx.task, ctx.target, self.base, ctx.seed), ctx.device)
+        return to(start_of(ctx, ctx.target, self.base), ctx.device)
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         base, writes = self._base(payload, state, ctx), adapted(ctx.task, ctx.target)

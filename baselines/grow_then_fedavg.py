@@ -68,7 +68,7 @@ class GrowThenFedAvg(Averaging):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        return self.server.start(ctx.task.fresh(_smallest(ctx), ctx.derive("target")))
+        return self.server.start(ctx.initial(_smallest(ctx)))
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(self._current(state, ctx))

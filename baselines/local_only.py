@@ -17,6 +17,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Leaves,
     LocalTraining,
     Partial,
     Payload,
@@ -35,6 +36,10 @@ class LocalOnly(LocalTraining):
     @property
     def name(self) -> str:
         return "local_only"
+
+    @property
+    def leaves(self) -> Leaves:
+        return "nothing"
 
     def stage(self, round: int) -> str:
         return "local"

@@ -24,6 +24,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Leaves,
     LocalTraining,
     Partial,
     Payload,
@@ -66,6 +67,10 @@ class FederatedLoRA(LocalTraining):
     @property
     def name(self) -> str:
         return self.method
+
+    @property
+    def leaves(self) -> Leaves:
+        return "adapter"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_rank(task, target, self.rank, forms if self.method == "hetlora" else ())
@@ -113,7 +118,7 @@ class FederatedLoRA(LocalTraining):
 
     def _start(self, ctx: ServerContext | ClientContext) -> tuple[Tree, Tree]:
         """What everyone begins with: what is held and never sent (W0, and an A that stays), and the factors sent."""
-        base, writes = start_of(ctx.task, ctx.target, self.base, ctx.seed), adapted(ctx.task, ctx.target)
+        base, writes = start_of(ctx, ctx.target, self.base), adapted(ctx.task, ctx.target)
         factors = adapters.fresh(base, writes, self.rank, generator(ctx.seed, "adapters"))
         if self.method == "ffa_lora":
             return base | {A: factors[A]}, {B: factors[B]}

@@ -20,6 +20,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Leaves,
     Partial,
     Payload,
     ServerContext,
@@ -28,7 +29,6 @@ from fedsim.algorithm import (
     Training,
 )
 from fedsim.core.fields import check_range
-from fedsim.core.seeding import derive
 from fedsim.core.tree import State, Tree
 from fedsim.learning.exits import ends_at, shallower, tail, up_to
 from fedsim.learning.server_opt import model_of
@@ -56,6 +56,10 @@ class ProgFed(Averaging):
     def name(self) -> str:
         return "progfed"
 
+    @property
+    def leaves(self) -> Leaves:
+        return "sub-model"
+
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
@@ -82,8 +86,8 @@ class ProgFed(Averaging):
 
     def _fresh(self, ctx: ServerContext, stage: int) -> Tree:
         """The model of a stage as it is initialised: all blocks of one target, a head for each stage."""
-        whole = ctx.task.fresh(ctx.target, derive(ctx.seed, "target"))
-        head = ctx.task.fresh(ctx.target, derive(ctx.seed, f"head {stage}")) if stage else whole
+        whole = ctx.initial(ctx.target)
+        head = ctx.initial(ctx.target, f"head {stage}") if stage else whole
         depth = ends_at(ctx.target.depth, self.stages)[stage]
         body = {name: whole[name] for name in sorted(up_to(ctx.task, ctx.target, depth))}
         return body | {name: head[name] for name in tail(ctx.task, ctx.target)}

@@ -62,7 +62,7 @@ class Scaffold(Averaging):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        model = ctx.task.fresh(ctx.target, ctx.derive("target"))
+        model = ctx.initial(ctx.target)
         return {"model": self.server.start(model), "control": {n: torch.zeros_like(t) for n, t in model.items()}}
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:

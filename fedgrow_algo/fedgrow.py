@@ -46,6 +46,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Leaves,
     LocalTraining,
     Partial,
     Payload,
@@ -137,6 +138,10 @@ class FedGrow(LocalTraining):
     @property
     def name(self) -> str:
         return "fedgrow" if self.federate else "fedgrow_no_federation"
+
+    @property
+    def leaves(self) -> Leaves:
+        return "operator" if self.federate else "nothing"
 
     @property
     def preset_name(self) -> str:

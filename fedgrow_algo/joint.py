@@ -41,6 +41,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Leaves,
     LocalTraining,
     Partial,
     Payload,
@@ -99,6 +100,10 @@ class FedGrowJoint(LocalTraining):
     @property
     def name(self) -> str:
         return "fedgrow_joint"
+
+    @property
+    def leaves(self) -> Leaves:
+        return "operator"
 
     @property
     def preset_name(self) -> str:

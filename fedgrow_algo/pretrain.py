@@ -23,7 +23,8 @@ Init = Literal["independent", "common"]  # whether random numbers are each parti
 def trained_on_own_shard(
     ctx: ClientContext, *, lr: float, epochs: int, init: Init = "independent", **settings: Any
 ) -> Steps[Tree]:
-    """A model of the participant's own form, trained on its own shard: from its tier's checkpoint, or from scratch.
+    """A model of the participant's own form, trained on its own shard: from its tier's checkpoint, from the public
+    model that everyone begins with (`Experiment.start`), or from scratch.
 
     From scratch is what the paper's code does. With no epochs a checkpoint is taken as it is, and its tensors are those
     that every participant in the process holds: nobody may write to them.
@@ -34,7 +35,9 @@ def trained_on_own_shard(
     - `settings`: of `Training`.
     """
     form, task, checkpoint = ctx.info.form, ctx.task, ctx.info.checkpoint
-    if checkpoint is None and init == "common":
+    if checkpoint is None and ctx.start is not None:
+        start = ctx.initial(form, "small")
+    elif checkpoint is None and init == "common":
         start = common_start(task, form, ctx.intermediate, derive(ctx.seed, "small"))
     elif checkpoint is None:
         start = task.fresh(form, ctx.derive("small"))

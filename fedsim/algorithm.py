@@ -31,7 +31,7 @@ The smallest algorithm there is, federated averaging of a single number, trains 
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -41,6 +41,7 @@ from fedsim.core.tree import State, Tree
 from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum, whole_sum
 from fedsim.learning.objectives import Frozen, Objective, TaskLoss
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
+from fedsim.learning.starts import initial
 from fedsim.learning.steps import Steps
 from fedsim.learning.task import Batch
 from fedsim.learning.training import OptimizerName, ScheduleName, Trained, Training, check_settings
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from fedsim.data.source import Split
     from fedsim.learning.meter import Meter
+    from fedsim.learning.starts import Start
     from fedsim.learning.task import Task
     from fedsim.models import Form
     from fedsim.models.checkpoint import Checkpoint
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AVERAGE",
     "LATER",
+    "PRIVATE",
     "Algorithm",
     "Averaging",
     "Batch",
@@ -65,6 +68,7 @@ __all__ = [
     "ClientInfo",
     "ClientUpdate",
     "Frozen",
+    "Leaves",
     "LocalTraining",
     "Objective",
     "OptimizerName",
@@ -86,6 +90,10 @@ __all__ = [
 
 Payload = Mapping[str, Any]  # a state, as it is sent
 
+# What leaves a participant, from the least to the most. Up to the auxiliary model, no model of its own does.
+Leaves = Literal["nothing", "statistics", "operator", "adapter", "head", "auxiliary model", "sub-model", "model"]
+PRIVATE: tuple[Leaves, ...] = ("nothing", "statistics", "operator", "adapter", "head", "auxiliary model")
+
 
 @dataclasses.dataclass(frozen=True)
 class ClientInfo:
@@ -103,7 +111,10 @@ class ClientInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ServerContext:
-    """What a `server_*` method may read. `clients` is the whole population, in order of id."""
+    """What a `server_*` method may read. `clients` is the whole population, in order of id.
+
+    `start`: a public model that everyone may begin with.
+    """
 
     seed: int
     round: int
@@ -111,6 +122,7 @@ class ServerContext:
     intermediate: "Form"
     target: "Form"
     clients: Sequence[ClientInfo]
+    start: "Start | None" = None
 
     def generator(self, purpose: str) -> torch.Generator:
         """The server's random stream for one purpose in this round."""
@@ -119,6 +131,10 @@ class ServerContext:
     def derive(self, purpose: str) -> int:
         """The seed of that stream, for code that draws from torch's global stream."""
         return derive(self.seed, purpose, self.round)
+
+    def initial(self, form: "Form", purpose: str = "target") -> Tree:
+        """A model of this form that everyone begins with: public, if the experiment says so, or drawn from the seed."""
+        return initial(self, form, purpose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +146,7 @@ class ClientContext:
     - `meter`: where training notes what it did; algorithms never look.
     - `precision`: "fp32", or "bf16": forward passes in training run under autocast; weights stay fp32.
     - `forms`: the clients' small forms, one a tier; empty stands for the client's own.
+    - `start`: a public model that everyone may begin with.
     """
 
     seed: int
@@ -143,6 +160,7 @@ class ClientContext:
     meter: "Meter"
     precision: str = "fp32"
     forms: tuple["Form", ...] = ()
+    start: "Start | None" = None
 
     def generator(self, purpose: str) -> torch.Generator:
         """This client's random stream for one purpose in this round."""
@@ -151,6 +169,12 @@ class ClientContext:
     def derive(self, purpose: str) -> int:
         """The seed of that stream, for code that draws from torch's global stream."""
         return derive(self.seed, purpose, self.round, self.info.id)
+
+    def initial(self, form: "Form", purpose: str = "target") -> Tree:
+        """The model of this form that everyone begins with, as the server has it; what is public is downloaded once."""
+        if self.start is not None:
+            self.meter.downloads.update(self.start.downloads(self.task, form))
+        return initial(self, form, purpose)
 
 
 class Algorithm(abc.ABC):
@@ -165,6 +189,11 @@ class Algorithm(abc.ABC):
     def preset_name(self) -> str:
         """The growth preset, for the `preset` column; empty where nothing is grown."""
         return ""
+
+    @property
+    def leaves(self) -> Leaves:
+        """What leaves a participant; tables keep methods apart by it. A method that says nothing lets a model leave."""
+        return "model"
 
     def check(self, task: "Task", forms: Sequence["Form"], intermediate: "Form | None", target: "Form") -> None:
         """Refuse, with a `ValueError`, forms this algorithm cannot work with. Called before anything starts.
@@ -285,7 +314,7 @@ class Averaging(LocalTraining):
     server: ServerOptimizer = dataclasses.field(default=AVERAGE, kw_only=True)
 
     def server_init(self, ctx: ServerContext) -> State:
-        return self.server.start(ctx.task.fresh(ctx.target, ctx.derive("target")))
+        return self.server.start(ctx.initial(ctx.target))
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         model = model_of(state)

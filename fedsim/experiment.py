@@ -11,12 +11,13 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from fedsim.algorithm import Algorithm
+from fedsim.algorithm import LATER, Algorithm
 from fedsim.core.canonical import canonical
 from fedsim.core.fields import WHOLE, check_range, check_types, matches, refuse, shown
 from fedsim.core.modules import called, module_named
 from fedsim.data.partition import Partition
 from fedsim.devices import Conditions, Device, device_named
+from fedsim.learning.starts import Start
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form, get_family
 from fedsim.models.checkpoint import Checkpoint
@@ -111,6 +112,8 @@ class Experiment:
       then stop. Where a device had too little memory, the participant tries again when nobody else computes.
     - `batched`: participants of a chunk whose trainings are alike are trained in one batched computation
       (`fedsim.learning.batched`): the same results to rounding, not bit by bit.
+    - `start`: a public model that everyone may begin with, grown into whatever form a method trains
+      (`fedgrow_algo.grown.Grown`); None: models begin at random. A tier's own checkpoint comes first for its form.
     - `conditions`: who is away, too slow or too small to take part.
     - `call_seconds`: limit for one call of a participant; then its host is replaced, and `on_error` applies.
     """
@@ -133,6 +136,7 @@ class Experiment:
     on_error: Literal["stop", "drop", "retry"] = "stop"
     batched: bool = False
     conditions: Conditions = Conditions()
+    start: Start | None = dataclasses.field(default=None, metadata=LATER)
     call_seconds: float | None = dataclasses.field(default=None, metadata=PLACEMENT)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from fedsim.core.tree import State, clone, ordered
 from fedsim.data.config import digits
 from fedsim.data.dataset import Split
 from fedsim.learning.meter import Meter
+from fedsim.learning.starts import Start
 from fedsim.learning.steps import Asking, asking, run_alone, run_client
 from fedsim.learning.task import Task, TaskConfig, load_task
 from fedsim.models import Form
@@ -39,6 +40,7 @@ class Federation:
     - `forms`: of the clients' small models. - `intermediate`, `target`: the two larger forms.
     - `sizes`: examples of each client, taken one after another from the training set of `task`; digits by default.
     - `shards`: the clients' data, instead.
+    - `start`: a public model that everyone may begin with.
 
     `server`: the server's state; a test may put another there. `private`: the clients' states, as far as there are any.
     `work`: the accounts of each client's last call; `deployed` is one.
@@ -54,8 +56,10 @@ class Federation:
         task: Task | None = None,
         shards: Sequence[Split] | None = None,
         seed: int = 0,
+        start: Start | None = None,
     ) -> None:
         self.algorithm, self.target, self.intermediate, self.seed = algorithm, target, intermediate, seed
+        self.start = start
         self.task = task or load_task(TaskConfig(digits(limit=sum(sizes)), patch_size=4), None)
         self.shards = shards or self._dealt(sizes)
         self.clients = [
@@ -75,7 +79,7 @@ class Federation:
     # contexts -------------------------------------------------------------------------------------------------------
 
     def at_server(self, round: int) -> ServerContext:
-        return ServerContext(self.seed, round, self.task, self.intermediate, self.target, self.clients)
+        return ServerContext(self.seed, round, self.task, self.intermediate, self.target, self.clients, self.start)
 
     def at_client(self, round: int, client: int, device: str = "cpu", empty: bool = False) -> ClientContext:
         """A client's context; `empty`: without data, as where a run is only being counted."""
@@ -91,6 +95,7 @@ class Federation:
             device=torch.device(device),
             meter=self.work[client],
             forms=tuple({info.form: None for info in self.clients}),
+            start=self.start,
         )
 
     # calls ----------------------------------------------------------------------------------------------------------

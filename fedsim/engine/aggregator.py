@@ -74,7 +74,9 @@ class Aggregator:
         self.clients.open(private)
         experiment = self.experiment
         task = Task(experiment.task)
-        return ServerContext(experiment.seed, round, task, experiment.middle, experiment.target, self.infos)
+        return ServerContext(
+            experiment.seed, round, task, experiment.middle, experiment.target, self.infos, experiment.start
+        )
 
     def _broadcast(self, ids: Collection[int], ctx: ServerContext) -> Mapping[int, Payload]:
         with self.clock.phase("broadcast"):

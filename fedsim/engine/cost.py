@@ -191,7 +191,8 @@ class DryRun:
 
     def server(self, round: int) -> ServerContext:
         experiment = self.experiment
-        return ServerContext(experiment.seed, round, self.task, experiment.middle, experiment.target, self.infos)
+        forms = experiment.middle, experiment.target
+        return ServerContext(experiment.seed, round, self.task, *forms, self.infos, experiment.start)
 
     def client(self, info: ClientInfo, round: int, meter: Meter | None = None) -> ClientContext:
         return ClientContext(
@@ -206,6 +207,7 @@ class DryRun:
             meter=meter or self._meter(False),
             precision=self.experiment.precision,
             forms=self.experiment.forms,
+            start=self.experiment.start,
         )
 
     @contextlib.contextmanager

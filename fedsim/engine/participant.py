@@ -85,6 +85,7 @@ class Participant:
         self.shard_bytes = 0
         self.sent: boundary.Sent | None = None
         self.init_flops = 0  # of making the private state, within the current call
+        self.downloads = 0  # bytes of public models that it began with, within the same call
 
     @property
     def nbytes(self) -> int:
@@ -156,7 +157,7 @@ class Participant:
             return
         before, context = meter.flops, self._context(0, meter)
         state = yield from asking(context, self.experiment.algorithm.client_init(context))
-        self.init_flops = meter.flops - before
+        self.init_flops, self.downloads = meter.flops - before, sum(meter.downloads.values())
         # Nothing that took nothing to make can be made again: thousands of empty files would cost more than all else.
         try:
             boundary.check_finite(boundary.check_state(state, "client_init's state"), "client_init's state")
@@ -203,6 +204,7 @@ class Participant:
             meter=meter,
             precision=self.experiment.precision,
             forms=self.experiment.forms,
+            start=self.experiment.start,
         )
 
     def _shard(self, everybodys: Split) -> Split:
@@ -246,7 +248,7 @@ class Participant:
         """Run some work and note what it took."""
         meter = Meter(self.counted)
         reset_peak_memory(self.device)
-        self.init_flops = 0
+        self.init_flops = self.downloads = 0
         started = time.perf_counter()
         try:
             received = self.inbox.copy_of(payload, self.device, call)
@@ -266,6 +268,7 @@ class Participant:
             "train_loss": meter.loss,
             "flops": meter.flops,
             "init_flops": self.init_flops,
+            "bytes_once": self.downloads,
             "trainable_params": meter.trainable,
             "peak_memory_bytes": peak_memory(self.device),
             "small_sha256": meter.small_sha256,

@@ -26,6 +26,7 @@ class ClientReport:
     # what crossed the network
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_once: int = 0
     upload_params: int | None = None
     weight: float = 0.0
     metrics: Mapping[str, float] | None = None
@@ -90,7 +91,7 @@ def _known(first: Any, second: Any) -> Any:
     return first if second is None else second
 
 
-_ADDED = ("bytes_down", "bytes_up", "train_seconds", "flops", "init_flops", "trainable_params")
+_ADDED = ("bytes_down", "bytes_up", "bytes_once", "train_seconds", "flops", "init_flops", "trainable_params")
 _COMBINE: dict[str, Callable[[Any, Any], Any]] = (
     dict.fromkeys((field.name for field in dataclasses.fields(ClientReport)), _later)
     | dict.fromkeys(_ADDED, operator.add)

@@ -54,12 +54,14 @@ class Meter:
 
     - `counted`: remembers what steps cost, by objective and shapes.
     - `small_sha256`: of the small model that the participant trained for itself, if it did.
+    - `downloads`: bytes of each public model that the call began with, by name.
     - `timing`: take the time of a step on a full batch that holds no data, before there is any training.
     """
 
     counted: dict[tuple, "StepCost"]
     work: list[Work] = dataclasses.field(default_factory=list)
     small_sha256: str | None = None
+    downloads: dict[str, int] = dataclasses.field(default_factory=dict)
     timing: bool = False
 
     @property

@@ -1,16 +1,20 @@
 """How much of the target a participant can hold: rates, the forms they give, and which axes they cut.
 
 A rate r keeps ceil(r D) of the coordinates of each axis that is cut: the residual stream, the inner width of the MLP,
-and the coordinates of every head, of which there stay as many (HeteroFL, Diao et al., ICLR 2021). Attention is then
+and the coordinates of every head, of which there stay as many (HeteroFL, Diao et al., ICLR 2021). The rates there are
+by default are all that keep a whole number of every head's coordinates, D / D, ..., 2 / D, 1 / D ("fitting"): a device
+trains as much as it can hold. The papers' powers of two leave up to three quarters of it unused. Attention is then
 divided by the square root of what a head has left, as in any model of that form. Heads that rotary position embeddings
 turn cannot be cut inside, where each pair of coordinates has a frequency of its own: there, whole heads of keys and
 values go, with the queries that read them.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,31 +25,37 @@ from fedsim.learning.task import Task
 from fedsim.models import Form, Inputs, get_family
 
 
-RATES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+FITTING, POWERS = "fitting", (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+Rates = tuple[float, ...] | Literal["fitting", "powers_of_two"]
 
 
-def check_rates(rates: Sequence[float]) -> None:
+def check_rates(rates: Rates) -> None:
     """**Raises:** `ValueError` unless these are rates, largest first."""
+    if isinstance(rates, str):
+        return
     if not rates or any(not 0 < rate <= 1 for rate in rates) or list(rates) != sorted({*rates}, reverse=True):
         refuse("algorithm.rates", rates, "fractions of the target above 0 and at most 1, each once, largest first")
 
 
-def check_forms(task: Task, target: Form, forms: Sequence[Form], rates: Sequence[float]) -> None:
-    """**Raises:** `ValueError` if a participant's rate gives a model that the family cannot build."""
-    for form in forms:
-        rate_of(task, target, form, tuple(rates))
+def rates_of(task: Task, target: Form, rates: Rates) -> tuple[float, ...]:
+    """The rates that there are, largest first."""
+    if rates == "powers_of_two":
+        return POWERS
+    if isinstance(rates, str):
+        specs = task.specs(target)
+        parts = target.axes["kv_head" if "kv_head" in cut_axes(specs) else "head_dim"]
+        return tuple(part / parts for part in range(parts, 0, -1))
+    return rates
 
 
-def rate_of(task: Task, target: Form, form: Form, rates: Sequence[float] = RATES) -> float:
+def rate_of(task: Task, target: Form, form: Form, rates: Rates = FITTING) -> float:
     """The largest rate whose sub-model of the target has no more parameters than a model of `form`; else the last.
 
     **Raises:** `ValueError` if the family cannot build a sub-model that has to be compared.
     """
-    own = parameter_count(task, form)
-    for rate in rates:
-        if parameter_count(task, sub_form(task, target, rate)) <= own:
-            return rate
-    return rates[-1]
+    own, there = parameter_count(task, form), rates_of(task, target, rates)
+    first = bisect.bisect_left(there, True, key=lambda rate: parameter_count(task, sub_form(task, target, rate)) <= own)
+    return there[min(first, len(there) - 1)]
 
 
 def sub_form(task: Task, target: Form, rate: float) -> Form:

@@ -76,6 +76,8 @@ RUNS = (
     Column("data_sha256", "str?", "run.content.data_sha256", "of the content of its data, as it was read"),
     Column("checkpoints_sha256", "str?", "run.content.checkpoints_sha256", "of the checkpoints; null without any"),
     METHOD,
+    Column("leaves", "str?", "run.experiment.algorithm.leaves", "what leaves a participant: nothing, statistics, "
+           "operator, adapter, head, auxiliary model, sub-model or model"),
 )  # fmt: skip
 
 ROUNDS = (
@@ -106,7 +108,7 @@ ROUNDS = (
         "bytes",
     ),
     Column("bytes_up_total", "int", "bytes_up_total", "sent since round 0", "bytes"),
-    Column("bytes_down_total", "int", "bytes_down_total", "received since round 0", "bytes"),
+    Column("bytes_down_total", "int", "bytes_down_total", "received since round 0, with bytes_once", "bytes"),
     Column("flops", "int?", "flops", "of the cohort's training, forward and backward, by count"),
     Column("wall_seconds", "float", "wall_seconds", "without writing the tables", "s"),
     Column("retries", "int", "report.retries", "calls that were repeated"),
@@ -141,6 +143,7 @@ ROUNDS = (
     ),
     PRESET,
     METHOD,
+    Column("bytes_once", "int?", "bytes_once", "public models, downloaded by those who then began", "bytes"),
 )
 
 CLIENTS = (
@@ -180,6 +183,7 @@ CLIENTS = (
     PRESET,
     METHOD,
     Column("error", "str?", "report.error", "the traceback's last line, where it raised and the run went on"),
+    Column("bytes_once", "int?", "report.bytes_once", "of the public models it began with, where it did", "bytes"),
 )  # fmt: skip
 
 PROFILE = (

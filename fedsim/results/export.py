@@ -144,10 +144,11 @@ def deployed(
     ]
     task, algorithm, info = Task(experiment.task), experiment.algorithm, population[participant]
     seed, middle, target = experiment.seed, experiment.middle, experiment.target
-    at_server = ServerContext(seed, last, task, middle, target, population)
+    start, forms = experiment.start, experiment.forms
+    at_server = ServerContext(seed, last, task, middle, target, population, start)
     nothing, cpu = Split({}, torch.zeros(0, dtype=torch.long)), torch.device("cpu")
     meter, precision = Meter({}), experiment.precision
-    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision, experiment.forms)
+    at_client = ClientContext(seed, last, task, middle, target, info, nothing, cpu, meter, precision, forms, start)
     payload = algorithm.server_broadcast(held, [info], at_server)[participant]
     model: Any = algorithm.client_model(payload, state, at_client)
     if not hasattr(model, "config"):

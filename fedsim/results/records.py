@@ -157,12 +157,16 @@ class RoundRecord:
         return sum(self.of_clients("bytes_down"))
 
     @property
+    def bytes_once(self) -> int:
+        return sum(self.of_clients("bytes_once"))
+
+    @property
     def bytes_up_total(self) -> int:
         return self.bytes_up + (self.before["bytes_up_total"] if self.before else 0)
 
     @property
     def bytes_down_total(self) -> int:
-        return self.bytes_down + (self.before["bytes_down_total"] if self.before else 0)
+        return self.bytes_down + self.bytes_once + (self.before["bytes_down_total"] if self.before else 0)
 
     @property
     def flops(self) -> int:

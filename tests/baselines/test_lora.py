@@ -73,7 +73,7 @@ def test_only_with_one_a_for_all_is_the_mean_of_factors_that_of_models(name: str
     held = [federation.algorithm._model(federation.state(u.client), u.tree, federation.at_server(1)) for u in updates]  # type: ignore[attr-defined]
     of_models = mean([matrices_of(federation, weights_of(model)) for model in held], [6, 12, 18])
     found = matrices_of(federation, weights_of(federation.served(1)))
-    start = matrices_of(federation, start_of(federation.task, TARGET, None, 0))
+    start = matrices_of(federation, start_of(federation.at_server(0), TARGET, None))
     changed = distance(of_models, start)
     assert changed > 0.01
     assert (distance(found, of_models) < 1e-5 * changed + 1e-6) == (name == "ffa_lora")
@@ -159,8 +159,8 @@ def test_training_is_that_of_the_merged_model(name: str) -> None:
 def test_ranks_go_by_device() -> None:
     federation = Federation(lora(hetlora), UNLIKE)
     task = federation.task
-    assert [rank_of(task, TARGET, form, RANK) for form in UNLIKE] == [1, 2, 4]
-    for client, rank in enumerate((1, 2, 4)):
+    assert [rank_of(task, TARGET, form, RANK) for form in UNLIKE] == [1, 3, 4]
+    for client, rank in enumerate((1, 3, 4)):
         for tree in (federation.payload(1, client), federation.update(1, client).tree):
             assert {len(a) for a in tree[A].values()} == {b.shape[1] for b in tree[B].values()} == {rank}
     for make in (fedit, ffa_lora):
@@ -169,13 +169,13 @@ def test_ranks_go_by_device() -> None:
 
 
 def test_zero_padding_dilutes_by_the_owners_share() -> None:
-    """All send ones with weights 1, 1 and 2: rank 1 is everyone's, rank 2 of 3/4 of the weights, ranks 3, 4 of 1/2."""
+    """All send ones with weights 1, 1 and 2: rank 1 is everyone's, ranks 2, 3 of 3/4 of the weights, rank 4 of 1/2."""
     federation = Federation(lora(hetlora), UNLIKE)
     updates = [
         ClientUpdate(id_, mapped(torch.ones_like, federation.payload(1, id_)), weight)
         for id_, weight in enumerate((1, 1, 2))
     ]
-    expected, state = torch.tensor([1.0, 0.75, 0.5, 0.5]), federation.aggregate(1, updates)
+    expected, state = torch.tensor([1.0, 0.75, 0.75, 0.5]), federation.aggregate(1, updates)
     assert all(torch.equal(a, expected[:, None].expand_as(a)) for a in state[A].values())
     assert all(torch.equal(b, expected.expand_as(b)) for b in state[B].values())
     assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in state[HEAD].values())
@@ -201,7 +201,7 @@ def test_where_nothing_was_learned_all_adapters_count_alike() -> None:
     before = federation.server
     updates = federation.run(1)
     assert len({update.weight for update in updates}) == 1 and updates[0].weight > 0
-    share = torch.tensor([1.0, 2 / 3, 1 / 3, 1 / 3])[:, None]
+    share = torch.tensor([1.0, 2 / 3, 2 / 3, 1 / 3])[:, None]
     expected = before | {A: {name: a * share for name, a in before[A].items()}}
     assert_close(federation.server, expected, atol=1e-7)
 
@@ -231,9 +231,9 @@ def test_a_base_may_be_a_checkpoint(make: Any, tmp_path: Path) -> None:
     federation = Federation(lora(make, base=Checkpoint(str(tmp_path))))
     for model in (federation.served(0), federation.deployed(0, 1)):
         assert_same_bits(weights_of(model), tree)
-    before = sha256(start_of(federation.task, TARGET, Checkpoint(str(tmp_path)), 0))
+    before = sha256(start_of(federation.at_server(0), TARGET, Checkpoint(str(tmp_path))))
     federation.run(1)
-    assert sha256(start_of(federation.task, TARGET, Checkpoint(str(tmp_path)), 0)) == before, "nobody wrote to it"
+    assert sha256(start_of(federation.at_server(0), TARGET, Checkpoint(str(tmp_path)))) == before, "nobody wrote to it"
     others = {n for n in tree if n not in {*adapted(federation.task, TARGET), *tail(federation.task, TARGET)}}
     assert_same_bits({n: weights_of(federation.served(1))[n] for n in others}, {n: tree[n] for n in others})
 
@@ -246,8 +246,10 @@ def test_a_checkpoint_of_another_form_is_refused(tmp_path: Path) -> None:
 
 def test_without_a_checkpoint_all_begin_with_fedavgs_target() -> None:
     federation = Federation(FedAvg(**LOCAL))
-    assert_same_bits(start_of(federation.task, TARGET, None, 0), federation.server)
-    assert sha256(start_of(federation.task, TARGET, None, 1)) != sha256(federation.server)
+    assert_same_bits(start_of(federation.at_server(0), TARGET, None), federation.server)
+    assert sha256(start_of(dataclasses.replace(federation.at_server(0), seed=1), TARGET, None)) != sha256(
+        federation.server
+    )
 
 
 # FLoRA ----------------------------------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def test_what_is_merged_is_the_sum_of_products() -> None:
 
 
 def test_a_stack_on_paper() -> None:
-    """Weights 1 and 3; B1 A1 = 2 everywhere, B2 A2 = 2 * 2 * 6 = 24: W + s (2 / 4 + 72 / 4) = W + 18.5 s."""
+    """Weights 1 and 3; B1 A1 = 2 everywhere, B2 A2 = 3 * 2 * 6 = 36: W + s (2 / 4 + 108 / 4) = W + 27.5 s."""
     federation = Federation(flora(), UNLIKE)
     start = matrices_of(federation, weights_of(federation.served(0)))
     trees = [federation.update(1, client).tree for client in (0, 1)]
@@ -290,12 +292,12 @@ def test_a_stack_on_paper() -> None:
         {part: {n: torch.full_like(t, value[part]) for n, t in tree[part].items()} for part in tree}
         for tree, value in zip(trees, values, strict=True)
     ]
-    assert [len(filled[k][A][n]) for k in (0, 1) for n in start][:: len(start)] == [1, 2]
+    assert [len(filled[k][A][n]) for k in (0, 1) for n in start][:: len(start)] == [1, 3]
     federation.server = federation.aggregate(1, [ClientUpdate(0, filled[0], 1), ClientUpdate(1, filled[1], 3)])
     stack = federation.server["stack"]
-    assert {a.shape[0] for a in stack[A].values()} == {b.shape[1] for b in stack[B].values()} == {3}
+    assert {a.shape[0] for a in stack[A].values()} == {b.shape[1] for b in stack[B].values()} == {4}
     after = matrices_of(federation, weights_of(federation.served(1)))
-    assert_close(after, {n: t + 18.5 * SCALE for n, t in start.items()}, atol=1e-4)
+    assert_close(after, {n: t + 27.5 * SCALE for n, t in start.items()}, atol=1e-4)
     for tensor in federation.server[HEAD].values():
         assert torch.equal(tensor, torch.full_like(tensor, 10.0))
 
@@ -314,7 +316,7 @@ def test_adapters_begin_anew_in_every_round_for_everyone() -> None:
     hashes = {sha256(u.tree[A]) for u in (*first, *second)}
     assert len(hashes) == 6
     assert all(not b.any() for u in first for b in u.tree[B].values())
-    assert_same_bits(weights_of(federation.served(2)), start_of(federation.task, TARGET, None, 0))
+    assert_same_bits(weights_of(federation.served(2)), start_of(federation.at_server(0), TARGET, None))
 
 
 COHORTS = [[0, 1], [1, 2], [0], [], [2, 0], [1], [1, 2], [0, 1, 2], [2], [0], [0, 2]]

@@ -132,7 +132,8 @@ def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Form, Tree]]:
 
 @pytest.mark.parametrize("row", ["vit", "gpt2-lm", "gpt2-text", "bert-mlm", "llama-lm", "llama-lm-tied"])
 def test_the_scaler_divides_what_width_layers_compute(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training alone; not norms, not heads: a head that is the embedding has it back from the norm before it."""
+    """In training and when deployed, where it is another function without; not norms, not heads: a head that is the
+    embedding has it back from the norm before it."""
     federation = of_row(row, HeteroFL(**LOCAL), (1 / 4,))
     payload, runs = federation.payloads(1)[0], forwarded(monkeypatch)
     federation.update(1, 0)
@@ -153,7 +154,10 @@ def test_the_scaler_divides_what_width_layers_compute(row: str, monkeypatch: pyt
         (table,) = [n for n, spec in specs.items() if spec.dims == ("=token", "embed")]
         assert factors[table] == 4.0
     model = federation.algorithm.client_model(payload, {}, federation.at_client(1, 0))
-    assert sha256(dict(model.named_parameters())) == sha256(payload), "scored as it is"
+    assert close(dict(model.named_parameters()), first, atol=0.0), "deployed as it is trained"
+    plain = of_row(row, HeteroFL(**LOCAL, scaler=False), (1 / 4,))
+    unscaled = plain.algorithm.client_model(payload, {}, plain.at_client(1, 0))
+    assert sha256(dict(unscaled.named_parameters())) == sha256(payload)
 
 
 def test_the_scaler_divides_the_output_of_each_layer() -> None:

@@ -349,8 +349,9 @@ def test_deployed_models_are_what_was_sent(method: str) -> None:
         assert not model.training
         weights = dict(model.named_parameters())
         assert {n: t.shape for n, t in weights.items()} == shapes_of(federation.task, federation.form(client))
-        if not method.startswith("federated_dropout"):  # whose model divides what it reads
-            assert sha256(weights) == sha256(payload)
+        if method.startswith("federated_dropout") or method == "heterofl":
+            continue  # divided as in training: `test_sub_model_training.py` says by what
+        assert sha256(weights) == sha256(payload)
     server = federation.algorithm.server_model(federation.server, federation.at_server(1))
     assert server is not None and sha256(dict(server.named_parameters())) == sha256(federation.model())
 

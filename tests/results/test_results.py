@@ -22,7 +22,7 @@ COLUMNS = {
         trainable_params double, upload_params double, status string, wall_seconds double, git_commit string,
         code_sha256 string, versions string, hardware string, config string, bytes_per_upload int64, model string,
         federation_sha256 string, error string, labels string, held_bytes int64, peak_bytes int64,
-        command string, data_sha256 string, checkpoints_sha256 string, method string
+        command string, data_sha256 string, checkpoints_sha256 string, method string, leaves string
     """,
     "rounds": """
         run_id string, algorithm string, seed int64, round int64, stage string, accuracy_mean double,
@@ -33,7 +33,7 @@ COLUMNS = {
         seam_bytes_up int64, seam_bytes_down int64, accuracy_val_std double, accuracy_val_min double, failed int64,
         precision_mean double, recall_mean double, f1_mean double, coverage double, coverage_min double,
         simulated_seconds double, late int64, dropped_out int64, excluded int64, metrics string,
-        preset string, method string
+        preset string, method string, bytes_once int64
     """,
     "clients": """
         run_id string, algorithm string, seed int64, round int64, client int64, tier string, num_examples int64,
@@ -41,7 +41,8 @@ COLUMNS = {
         train_loss double, bytes_up int64, bytes_down int64, train_seconds double, flops int64,
         peak_memory_bytes int64, host string, node string, retries int64, stage string, model string,
         trainable_params int64, upload_params int64, precision double, recall double, f1 double, small_sha256 string,
-        simulated_seconds double, outcome string, metrics string, preset string, method string, error string
+        simulated_seconds double, outcome string, metrics string, preset string, method string, error string,
+        bytes_once int64
     """,
 }
 SAMPLE = {"string": "x", "int64": 1, "double": 0.5}
