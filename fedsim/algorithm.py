@@ -31,14 +31,14 @@ The smallest algorithm there is, federated averaging of a single number, trains 
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedsim.core.fields import check_range, check_types
 from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import State, Tree
-from fedsim.core.updates import ClientUpdate, Partial, weighted_mean, weighted_sum, whole_sum
+from fedsim.core.updates import PRIVATE, ClientUpdate, Leaves, Partial, weighted_mean, weighted_sum, whole_sum
 from fedsim.learning.objectives import Frozen, Objective, TaskLoss
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.starts import initial
@@ -89,10 +89,6 @@ __all__ = [
 ]
 
 Payload = Mapping[str, Any]  # a state, as it is sent
-
-# What leaves a participant, from the least to the most. Up to the auxiliary model, no model of its own does.
-Leaves = Literal["nothing", "statistics", "operator", "adapter", "head", "auxiliary model", "sub-model", "model"]
-PRIVATE: tuple[Leaves, ...] = ("nothing", "statistics", "operator", "adapter", "head", "auxiliary model")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from fedsim.core import tree as trees
 from fedsim.core.tree import State, Tree
+
+
+# What leaves a participant, from the least to the most. Up to the auxiliary model, no model of its own does.
+Leaves = Literal["nothing", "statistics", "operator", "adapter", "head", "auxiliary model", "sub-model", "model"]
+PRIVATE: tuple[Leaves, ...] = ("nothing", "statistics", "operator", "adapter", "head", "auxiliary model")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from fedsim.report.tables import (
     COMPARED,
     COSTS,
     DIFFERENCES,
+    LEGEND,
     TARGETS,
     cells,
     percent,
@@ -67,6 +68,7 @@ def content_of(results: Results, readings: Readings, title: str, commands: Seque
             _setting(number, name, rows, runs_of[name], results, readings)
             for number, (name, rows) in enumerate(settings.items())
         ],
+        "legend": [f"{column}: {meaning}." for column, meaning in LEGEND.items()],
         "notes": notes(results, readings),
         "runs": runs,
         "commands": [" ".join(each.split("\n")) for each in (*typed, *commands)],

@@ -11,6 +11,7 @@ Runs are compared within a *setting*: one suite, one data set, one population of
 import dataclasses
 import math
 import statistics
+import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from fedsim.core.canonical import parsed, with_todays_names
+from fedsim.core.updates import Leaves
 from fedsim.report.names import method_names, settings_of, small_forms
 from fedsim.results.tables import Results
 
@@ -26,10 +28,12 @@ MEGABYTE = 10**6
 METHOD_ORDER = (
     "fedgrow fedgrow_joint fedgrow_no_federation fedgrow_released_code fedavg fedavg_small fedavg_mid fedprox "
     "heterofl heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed grow_then_fedavg "
-    "exclusive ensemble_small local_only fedit ffa_lora flora hetlora"
+    "exclusive ensemble_small local_only fedit ffa_lora flora hetlora fedsb analytic fedproto fedtgp fedgh lg_fedavg "
+    "fedkd fedmrl"
 )
 RANK = {name: place for place, name in enumerate(METHOD_ORDER.split())}
-KEYS = ["setting", "method", "algorithm", "preset"]
+LEAVES = {what: place for place, what in enumerate(typing.get_args(Leaves))}
+KEYS = ["setting", "method", "algorithm", "preset", "leaves"]
 WORST_SHARE = 0.1  # of participants: whose mean is `accuracy_bottom`
 # Accuracy at which costs "to a target" are read, by data set.
 TARGET_ACCURACY = {
@@ -200,9 +204,9 @@ def read(results: Results, target: float | None = None, reference: str | None = 
     return Readings(sorted(rows, key=lambda row: (row["setting"], *in_order(row), row["seed"])), rounds, reference)
 
 
-def in_order(run: Row) -> tuple[int, str]:
-    """Where a method stands in lists."""
-    return RANK.get(run["algorithm"], len(RANK)), run["method"]
+def in_order(run: Row) -> tuple[int, int, str]:
+    """Where a method stands in lists: by what leaves a participant, the least first; earlier versions did not say."""
+    return LEAVES.get(run["leaves"], len(LEAVES)), RANK.get(run["algorithm"], len(RANK)), run["method"]
 
 
 def referred(runs: Runs, reference: str | None) -> list[Row]:

@@ -129,22 +129,36 @@ def _round(number: float) -> str:
 # Heading -> cell. Every table in print is made of these.
 COMPACT: dict[str, Callable[[Row], str]] = {
     "method": lambda row: row["method"],
-    "accuracy ± sd, %": lambda row: _spread(row["accuracy"], row["accuracy_std"]),
+    "leaves": lambda row: row["leaves"] or "-",
+    "accuracy ± ci, %": lambda row: _with_ci(row, "accuracy"),
+    "spread": lambda row: percent(row["accuracy_std"]),
     "worst, %": lambda row: percent(row["accuracy_min"]),
-    "at equal bytes, %": lambda row: _spread(row["equal_bytes_accuracy"], row["equal_bytes_std"]),
-    "read at round": lambda row: _round(row["equal_bytes_round"]),
+    "server's own, %": lambda row: percent(row["accuracy_global"]),
+    "at equal bytes ± ci, %": lambda row: _with_ci(row, "equal_bytes_accuracy"),
     "trainable": lambda row: _count(row["trainable_params"]),
     "MB per upload": lambda row: significant(row["upload_mb"]),
     "MB in total": lambda row: significant(row["total_mb"]),
     "saved vs FedAvg": lambda row: "-" if math.isnan(row["saved"]) else f"{percent(row['saved'])} %",
     "seconds": lambda row: significant(row["seconds"]),
 }
+# What the columns of `COMPACT` say, printed under it.
+LEGEND = {
+    "leaves": "what leaves a participant, from nothing to a model; up to an auxiliary model, none of its own does, and "
+    "the two classes are to be compared apart",
+    "accuracy ± ci": "of the model that each participant deploys, on the common test set: mean over participants and "
+    "seeds, with half of its 95 % interval over seeds (Student's t; none for one seed)",
+    "spread": "standard deviation of that accuracy over participants, mean over seeds; worst: the worst participant",
+    "server's own": "accuracy of the server's model, where it has one: what authors of sub-model methods report",
+    "at equal bytes ± ci": "the same accuracy at equal bytes, see below",
+    "trainable": "parameters that a participant trains; saved: of the bytes of FedAvg's upload, 1 MB = 10^6 bytes",
+    "in total": "sent and received by all participants, public models that they begin with included",
+}
 
 
 # What it takes, for everyone and for one participant: by count, so that it does not depend on the machine.
 COSTS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: row["method"],
-    "global, %": lambda row: percent(row["accuracy_global"]),
+    "read at round": lambda row: _round(row["equal_bytes_round"]),
     "deployed, %": lambda row: percent(row["accuracy"]),
     "own labels, %": lambda row: percent(row["accuracy_local"]),
     "worst, %": lambda row: percent(row["accuracy_min"]),
@@ -161,7 +175,7 @@ COSTS: dict[str, Callable[[Row], str]] = {
 
 
 def _with_ci(row: Row, reading: str) -> str:
-    return _spread(row[reading], row[f"{reading}_ci"])
+    return _spread(row[reading], row.get(f"{reading}_ci", math.nan))
 
 
 def _difference(row: Row, reading: str) -> str:

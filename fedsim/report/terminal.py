@@ -1,5 +1,6 @@
 """The summary of a results folder on the terminal."""
 
+import itertools
 import textwrap
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.text import Text
 from fedsim.core.terminal import shown
 from fedsim.report.notes import notes
 from fedsim.report.readings import by_setting, read, records
-from fedsim.report.tables import COMPACT, cells, summary
+from fedsim.report.tables import COMPACT, LEGEND, cells, summary
 from fedsim.results.tables import Results
 from fedsim.storage.place import Place
 
@@ -33,12 +34,19 @@ def print_summary(
             title=_text(setting, console), box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", title_style="bold"
         )
         grid.add_column("method", overflow="fold")
-        for heading in list(COMPACT)[1:]:
+        columns = {heading: cell for heading, cell in COMPACT.items() if heading != "leaves"}  # what groups them
+        for heading in list(columns)[1:]:
             narrow = "\n".join(textwrap.wrap(heading, 8, break_long_words=False))
             grid.add_column(_text(narrow, console), justify="right", no_wrap=True)
-        for row in cells(rows):
-            grid.add_row(*(_text(cell, console) for cell in row))
+        for leaves, group in itertools.groupby(rows, lambda row: row["leaves"]):
+            grid.add_row(
+                _text(f"{leaves or 'what'} leaves{'' if leaves else ': not said'}", console), style="italic dim"
+            )
+            for row in cells(group, columns):
+                grid.add_row(*(_text(cell, console) for cell in row))
         console.print(grid)
+    for column, meaning in LEGEND.items():
+        console.print(_text(f"{column}: {meaning}.", console), style="dim")
     for note in notes(results, readings):
         console.print(_text(note, console), style="red" if note.startswith("Failed") else None)
     if directory is not None:

@@ -53,7 +53,7 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]
 
 
 def runs_of(method: str, accuracies: Sequence[float], **more: Any) -> list[dict[str, Any]]:
-    run = {"method": method, "algorithm": method.split()[0], "accuracy_val": 0.5}
+    run = {"method": method, "algorithm": method.split()[0], "leaves": "model", "accuracy_val": 0.5}
     return [run | {"seed": seed, "accuracy": accuracy} | more for seed, accuracy in enumerate(accuracies)]
 
 

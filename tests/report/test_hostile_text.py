@@ -40,7 +40,7 @@ HOSTILE = {
     "latin": "größe ±1 · 数 🌱",
 }
 TEXTS = ("suite", "algorithm", "preset", "dataset", "family", "partition", "git_commit", "code_sha256", "method")
-TEXTS += ("command", "data_sha256", "checkpoints_sha256")
+TEXTS += ("command", "data_sha256", "checkpoints_sha256", "leaves")
 
 
 def poisoned(folder: Path, text: str) -> Path:

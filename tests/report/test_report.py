@@ -19,7 +19,7 @@ from fedsim.report.document import content_of, write_report
 from fedsim.report.notes import notes
 from fedsim.report.page import rendered
 from fedsim.report.readings import finished_runs, last_within, read, sent_bytes
-from fedsim.report.tables import significant, summary
+from fedsim.report.tables import COMPACT, LEGEND, significant, summary
 from fedsim.report.terminal import print_summary
 from fedsim.results.tables import SCHEMAS, Results, load, write_table
 
@@ -249,7 +249,7 @@ def test_terminal_table_fits_120_columns_and_names_the_files(tmp_path: Path) -> 
     text = file.getvalue()
     table = text.split("Equal bytes:")[0].splitlines()
     assert max(map(len, table)) <= 120
-    for cell in ("fedgrow_released_code", "70.0 ± 10.0", "0.0625", "60.0 %", "-100.0 %", "1.23 k"):
+    for cell in ("fedgrow_released_code", " 10.0 ", "0.0625", "60.0 %", "-100.0 %", "1.23 k"):
         assert cell in text
     assert f"{tmp_path}/rounds" in text and str(tmp_path / "report.html") in text
 
@@ -260,7 +260,33 @@ def test_terminal_table_on_an_ascii_terminal(tmp_path: Path) -> None:
     file = io.TextIOWrapper(written, encoding="ascii")
     print_summary(load(tmp_path), console=Console(file=file))
     file.flush()
-    assert b"70.0 +- 10.0" in written.getvalue()
+    assert b"accuracy +- ci" in written.getvalue()
+
+
+GROUPS = ("nothing leaves", "operator leaves", "model leaves", "what leaves")
+
+
+def test_methods_that_let_no_model_leave_are_kept_apart(tmp_path: Path) -> None:
+    """By what leaves, the least first, with a line between; intervals are over seeds (t = 12.706 for two)."""
+    for seed in (0, 1):
+        add_run(tmp_path, "fedavg", [0.1, 0.9], 250, seed=seed, leaves="model")
+        add_run(tmp_path, "fedgrow", [0.1, 0.6 + 0.02 * seed], 100, seed=seed, preset="paper", leaves="operator")
+        add_run(tmp_path, "local_only", [0.1, 0.5], 0, seed=seed, leaves="nothing")
+        add_run(tmp_path, "mine", [0.1, 0.5], 0, seed=seed)  # of an earlier version, which did not say
+    assert list(summary(load(tmp_path))["method"]) == ["local_only", "fedgrow (paper)", "fedavg", "mine"]
+    file = io.StringIO()
+    print_summary(load(tmp_path), console=Console(file=file))
+    lines = [line.strip() for line in file.getvalue().splitlines()]
+    found = [line.split("  ")[0] for line in lines if line.startswith(("local", "fedg", "fedavg", "mine", *GROUPS))]
+    assert found == [
+        *("nothing leaves", "local_only", "operator leaves", "fedgrow (paper)", "model leaves", "fedavg"),
+        *("what leaves: not said", "mine"),
+    ]
+    (grown,) = [line for line in lines if line.startswith("fedgrow")]
+    assert "61.0 ± 12.7" in grown  # 0.61 ± 12.706 x 0.01414 / sqrt 2
+    for column in LEGEND:
+        assert f"{column}: " in file.getvalue()
+    assert all(any(heading.startswith(column) or column in heading for heading in COMPACT) for column in LEGEND)
 
 
 def test_markdown_is_tables_with_equal_numbers_of_cells(tmp_path: Path) -> None:
@@ -272,7 +298,7 @@ def test_markdown_is_tables_with_equal_numbers_of_cells(tmp_path: Path) -> None:
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
     lines = tables[0].splitlines()
     assert len(lines) == 2 + 6
-    assert lines[2].startswith("| fedgrow (paper) | 70.0 ± 10.0 | 60.0 | 70.0 ± 10.0 | 3 |")
+    assert lines[2].startswith("| fedgrow (paper) | - | 70.0 | 10.0 | 60.0 | - | 70.0 | 1.23 k |")
     assert any(line.startswith("| fed\\|prox |") for line in lines)
 
 
