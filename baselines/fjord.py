@@ -10,6 +10,7 @@ did not draw; transformers, with one LayerNorm for all rates. A participant depl
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from fedsim.learning.task import Batch, Task
 from fedsim.models import Form
 
 
+MOST = 12  # rates that are drawn from: each is another training step to be counted
+
+
 @dataclasses.dataclass(frozen=True)
 class FjORD(SubModels):
     """FjORD of the target.
@@ -51,10 +55,14 @@ class FjORD(SubModels):
         return "fjord"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
-        largest = max((self.rate(task, form, target) for form in forms), default=0.0)
-        for rate in rates_of(task, target, self.rates):  # whoever holds a sub-model trains all smaller ones too
-            if rate <= largest:
+        for form in forms:
+            for rate in self._drawn(task, target, self.rate(task, form, target)):
                 sub_form(task, target, rate)
+
+    def _drawn(self, task: Task, target: Form, own: float) -> list[float]:
+        """What a participant draws from in every step: its own rate, and the smaller ones, of at most twelve in all."""
+        there = rates_of(task, target, self.rates)
+        return [own, *(rate for rate in there[:: math.ceil(len(there) / MOST)] if rate < own)]
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
@@ -76,8 +84,7 @@ class FjORD(SubModels):
         largest = sub_form(ctx.task, ctx.target, own)
         objectives = tuple(
             SubModelLoss(ctx.task, largest, sub_form(ctx.task, ctx.target, rate), self.distillation and rate < own)
-            for rate in rates_of(ctx.task, ctx.target, self.rates)
-            if rate <= own
+            for rate in self._drawn(ctx.task, ctx.target, own)
         )
         trained = yield Training(objectives, payload, purpose="target", **self.settings())
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state

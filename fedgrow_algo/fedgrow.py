@@ -17,6 +17,8 @@ Differs from the paper: its text could not be read in full, so the staged proced
 the authors' released code, with three departures. The code uploads and averages M_i and a scratch target as well; here,
 as the paper says, only Global is shared. The code draws a different Global for each participant; here all start from
 the server's. The code trains the position embedding outside the operator; here it is grown like every embedding.
+Dropout is off unless `task.dropout` says otherwise, also where Hugging Face's default has it on (BERT). What reads a
+pooler (a classifier of BERT's) reads it by the map that the pooler is written with, an axis of its own.
 """
 
 import dataclasses

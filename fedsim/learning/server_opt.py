@@ -18,7 +18,8 @@ Every method here that averages has one, as its field `server`, but for Fed-Grow
 FLoRA stacks instead. In partial training coordinates that nobody trained in a round stay, and so do their moments;
 where the model grows, moments begin anew.
 
-Differs from the paper: FedAdagrad has `beta1 = 0`, as in its experiments.
+Differs from the paper: FedAdagrad has `beta1 = 0`, as in its experiments. Flower's FedAdam (1.41) is another one: its
+`v` starts at 0, and its rate carries Adam's correction of bias, `lr sqrt(1 - beta2^(r+1)) / (1 - beta1^(r+1))`.
 """
 
 import dataclasses
