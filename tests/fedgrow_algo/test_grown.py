@@ -156,7 +156,7 @@ def test_a_tiers_own_checkpoint_comes_first(ladder: tuple[Checkpoint, ...], tmp_
     tiers = (dataclasses.replace(base.tiers[0], checkpoint=own), base.tiers[1])
     results = fedsim.run(dataclasses.replace(base, tiers=tiers), out=tmp_path / "out", runtime="inline")
     plain = fedsim.run(base, out=tmp_path / "plain", runtime="inline")
-    begun = [each.clients.query("round == 0").set_index("tier") for each in (results, plain)]
+    begun: Any = [each.clients.query("round == 0").set_index("tier") for each in (results, plain)]
     losses = [frame["loss"].to_dict() for frame in begun]
     assert losses[0]["phone"] != losses[1]["phone"] and losses[0]["laptop"] == losses[1]["laptop"]
 
@@ -169,7 +169,8 @@ def test_a_download_is_counted_once_and_in_total(ladder: tuple[Checkpoint, ...],
         out=tmp_path,
         runtime="inline",
     )
-    once = results.clients.groupby(["algorithm", "round"])["bytes_once"].max().to_dict()
+    clients: Any = results.clients
+    once = clients.groupby(["algorithm", "round"])["bytes_once"].max().to_dict()
     assert once == {("fedit", 0): size, ("fedit", 1): 0, ("fedit", 2): 0} | {("fedavg", round): 0 for round in range(3)}
     for _, rounds in results.rounds.groupby("algorithm"):
         received = (rounds.bytes_down + rounds.bytes_once).sort_index().cumsum()
