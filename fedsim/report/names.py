@@ -39,7 +39,17 @@ def _setting(run: Row) -> str:
     alpha = "" if math.isnan(run["alpha"]) else f" (alpha {run['alpha']:g})"
     cohort = "" if run["cohort"] == run["participants"] else f", {run['cohort']} a round"
     data = f"{run['dataset']}, {run['family']}, {run['partition']}{alpha}"
-    return f"{run['suite']}: {data}, {run['participants']} participants{cohort}"
+    return f"{run['suite']}: {data}, {run['participants']} participants{cohort}{begun_with(run['parsed'])}"
+
+
+def begun_with(config: Mapping[str, Any]) -> str:
+    """Which public models a run begins with: runs that begin with others are not compared."""
+    named = [tier["checkpoint"] for tier in config.get("tiers", ()) if tier.get("checkpoint")]
+    start = config.get("start") or {}
+    named += start.get("checkpoints", ())
+    names = sorted({str(checkpoint["path"]).rstrip("/").rpartition("/")[2] for checkpoint in named})
+    grown = f", grown by {start['preset']}" if "preset" in start else ""
+    return f", from {', '.join(names)}{grown}" if names else ""
 
 
 def small_forms(config: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from fedsim.core.canonical import parsed, with_todays_names
 from fedsim.core.updates import Leaves
-from fedsim.report.names import method_names, settings_of, small_forms
+from fedsim.report.names import begun_with, method_names, settings_of, small_forms
 from fedsim.results.tables import Results
 
 
@@ -136,7 +136,7 @@ def _config_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config. **Raises:** `ValueError` if it is none whose tiers can be told."""
     try:
         config = with_todays_names(parsed(run["config"]))
-        small_forms(config)
+        small_forms(config), begun_with(config)
         return config
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"run {run['run_id']}: its config cannot be understood ({error!r})") from error

@@ -18,7 +18,7 @@ from fedsim.cli import main
 from fedsim.report.document import content_of, write_report
 from fedsim.report.notes import notes
 from fedsim.report.page import rendered
-from fedsim.report.readings import finished_runs, last_within, read, sent_bytes
+from fedsim.report.readings import by_setting, finished_runs, last_within, read, records, sent_bytes
 from fedsim.report.tables import COMPACT, LEGEND, significant, summary
 from fedsim.report.terminal import print_summary
 from fedsim.results.tables import SCHEMAS, Results, load, write_table
@@ -261,6 +261,19 @@ def test_terminal_table_on_an_ascii_terminal(tmp_path: Path) -> None:
     print_summary(load(tmp_path), console=Console(file=file))
     file.flush()
     assert b"accuracy +- ci" in written.getvalue()
+
+
+def test_runs_that_begin_with_other_public_models_are_not_compared(tmp_path: Path) -> None:
+    public = {"checkpoints": [{"path": "models/vit-24x1"}], "preset": "aki"}
+    add_run(tmp_path, "fedavg", [0.1, 0.9], 250)
+    add_run(tmp_path, "fedavg", [0.8, 0.9], 250, config={"start": public})
+    tier = {"form": {"width": 8, "depth": 1}, "checkpoint": {"path": "/srv/minilm/"}}
+    add_run(tmp_path, "fedavg", [0.7, 0.9], 250, config={"start": None, "tiers": [tier]})
+    names = [name.partition("participants")[2] for name in by_setting(records(summary(load(tmp_path))))]
+    assert sorted(names) == ["", ", from minilm", ", from vit-24x1, grown by aki"]
+    add_run(tmp_path, "fedavg", [0.7, 0.9], 250, config={"start": ["no start"]})
+    with pytest.raises(ValueError, match="its config cannot be understood"):
+        summary(load(tmp_path))
 
 
 GROUPS = ("nothing leaves", "operator leaves", "model leaves", "what leaves")
