@@ -136,7 +136,7 @@ def _config_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config. **Raises:** `ValueError` if it is none whose tiers can be told."""
     try:
         config = with_todays_names(parsed(run["config"]))
-        small_forms(config), begun_with(config)
+        _ = small_forms(config), begun_with(config)
         return config
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"run {run['run_id']}: its config cannot be understood ({error!r})") from error
