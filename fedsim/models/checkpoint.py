@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import textwrap
@@ -23,7 +24,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 class Checkpoint:
     """Where a pretrained model lies.
 
-    - `path`: a folder, or a hub name (with `hub`).
+    - `path`: a folder; `MODULE:FOLDER`, a folder beside an importable module, wherever that lies; or a hub name (with
+      `hub`).
     - `hub`: whether a name may be fetched from the hub; a folder never needs it.
     - `revision`: the hub's branch, tag or commit; only a commit names the same weights for ever.
     - `sha256`: what `sha256_of` must give; None: anything. No part of what a run is called.
@@ -42,7 +44,10 @@ class Checkpoint:
 
     @property
     def source(self) -> str:
-        """The path with a leading `~` written out."""
+        """The path with a leading `~` written out, and a module's folder found."""
+        module, colon, folder = self.path.partition(":")
+        if colon and module.isidentifier() and (found := importlib.util.find_spec(module)) and found.origin:
+            return str(Path(found.origin).parent / folder)
         return os.path.expanduser(self.path)
 
 
@@ -54,7 +59,7 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
     local = Path(checkpoint.source).is_dir()
     if not local and not checkpoint.hub:
-        accepted = "a folder that transformers saved, or a hub name together with checkpoint.hub=true"
+        accepted = "a folder that transformers saved, MODULE:FOLDER, or a hub name together with checkpoint.hub=true"
         refuse("checkpoint.path", checkpoint.path, accepted)
     return {"local_files_only": local, "revision": checkpoint.revision or "main", "trust_remote_code": False}
 
