@@ -42,7 +42,7 @@ def width_of(forms: Sequence[Form], features: int | None) -> int:
 
 def head_of(task: Task, form: Form) -> tuple[str, ...]:
     """Names of the head's parameters: those with a row for each class."""
-    return tuple(name for name, spec in task.specs(form).items() if spec.parsed[0].group == "class")
+    return tuple(name for name, spec in task.specs(form).items() if spec.parsed_parts[0].group == "class")
 
 
 def with_features(task: Task, form: Form, model: Tree, width: int, generator: torch.Generator) -> Tree:
