@@ -9,12 +9,16 @@ from baselines.exclusive import Exclusive
 from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
+from baselines.fedgh import FedGH
 from baselines.fednova import FedNova
+from baselines.fedproto import FedProto
 from baselines.fedrolex import FedRolex
+from baselines.fedtgp import FedTGP
 from baselines.fjord import FjORD
 from baselines.flora import FLoRA
 from baselines.grow_then_fedavg import GrowThenFedAvg
 from baselines.heterofl import HeteroFL, heterofl_clean
+from baselines.lg_fedavg import LGFedAvg
 from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
@@ -53,6 +57,10 @@ DIGITS = {
     "exclusive": 3e-3,
     "ensemble_small": 1e-2,
     "local_only": 1e-2,
+    "lg_fedavg": 1e-2,
+    "fedproto": 1e-2,
+    "fedtgp": 1e-2,
+    "fedgh": 1e-2,
     "fedit": 3e-3,
     "ffa_lora": 3e-3,
     "flora": 1e-2,
@@ -125,6 +133,10 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         Exclusive(share=0.3, **local, **small),
         EnsembleSmall(**local),
         LocalOnly(**local),
+        LGFedAvg(**local),
+        FedProto(**local),
+        FedTGP(**local),
+        FedGH(**local),
         fedit(**adapters),
         ffa_lora(**adapters),
         FLoRA(**adapters),

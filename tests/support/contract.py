@@ -12,12 +12,16 @@ from baselines.exclusive import Exclusive
 from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
+from baselines.fedgh import FedGH
 from baselines.fednova import FedNova
+from baselines.fedproto import FedProto
 from baselines.fedrolex import FedRolex
+from baselines.fedtgp import FedTGP
 from baselines.fjord import FjORD
 from baselines.flora import FLoRA
 from baselines.grow_then_fedavg import GrowThenFedAvg
 from baselines.heterofl import HeteroFL, heterofl_clean
+from baselines.lg_fedavg import LGFedAvg
 from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
@@ -75,6 +79,7 @@ class Row:
     - `uploads`: "model" (the one that is deployed), "operator", "everything", "nothing", "adapters", or "more": the
         deployed model and what comes on top, which the method's own tests look at.
     - `deploys`, `serves`: the forms of a participant's model, and of the server's; None: none.
+    - `drawn`: whether the server's first state depends on the seed; prototypes that nobody has sent yet do not.
     - `first_mean`: before round 1 there is nothing to send; the first round averages what each client made alone.
     - `combines`: whether updates can be added up where they are. - `by_examples`: whether examples weight them.
     - `one_payload`: whether clients of one form receive the same. - `same_start`: whether private states begin alike.
@@ -89,6 +94,7 @@ class Row:
     uploads: str
     deploys: str = "target"
     serves: str | None = None
+    drawn: bool = True
     first_mean: bool = False
     combines: bool = True
     by_examples: bool = True
@@ -146,6 +152,12 @@ METHODS = {
     "exclusive": Row(Exclusive(share=0.01, **LOCAL), "model", serves="target"),
     "ensemble_small": Row(EnsembleSmall(members=2, **LOCAL), "more", deploys="2 small", serves="2 small"),
     "local_only": Row(LocalOnly(**LOCAL), "nothing", deploys="small", combines=False),
+    "lg_fedavg": Row(LGFedAvg(**LOCAL), "more", deploys="small"),
+    "fedproto": Row(FedProto(**LOCAL), "more", deploys="small", drawn=False, combines=False, fixed_point=False),
+    "fedtgp": Row(  # the loss rises in round 2, when there are prototypes
+        FedTGP(**LOCAL), "more", deploys="small", combines=False, fixed_point=False, rounds=SLOW
+    ),
+    "fedgh": Row(FedGH(**LOCAL), "more", deploys="small", combines=False, fixed_point=False),
     "fedit": Row(fedit(**ADAPTERS), "adapters", serves="target", same_start=True),
     "ffa_lora": Row(ffa_lora(**ADAPTERS), "adapters", serves="target", same_start=True),
     "flora": Row(FLoRA(**ADAPTERS), "adapters", serves="target", same_start=True, combines=False, keeps_shapes=False),
@@ -184,6 +196,10 @@ PROMISED_NAMES = {
     "exclusive",
     "ensemble_small",
     "local_only",
+    "lg_fedavg",
+    "fedproto",
+    "fedtgp",
+    "fedgh",
     "fedit",
     "ffa_lora",
     "flora",

@@ -1,0 +1,99 @@
+"""What methods have in common whose clients keep a small model each, of any form, and meet where its head reads.
+
+LG-FedAvg, FedProto, FedTGP and FedGH: no client's model leaves it. What they share is as wide as the features of
+`fedsim.learning.features`, which all have in common: a client whose model has another width projects onto them.
+
+The papers' models are convolutional and end in layers of one size. The projection is this project's: linear, without a
+bias, trained by its client alone. Deployed, it is multiplied into the head: a model is of its form again.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from fedgrow_algo.pretrain import trained_on_own_shard
+from fedsim.algorithm import ClientContext, ClientInfo, Leaves, LocalTraining, Payload, ServerContext, Steps, Training
+from fedsim.core.fields import check_range
+from fedsim.core.tree import State, Tree
+from fedsim.learning.features import PrototypeLoss, check_classes, plain, prototypes, width_of, with_features
+from fedsim.learning.task import Task
+from fedsim.models import Form
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateModels(LocalTraining):
+    """Small models that stay where they are.
+
+    - `features`: width of the features; None: that of the widest small model, so that none is lost.
+    """
+
+    features: int | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "algorithm", "features", least=1)
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
+        check_classes(task)
+
+    def width(self, ctx: ServerContext | ClientContext) -> int:
+        """Width of the features."""
+        return width_of(forms_of(ctx), self.features)
+
+    def own_model(self, ctx: ClientContext) -> Steps[Tree]:
+        """A client's model at first: its tier's checkpoint, the public start, or drawn; with features."""
+        model = yield from trained_on_own_shard(ctx, **self.settings(epochs=0))
+        return with_features(ctx.task, ctx.info.form, model, self.width(ctx), ctx.generator("head"))
+
+
+def forms_of(ctx: ServerContext | ClientContext) -> Sequence[Form]:
+    """The clients' small forms."""
+    if isinstance(ctx, ServerContext):
+        return [client.form for client in ctx.clients]
+    return ctx.forms or [ctx.info.form]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prototypes(PrivateModels):
+    """Clients that are drawn to prototypes of the server's, `{"prototypes": (C, F), "known": (C,)}`, and send theirs.
+
+    - `weight`: of the distance to them, the papers' lambda.
+    """
+
+    weight: float = dataclasses.field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "algorithm", "weight", least=0)
+
+    @property
+    def leaves(self) -> Leaves:
+        return "statistics"
+
+    @property
+    def updates_vary(self) -> bool:
+        return True
+
+    def client_init(self, ctx: ClientContext) -> Steps[State]:
+        return self.own_model(ctx)
+
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        sent = self.sent(state)
+        return {client.id: sent for client in cohort}
+
+    @abc.abstractmethod
+    def sent(self, state: State) -> Payload:
+        """The server's prototypes."""
+
+    def drawn(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[Tree, Tree, Tree]]:
+        """The client's model after a round's training, and its prototypes and how many examples each is a mean of."""
+        form = ctx.info.form
+        loss = PrototypeLoss(ctx.task, form, self.weight)
+        trained = yield Training(loss, state, payload, purpose="small", **self.settings())
+        found = prototypes(ctx.task, form, trained.parameters, ctx.train, self.batch_size, ctx.device)
+        return trained.parameters, *found
+
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
+        return plain(ctx.task, ctx.info.form, state)
