@@ -5,13 +5,13 @@
     server, when some arrive     W = (sum_k G_k + gamma I)^{-1} sum_k H_k
 
 Sums know no order: W is that of all examples in one place, for any number of participants and however labels are dealt.
-Everyone counts once: the server says whose sums it has, and who is among them sends nothing. Who never takes part is
-missing from W, and whose update is lost sends it again. With `random_features`, f is relu(V f' + b) of the model's
-features f', V and b drawn once for all.
+Everyone counts once: the server tells whom it has counted, and they send nothing. Who never takes part is missing from
+W, and whose update is lost sends it again. With `random_features`, f is relu(V f' + b) of the model's features f', V
+and b drawn once for all.
 
 Differs from the paper: participants send their sums, not solutions of their own that are joined (its absolute
 aggregation law, which gives the same W); gamma is counted once and stays; a bias; `random_features`. Passes through the
-frozen model are no training, and are counted as no FLOPs.
+frozen model are no training, and are counted as no FLOPs; both halves of the symmetric G are sent.
 """
 
 import dataclasses
@@ -30,8 +30,6 @@ from fedsim.algorithm import (
     Partial,
     Payload,
     ServerContext,
-    weighted_sum,
-    whole_sum,
 )
 from fedsim.core.fields import check_range, check_types, refuse
 from fedsim.core.seeding import generator
@@ -71,7 +69,7 @@ class Analytic(Algorithm):
 
     @property
     def updates_vary(self) -> bool:
-        return True  # who has been counted sends nothing
+        return True  # who was counted sends nothing
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_classes(task)
@@ -83,23 +81,22 @@ class Analytic(Algorithm):
     def server_init(self, ctx: ServerContext) -> State:
         d = 1 + (self.random_features or feature_size(ctx.task, self._form(ctx)))
         classes = ctx.task.inputs.num_classes
-        g, h = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, classes, dtype=torch.float64)
-        return {"g": g, "h": h, "w": h.clone(), "counted": torch.zeros(len(ctx.clients), dtype=torch.bool)}
+        zero = {n: torch.zeros(d, size, dtype=torch.float64) for n, size in (("g", d), ("h", classes), ("w", classes))}
+        return zero | {"counted": torch.zeros(len(ctx.clients), dtype=torch.bool)}
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
-        payload = {"w": state["w"].float(), "counted": state["counted"]}
-        return {client.id: payload for client in cohort}
-
-    def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        sent = [update for update in updates if update.tree]
-        return weighted_sum(sent) if sent else None
+        w, counted = state["w"].float(), state["counted"]
+        payloads = {known: {"w": w, "counted": torch.tensor(known)} for known in (False, True)}
+        return {client.id: payloads[bool(counted[client.id])] for client in cohort}
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
-        total = whole_sum(update for update in updates if update.tree)
-        if total is None:
-            return state
-        g, h = (state[name] + total.tree[name] for name in ("g", "h"))
-        counted = state["counted"] | total.tree["counted"].bool()
+        g, h, counted = (state[name].clone() for name in ("g", "h", "counted"))
+        for update in updates:
+            assert isinstance(update, ClientUpdate)
+            if update.tree and not counted[update.client]:
+                g += update.tree["g"]
+                h += update.tree["h"]
+                counted[update.client] = True
         return {"g": g, "h": h, "w": ridge(g, h, self.gamma), "counted": counted}
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
@@ -111,7 +108,7 @@ class Analytic(Algorithm):
         return to(ctx.initial(self._form(ctx)), ctx.device)
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> tuple[ClientUpdate, State]:
-        if payload["counted"][ctx.info.id]:
+        if payload["counted"]:
             return ClientUpdate(ctx.info.id, {}, 0), state
         model, random = mapped(in_double, state), self._random(ctx).to(ctx.device, torch.float64)
         d, classes = payload["w"].shape
@@ -123,8 +120,7 @@ class Analytic(Algorithm):
                 f = random(features(ctx.task, self._form(ctx), model, batch))
             g, h = sums(f, batch["labels"], classes)
             total = {"g": total["g"] + g.cpu(), "h": total["h"] + h.cpu()}
-        counted = torch.arange(len(payload["counted"])) == ctx.info.id
-        return ClientUpdate(ctx.info.id, total | {"counted": counted}, 1), state  # of weight 1: sums are added up
+        return ClientUpdate(ctx.info.id, total, ctx.info.num_examples), state  # a sum, which its weight does not scale
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return self._model(state, payload["w"], ctx)
@@ -133,8 +129,8 @@ class Analytic(Algorithm):
         """The random features, the same everywhere; nothing, if there are none."""
         if self.random_features is None:
             return nn.Sequential()
-        size = feature_size(ctx.task, self._form(ctx))
-        return random_relu(size, self.random_features, generator(ctx.seed, "random features"))
+        drawn = generator(ctx.seed, "random features")
+        return random_relu(feature_size(ctx.task, self._form(ctx)), self.random_features, drawn)
 
     def _model(self, model: Tree, w: Tensor, ctx: ServerContext | ClientContext) -> nn.Module:
         """The frozen model with W for its head."""
