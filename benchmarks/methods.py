@@ -64,8 +64,8 @@ DIGITS = {
     "hetlora": 1e-2,
     "fedsb": 1e-2,
     "analytic": 1e-2,
-    "fedkd": 1e-2,
-    "fedmrl": 1e-2,
+    "fedkd": 1e-3,
+    "fedmrl": 3e-3,
 }
 # Of every method in `cifar_subset`, chosen on `cifar_subset_grid`.
 CIFAR = {
