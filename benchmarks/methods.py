@@ -63,7 +63,7 @@ DIGITS = {
     "flora": 1e-2,
     "hetlora": 1e-2,
     "fedsb": 1e-2,
-    "analytic": 1e-2,
+    "analytic": 1e-4,
     "fedkd": 1e-3,
     "fedmrl": 3e-3,
 }

@@ -81,8 +81,9 @@ def test_the_common_model_reaches_what_others_deploy(federation: Federation) -> 
 
 
 def test_a_rate_of_zero_moves_nobody() -> None:
+    still: dict[str, Any] = LOCAL | {"lr": 0.0}
     for make in (FedKD, FedMRL):
-        federation = Federation(make(**LOCAL | {"lr": 0.0}), UNLIKE)
+        federation = Federation(make(**still), UNLIKE)
         before, held = federation.server, clone(federation.state(1))
         federation.run(1)
         assert_same_bits(federation.server, before)
