@@ -15,7 +15,6 @@ that the server then sends.
 """
 
 import dataclasses
-import types
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +36,7 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import refuse
 from fedsim.core.tree import State, Tree, to
+from fedsim.learning.ensemble import Spliced
 from fedsim.learning.features import check_classes, feature_size, features, head
 from fedsim.learning.rates import smallest
 from fedsim.learning.ridge import linear
@@ -90,7 +90,11 @@ class FedMRL(Averaging):
         return ClientUpdate(ctx.info.id, trained.parameters[COMMON], ctx.info.num_examples), kept
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
-        return Spliced(ctx.task, _form(ctx), ctx.info.form, {COMMON: payload, **state}).eval()
+        common, own = ctx.task.module(_form(ctx), payload), ctx.task.module(ctx.info.form, state[OWN])
+        reads = own.get_submodule(head(ctx.task, ctx.info.form))
+        for module, form in ((common, _form(ctx)), (own, ctx.info.form)):
+            module.set_submodule(head(ctx.task, form), nn.Identity())  # its logits are then its features
+        return Spliced(common, own, linear(**state[PROJECTION]), reads).eval()
 
 
 def _form(ctx: ServerContext | ClientContext) -> Form:
@@ -120,19 +124,3 @@ def scores(task: Task, form: Form, tree: Tree, z: Tensor) -> Tensor:
     """What a model's head says of the prefix that it reads: `(n, at least d)` gives `(n, classes)`."""
     name = head(task, form)
     return F.linear(z[:, : feature_size(task, form)], tree[f"{name}.weight"], tree.get(f"{name}.bias"))
-
-
-class Spliced(nn.Module):
-    """Logits of the private head, of both models' features."""
-
-    def __init__(self, task: Task, common: Form, own: Form, parts: State) -> None:
-        super().__init__()
-        self.common, self.own = task.module(common, parts[COMMON]), task.module(own, parts[OWN])
-        self.head = self.own.get_submodule(head(task, own))
-        for module, form in ((self.common, common), (self.own, own)):
-            module.set_submodule(head(task, form), nn.Identity())  # their logits are then their features
-        self.projection = linear(**parts[PROJECTION])
-
-    def forward(self, **batch: Tensor) -> types.SimpleNamespace:
-        spliced = torch.cat([self.common(**batch).logits, self.own(**batch).logits], 1)
-        return types.SimpleNamespace(logits=self.head(self.projection(spliced)))
