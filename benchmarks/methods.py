@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from baselines.analytic import Analytic
 from baselines.depthfl import DepthFL
 from baselines.ensemble_small import EnsembleSmall
 from baselines.exclusive import Exclusive
@@ -10,9 +11,12 @@ from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
 from baselines.fedgh import FedGH
+from baselines.fedkd import FedKD
+from baselines.fedmrl import FedMRL
 from baselines.fednova import FedNova
 from baselines.fedproto import FedProto
 from baselines.fedrolex import FedRolex
+from baselines.fedsb import FedSB
 from baselines.fedtgp import FedTGP
 from baselines.fjord import FjORD
 from baselines.flora import FLoRA
@@ -29,6 +33,7 @@ from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm
 
 
+RATE = {"analytic": "gamma"}  # what is tuned of a method that has no learning rate
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Learning rate of every method in `baselines`, by the name and preset it is reported under: the best of
 # `baselines_grid` (`LOG.md`, 2026-11-21).
@@ -65,6 +70,10 @@ DIGITS = {
     "ffa_lora": 3e-3,
     "flora": 1e-2,
     "hetlora": 1e-2,
+    "fedsb": 1e-2,
+    "analytic": 1e-4,
+    "fedkd": 1e-3,
+    "fedmrl": 3e-3,
 }
 # Of every method in `cifar_subset`, chosen on `cifar_subset_grid`.
 CIFAR = {
@@ -103,7 +112,7 @@ TOKENS = {
 
 
 def methods(rates: dict[str, float]) -> list[Algorithm]:
-    """Every method in `rates`, with its learning rate."""
+    """Every method in `rates`, with its learning rate; `analytic` has none, and takes a gamma."""
     local: dict[str, Any] = {"epochs": 2, "batch_size": 32}
     small: dict[str, Any] = {"small_lr": 3e-3, "small_epochs": 15}
     staged: dict[str, Any] = local | small | {"local_lr": 3e-3, "local_epochs": 15}
@@ -141,6 +150,10 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         ffa_lora(**adapters),
         FLoRA(**adapters),
         hetlora(**adapters),
+        FedSB(rank=16, **local),
+        Analytic(random_features=128),
+        FedKD(**local),
+        FedMRL(**local),
     ]
     named = {f"{method.name} {method.preset_name}".strip(): method for method in methods}
-    return [replace(named[name], lr=lr) for name, lr in rates.items()]  # type: ignore[call-arg]
+    return [replace(named[name], **{RATE.get(name, "lr"): rate}) for name, rate in rates.items()]  # type: ignore

@@ -14,7 +14,7 @@ from baselines.heterofl import heterofl_clean
 from baselines.lora import fedit
 from benchmarks.ablations import ablations, ablations_grid, each_of
 from benchmarks.federations import dealt, examples, ladder, on_ag_news, on_cifar, on_digits, on_pydoc, on_sst2, scaled
-from benchmarks.methods import CIFAR, DIGITS, GRID, SENTENCES, TOKENS, methods
+from benchmarks.methods import CIFAR, DIGITS, GRID, RATE, SENTENCES, TOKENS, methods
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
@@ -50,12 +50,13 @@ def baselines() -> list[Experiment]:
 
 
 def baselines_grid() -> list[Experiment]:
-    """The learning rates tried for `baselines`: eight for every method; `benchmarks/tune.py` reads what they gave.
+    """The learning rates tried for `baselines`: eight for every method that has one (`benchmarks/tune.py`).
 
     Run it on other seeds than `baselines`. Fed-Grow's private stages have the rates of `quick`.
     """
     base = replace(on_digits(), chunk=6)
-    return [replace(base, algorithm=each) for lr in (3e-5, *GRID, 1e-1) for each in methods(dict.fromkeys(DIGITS, lr))]
+    names = [name for name in DIGITS if name not in RATE]
+    return [replace(base, algorithm=each) for lr in (3e-5, *GRID, 1e-1) for each in methods(dict.fromkeys(names, lr))]
 
 
 def cifar_subset() -> list[Experiment]:

@@ -18,3 +18,15 @@ class Ensemble(nn.Module):
     def forward(self, **batch: Tensor) -> types.SimpleNamespace:
         logits = torch.stack([member(**batch).logits.log_softmax(-1) for member in self.members])
         return types.SimpleNamespace(logits=logits.logsumexp(0) - math.log(len(logits)))
+
+
+class Spliced(nn.Module):
+    """A head on a projection of two models' features, side by side; their logits are these features, `(n, d)`."""
+
+    def __init__(self, common: nn.Module, own: nn.Module, projection: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.common, self.own, self.projection, self.head = common, own, projection, head
+
+    def forward(self, **batch: Tensor) -> types.SimpleNamespace:
+        features = torch.cat([self.common(**batch).logits, self.own(**batch).logits], 1)
+        return types.SimpleNamespace(logits=self.head(self.projection(features)))

@@ -45,15 +45,25 @@ def head_of(task: Task, form: Form) -> tuple[str, ...]:
     return tuple(name for name, spec in task.specs(form).items() if spec.parsed_parts[0].group == "class")
 
 
+def head(task: Task, form: Form) -> str:
+    """The name of the linear layer that they belong to."""
+    return head_of(task, form)[0].rpartition(".")[0]
+
+
+def feature_size(task: Task, form: Form) -> int:
+    """How many numbers that layer is given for an example."""
+    return task.skeleton(form).get_parameter(f"{head(task, form)}.weight").shape[1]
+
+
 def with_features(task: Task, form: Form, model: Tree, width: int, generator: torch.Generator) -> Tree:
     """The model with features of this width: where its head reads another, P and a head of that width are drawn."""
     if form.width == width:
         return model
-    head = head_of(task, form)
-    device = model[head[0]].device
-    found = {name: tensor for name, tensor in model.items() if name not in head}
+    names = head_of(task, form)
+    device = model[names[0]].device
+    found = {name: tensor for name, tensor in model.items() if name not in names}
     found[PROJECTION] = drawn_matrix((width, form.width), generator).to(device)
-    for name in head:
+    for name in names:
         matrix = model[name].dim() == 2
         drawn = drawn_matrix((len(model[name]), width), generator) if matrix else torch.zeros(len(model[name]))
         found[name] = drawn.to(device)
@@ -72,20 +82,25 @@ def logits_and_features(task: Task, form: Form, model: Tree, batch: Batch) -> tu
     of the last token, it does with features.
     """
     names = head_of(task, form)
-    head: dict[str, Any] = {name.rpartition(".")[2]: model[name] for name in names}
+    linear: dict[str, Any] = {name.rpartition(".")[2]: model[name] for name in names}
     rest = {name: tensor for name, tensor in model.items() if name not in (*names, PROJECTION)}
 
     def both(h: Tensor) -> Tensor:
         z = F.linear(h, model[PROJECTION]) if PROJECTION in model else h
-        return torch.cat([F.linear(z, **head), z], -1)
+        return torch.cat([F.linear(z, **linear), z], -1)
 
-    module = task.skeleton(form).get_submodule(names[0].rpartition(".")[0])
+    module = task.skeleton(form).get_submodule(head(task, form))
     module.forward = both
     try:
         logits, features = task.forward(form, rest, batch).tensor_split([task.inputs.num_classes], -1)
     finally:
         del module.forward
     return logits, features
+
+
+def features(task: Task, form: Form, model: Tree, batch: Batch) -> Tensor:
+    """Features `(N, F)`; gradients reach `model`."""
+    return logits_and_features(task, form, model, batch)[1]
 
 
 def plain(task: Task, form: Form, model: Tree) -> nn.Module:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from baselines.analytic import Analytic
 from baselines.depthfl import DepthFL
 from baselines.ensemble_small import EnsembleSmall
 from baselines.exclusive import Exclusive
@@ -13,9 +14,12 @@ from baselines.fedavg import FedAvg, fedavg_mid, fedavg_small, fedprox
 from baselines.fedbrb_like import FedBRBLike
 from baselines.federated_dropout import FederatedDropout
 from baselines.fedgh import FedGH
+from baselines.fedkd import FedKD
+from baselines.fedmrl import FedMRL
 from baselines.fednova import FedNova
 from baselines.fedproto import FedProto
 from baselines.fedrolex import FedRolex
+from baselines.fedsb import FedSB
 from baselines.fedtgp import FedTGP
 from baselines.fjord import FjORD
 from baselines.flora import FLoRA
@@ -86,6 +90,7 @@ class Row:
     - `keeps_shapes`: whether the server's state has the same shapes after a round.
     - `fixed_point`: whether nothing changes where nothing is learned.
     - `reveals`: whether an update tells what its client keeps: SCAFFOLD's says how the control variate changed.
+    - `trains`: whether clients take steps; if not, nothing is drawn but the model, and every round gives the same.
     - `rounds`: after how many the loss has fallen, whatever the rounding; more than it takes windows to come round
         again.
     """
@@ -103,6 +108,7 @@ class Row:
     keeps_shapes: bool = True
     fixed_point: bool = True
     reveals: bool = False
+    trains: bool = True
     rounds: int = 5
 
 
@@ -164,13 +170,21 @@ METHODS = {
     "hetlora": Row(
         hetlora(**ADAPTERS), "adapters", serves="target", same_start=True, by_examples=False, fixed_point=False
     ),
+    "fedsb": Row(FedSB(rank=2, **LOCAL), "adapters", serves="target", same_start=True),
+    "analytic": Row(
+        Analytic(), "more", serves="target", combines=False, same_start=True, fixed_point=False, trains=False
+    ),
+    "fedkd": Row(FedKD(**LOCAL), "model", deploys="small", serves="small"),
+    "fedmrl": Row(FedMRL(**LOCAL), "more", deploys="spliced"),
 }
 ALSO = {"fedgrow_joint-preserving": Row(FedGrowJoint(preset="preserving", **ROUNDS), "operator")}  # not in every family
 BASELINES = tuple(name for name in METHODS if not name.startswith("fedgrow"))
 OTHER_FAMILIES = {
     "gpt2/pydoc": (*(name for name in METHODS if name not in BASELINES), "fedavg", "heterofl", "fedbrb_like", "flora"),
-    "bert/pydoc": ("fedgrow-paper", "fedavg", "fedrolex", "fjord", "depthfl", "fedit", "ensemble_small"),
-    "llama/pydoc": ("fedgrow_joint-preserving", "fedavg", "federated_dropout", "progfed", "hetlora", "local_only"),
+    "bert/pydoc": ("fedgrow-paper", "fedavg", "fedrolex", "fjord", "depthfl", "fedit", "ensemble_small", "fedsb"),
+    "llama/pydoc": (
+        *("fedgrow_joint-preserving", "fedavg", "federated_dropout", "progfed", "hetlora", "local_only", "fedkd"),
+    ),
 }
 TABLE = [(method, task) for task in TASKS for method in OTHER_FAMILIES.get(task, METHODS)]
 PROMISED_NAMES = {
@@ -204,6 +218,10 @@ PROMISED_NAMES = {
     "ffa_lora",
     "flora",
     "hetlora",
+    "fedsb",
+    "analytic",
+    "fedkd",
+    "fedmrl",
 }
 
 
@@ -243,6 +261,13 @@ class Case:
         """Names and shapes of a model of one of `forms`, or of several of them."""
         if of == "2 small":
             return {f"members.{m}.{name}": shape for m in (0, 1) for name, shape in self.shapes("small").items()}
+        if of == "spliced":  # two bodies, one head
+            small = self.shapes("small")
+            body = {name: shape for name, shape in small.items() if not name.startswith("classifier")}
+            head = {f"head.{part}": small[f"classifier.{part}"] for part in ("weight", "bias")}
+            bodies = {f"{part}.{name}": shape for part in ("common", "own") for name, shape in body.items()}
+            width = self.forms["small"].width
+            return bodies | head | {"projection.weight": (width, 2 * width), "projection.bias": (width,)}
         return {name: tuple(tensor.shape) for name, tensor in self.task.fresh(self.forms[of], 0).items()}
 
     @functools.cached_property

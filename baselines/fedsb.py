@@ -1,0 +1,140 @@
+"""Fed-SB: adapters B R A whose outer factors never change (Singhal et al., 2025, arXiv 2502.15436).
+
+    before round 1           B of out x r and A of r x in: random, orthonormal, the same for all; R = 0, of r x r
+    round r, participant k   W = W0 + B R A; train R_k and what comes after the blocks; send it
+    round r, server          R <- sum_k n_k R_k / sum_k n_k
+
+The mean is exact: B (sum_k p_k R_k) A = sum_k p_k B R_k A. Of a matrix r^2 numbers travel, whatever its size. Everyone
+holds W0 and passes through it, as with other adapters.
+
+Differs from the paper: it takes B and A, and R's start, from the largest singular vectors of an approximate first
+update of all of W, which somebody has to compute on data and send: here nothing of W's size leaves a participant. Last
+normalisation and head are trained and averaged as well; all matrices of the blocks; AdamW; no noise for privacy.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithm import (
+    Averaging,
+    Batch,
+    ClientContext,
+    ClientUpdate,
+    Frozen,
+    Leaves,
+    Payload,
+    ServerContext,
+    Steps,
+    Training,
+)
+from fedsim.core.fields import check_range
+from fedsim.core.seeding import generator
+from fedsim.core.tree import State, Tree, to
+from fedsim.learning.adapters import HEAD, A, B, adapted, applied, check_rank, logits_beside
+from fedsim.learning.exits import tail
+from fedsim.learning.server_opt import model_of
+from fedsim.learning.starts import start_of
+from fedsim.learning.task import Task
+from fedsim.models import Form
+from fedsim.models.checkpoint import Checkpoint
+
+
+R, MODEL = "r", "model"  # beside `HEAD`, what is sent; beside A and B, what is held
+
+
+@dataclasses.dataclass(frozen=True)
+class FedSB(Averaging):
+    """Adapters of the target of which the inner factor alone is trained, sent and averaged.
+
+    - `rank`: r. - `base`: W0, a checkpoint of the target's form; None: a fresh model.
+    """
+
+    rank: int = 16
+    base: Checkpoint | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "algorithm", "rank", above=0)
+
+    @property
+    def name(self) -> str:
+        return "fedsb"
+
+    @property
+    def leaves(self) -> Leaves:
+        return "adapter"
+
+    def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
+        check_rank(task, target, self.rank)
+
+    # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def server_init(self, ctx: ServerContext) -> State:
+        base = start_of(ctx, ctx.target, self.base)
+        inner = {name: torch.zeros(self.rank, self.rank) for name in adapted(ctx.task, ctx.target)}
+        return self.server.start({R: inner, HEAD: {name: base[name] for name in tail(ctx.task, ctx.target)}})
+
+    def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
+        return self._model(self._held(ctx), model_of(state), ctx)
+
+    # at a participant -----------------------------------------------------------------------------------------------
+
+    def client_init(self, ctx: ClientContext) -> State:
+        return to(self._held(ctx), ctx.device)
+
+    def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
+        loss = InnerLoss(ctx.task, ctx.target)
+        trained = yield Training(loss, payload, state, purpose="adapters", **self.settings())
+        return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
+
+    def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
+        return self._model(state, payload, ctx)
+
+    def _held(self, ctx: ServerContext | ClientContext) -> State:
+        """What everyone holds and nobody sends: W0, A and B."""
+        base, writes = start_of(ctx, ctx.target, self.base), adapted(ctx.task, ctx.target)
+        return {MODEL: base, **outer_factors(base, writes, self.rank, generator(ctx.seed, "adapters"))}
+
+    def _model(self, held: State, sent: Payload, ctx: ServerContext | ClientContext) -> nn.Module:
+        """W0 with the adapters and the head."""
+        factors = {A: held[A], B: with_inner(held[B], sent[R])}
+        return ctx.task.module(
+            ctx.target, applied(held[MODEL], factors, adapted(ctx.task, ctx.target), 1.0) | sent[HEAD]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoss:
+    """The task's loss of a model with adapters B R A; trained are R and, under `HEAD`, what comes after the blocks.
+
+    - `frozen["model"]`: W0. - `frozen["a"]`, `frozen["b"]`: A and B of each matrix.
+    """
+
+    task: Task
+    form: Form
+
+    def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
+        factors = {A: frozen[A], B: with_inner(frozen[B], parameters[R])}
+        model = {**frozen[MODEL], **parameters[HEAD]}
+        logits = logits_beside(self.task, self.form, model, factors, 1.0, batch)
+        return self.task.loss(logits.float(), batch)
+
+
+def with_inner(b: Tree, r: Tree) -> Tree:
+    """B R of each matrix, `(out, r)`."""
+    return {name: b[name] @ r[name] for name in b}
+
+
+def outer_factors(matrices: Tree, writes: dict[str, int], rank: int, generator: torch.Generator) -> State:
+    """B of orthonormal columns, `(out, rank)`, and A of orthonormal rows, `(rank, in)`, of each matrix."""
+    a, b = dict[str, Tensor](), dict[str, Tensor]()
+    for name, position in sorted(writes.items()):
+        out, in_ = matrices[name].shape[position], matrices[name].shape[1 - position]
+        for part, size in ((b, out), (a, in_)):
+            drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+            part[name] = torch.linalg.qr(drawn).Q.float()
+        a[name] = a[name].T.contiguous()
+    return {A: a, B: b}
