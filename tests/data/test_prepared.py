@@ -123,7 +123,7 @@ def test_images_that_a_table_names_by_path_count(images: DataConfig, tmp_path: P
         reloaded(config)
     frame["image"] = [{"bytes": None, "path": "1.png"}] * 3
     frame.to_parquet(tmp_path / "named.parquet")
-    with pytest.raises(ValueError, match=r"named.parquet, row \d: ValueError: the path '1.png'"):
+    with pytest.raises(ValueError, match=r"named.parquet, row \d: the path '1.png'"):
         reloaded(config)
 
 
@@ -317,7 +317,9 @@ load(DataConfig(sys.argv[1], image_size=6, channels=3, num_classes=2), None)
 def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left(images: DataConfig, cache: Path) -> None:
     command = [sys.executable, "-c", LIMITED, images.name]
     ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert f"{cache}: File too large; FEDSIM_CACHE_DIR names" in ended.stderr.strip().splitlines()[-1]
+    assert (
+        f"{cache}: cannot be written (File too large); FEDSIM_CACHE_DIR names" in ended.stderr.strip().splitlines()[-1]
+    )
     assert not list((cache / "making").glob("*.d")) and not list((cache / "prepared").iterdir())
 
 
@@ -328,7 +330,9 @@ def test_a_cache_that_cannot_be_written_to(texts: DataConfig, tmp_path: Path, mo
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDSIM_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"file: Not a directory; FEDSIM_CACHE_DIR names the folder"):
+    with pytest.raises(
+        OSError, match=r"file/prepared: cannot be written \(Not a directory\); FEDSIM_CACHE_DIR names the folder"
+    ):
         reloaded(texts)
 
 
@@ -375,6 +379,6 @@ def test_data_of_experiments_are_prepared_ahead(images: DataConfig, capsys: pyte
     settings = [f"task.data.name={images.name}", "task.data.image_size=6", "task.data.channels=3"]
     command = ["data", "prepare", "benchmarks.suites:tiny", "--set", *settings, "task.data.num_classes=2"]
     assert main(command) == 0
-    assert "6 + 6 examples" in capsys.readouterr().out
+    assert f"{images.name}: 6 + 6 images, 5x6 colour -> 6x6 colour; " in capsys.readouterr().out
     assert [row.examples for row in prepared.kept()] == [{"train": 6, "test": 6}]
     assert json.loads((next(Path(os.environ["FEDSIM_CACHE_DIR"]).glob("prepared/*")) / "about.json").read_text())
