@@ -43,9 +43,8 @@ class Column:
         for number, begin, end in zip(numbers, self.ends[numbers], self.ends[numbers + 1], strict=True):
             data = os.pread(self.file, end - begin, begin)
             if zlib.crc32(data) != self.checks[number]:
-                remedy = (
-                    f"`fedsim data clean {self.path.parent.name[:12]}` deletes it, and the next run prepares it anew"
-                )
+                cleaning = f"`fedsim data clean {self.path.parent.name[:12]}`"
+                remedy = f"{cleaning} deletes it, and the next process prepares it anew"
                 raise Damaged(f"{self.path}: row {number} is not as it was written; {remedy}")
             row = np.frombuffer(data, self.dtype)
             found.append(row if self.shape is None else row.reshape(self.shape))

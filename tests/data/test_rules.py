@@ -141,7 +141,7 @@ def test_a_folder_of_classes_is_one_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["bus", "test"])
 def test_classes_may_be_called_like_splits(other: str, tmp_path: Path) -> None:
     folder = tree(tmp_path, *(f"{name}/{number}.png" for number, name in enumerate(["train", other] * 4, start=1)))
-    unlike = {"train_split": "whole", **({"test_split": "none"} if other == "test" else {})}
+    unlike: dict[str, Any] = {"train_split": "whole", **({"test_split": "none"} if other == "test" else {})}
     data = load(DataConfig(folder, **IMAGES, **unlike), None)
     assert data.class_names == tuple(sorted(("train", other))) and (len(data.train), len(data.test)) == (6, 2)
 
