@@ -1,13 +1,24 @@
 """The README says what is there: its tree, its commands, its words."""
 
+import ast
+import dataclasses
+import itertools
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from fedsim.cli import main
 from fedsim.cli import parser as fedsim_parser
+from fedsim.data import DataConfig
 from fedsim.experiment import load_experiments, with_settings
+from fedsim.learning.objectives import TaskLoss
+from fedsim.learning.task import Task, TaskConfig
+from fedsim.learning.training import Training
+from fedsim.models import Form
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +93,75 @@ def test_its_first_lines_of_python_run_as_printed(tiny_experiment, tmp_path, mon
     said = capsys.readouterr().out
     assert "fedgrow (paper)" in said and "difference=Interval(" in said
     assert (tmp_path / "results" / "first.svg").exists()
+
+
+def csv_and_images(folder: Path) -> None:
+    """What the pages on data and on training say lies beside `my_study.py`."""
+    rows = "".join(f'"Review ""{i}"", of a book",{i % 5 + 1}\n' for i in range(100))
+    (folder / "reviews.csv").write_text("review,stars\n" + rows)
+    for number, (split, name) in enumerate(itertools.product(("train", "test"), ("cat", "dog") * 30)):
+        (folder / "animals" / split / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (number, 0, 9)).save(folder / "animals" / split / name / f"{number}.jpg")
+
+
+@pytest.mark.parametrize(
+    ("page", "function", "said"),
+    [
+        ("data", "reviews", "80 + 20 texts; 0.0 % reach 256 tokens, where they are cut"),
+        ("data", "animals", "60 + 60 images, 40x30 colour -> 32x32 colour"),
+        ("training", "animals", "60 + 60 images, 40x30 colour -> 32x32 colour"),
+    ],
+)
+def test_a_page_begins_with_a_study_that_runs(
+    page: str,
+    function: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len([line for line in program.splitlines() if line.strip()]) <= 15
+    (tmp_path / "my_study.py").write_text(program)
+    csv_and_images(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_study", raising=False)
+    for words in commands(text, "fedsim"):
+        options = fedsim_parser().parse_args(words)
+        for target in [options.target] if "target" in options else getattr(options, "targets", []):
+            if target.startswith("my_study"):
+                assert with_settings(load_experiments(target)[0], options.settings)
+    assert main(["run", f"my_study:{function}", "--runtime", "inline", "--set", "rounds=1"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    monkeypatch.delitem(sys.modules, "my_study")
+
+
+def test_the_page_on_data_has_every_field_and_its_default() -> None:
+    found = {}
+    for line in (ROOT / "docs" / "data.md").read_text().splitlines():
+        names, defaults = (
+            [cell.strip().strip("`") for cell in cells.split("`, `")] for cells in (line.split("|") * 3)[1:3]
+        )
+        if names[0] in {field.name for field in dataclasses.fields(DataConfig)}:
+            found |= dict(zip(names, map(ast.literal_eval, defaults), strict=True))
+    assert found == {field.name: field.default for field in dataclasses.fields(DataConfig)}
+
+
+def test_the_worked_example_of_a_warm_up() -> None:
+    asked = Training(
+        TaskLoss(Task(TaskConfig()), Form(8, 1)),
+        {},
+        purpose="local",
+        lr=1.0,
+        epochs=2,
+        batch_size=16,
+        schedule="linear",
+        lr_warmup=0.1,
+    )
+    factors = [asked.scheduled(step, 14) for step in range(14)]
+    assert factors == pytest.approx([1 / 2, 1, *((12 - step) / 12 for step in range(12))])
 
 
 def test_the_readme_is_short():

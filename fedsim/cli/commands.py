@@ -37,7 +37,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
     data_dir, typed = environment.data_dir(), ["fedsim", *options.words]
     overview = Boards(overview_for(console), out) if options.tensorboard else None
     options.doing("preparing data")
-    check_data(experiments, data_dir)
+    check_data(experiments, data_dir, functools.partial(say, console))
     with locked(out, functools.partial(say, console)) as out:
         check_folder(out, experiments, options.resume)
         suite = options.target.partition(":")[2]

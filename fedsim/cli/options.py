@@ -3,6 +3,7 @@
 import argparse
 import functools
 import gc
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SUITES = "benchmarks.suites"  # where --suite NAME is looked up, as if MODULE:FUNCTION had been typed
 
 
+CLEANING = r"`(fedsim data clean \w+)`"  # in the message of a run whose prepared data are damaged
 LONGEST = 2000  # characters of a message
 
 
@@ -132,8 +134,9 @@ def address_of(options: argparse.Namespace) -> str | None:
 
 
 def report_failures(failures: Sequence["RunFailed"], command: str, console: Console) -> None:
-    """Which runs failed, why, and how to go on."""
+    """Which runs failed, why, and how to go on: after what they say is to be done first."""
     for failure in failures:
         say(console, str(failure))
+    first = dict.fromkeys(found for failure in failures for found in re.findall(CLEANING, str(failure)))
     if failures:
-        say(console, f"go on with: {command}")
+        say(console, f"go on with: {' && '.join([*first, command])}")

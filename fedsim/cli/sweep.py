@@ -55,7 +55,8 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
     options.doing("preparing data")
     for experiments in wanted.values():
         check_fair(experiments, data_dir)
-    check_data([experiment for experiments in wanted.values() for experiment in experiments], data_dir)
+    everything = [experiment for experiments in wanted.values() for experiment in experiments]
+    check_data(everything, data_dir, functools.partial(say, console))
     failures = []
     with locked(out, functools.partial(say, console)) as out:
         for suite, experiments in wanted.items():

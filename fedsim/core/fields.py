@@ -83,6 +83,8 @@ def describe(hint: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
     if origin is tuple:
+        if arguments == (float, float):
+            return "two numbers, as [0.08,1]"
         return f"a tuple of {describe(arguments[0])}" if arguments else "a tuple"
     words = {
         int: "a whole number below 2**63",

@@ -19,7 +19,7 @@ from fedsim.core.seeding import numpy_generator
 from fedsim.data import bpe, files, labels, tags, text, vision
 from fedsim.data.config import DataConfig
 from fedsim.data.partition import train_validation
-from fedsim.data.prepared import Writer, progress
+from fedsim.data.prepared import LENGTHS, Writer, progress
 from fedsim.data.table import Columns, Table
 
 
@@ -74,20 +74,21 @@ def _public_texts(
 
 
 def _write(config: DataConfig, tables: dict[str, Table], columns: Columns, into: Writer) -> tuple[str, ...]:
-    """Write the examples of both splits. **Returns:** the names of their classes."""
+    """Write the examples of both splits, and say what was made. **Returns:** the names of their classes."""
     for split, table in tables.items():
         if len(table) == 0:
             refuse("task.data.name", config.name, f"a source with examples; its {split} split holds none")
     dealt = _dealt(config, tables)
     numbers, names = _numbered(config, tables, columns)
     groups = _groups(config, tables, columns.group)
+    kinds = set[vision.Kind]()
     for split, (source, rows) in dealt.items():
         if config.kind not in ("lm", "mlm"):
             rows = rows[limited(len(rows), config.limit, split)]
         table, labels = tables[source].select(rows), None
         if config.kind == "image":
             kept = np.arange(len(rows))
-            _write_images(config, table, columns.inputs[0], f"{split}.pixel_values", into)
+            _write_images(config, table, columns.inputs[0], f"{split}.pixel_values", into, kinds)
             labels = numbers[source][rows]
         elif config.kind in ("lm", "mlm"):
             kept = _write_pieces(config, table, columns.inputs, split, into)
@@ -100,7 +101,28 @@ def _write(config: DataConfig, tables: dict[str, Table], columns: Columns, into:
         into.whole(f"{split}.labels", np.zeros(len(kept), np.int64) if labels is None else labels)
         if groups:
             into.whole(f"{split}.groups", groups[source][rows][kept])
+    into.made = _made(config, into, kinds)
     return names
+
+
+def _made(config: DataConfig, into: Writer, kinds: set[vision.Kind]) -> str:
+    """What the examples became of what they were, for people: settings that nobody gave make less of some data."""
+    if config.kind == "image":
+        sizes = dict.fromkeys(f"{width}x{height}" for width, height, _ in (min(kinds), max(kinds)))
+        was = f"{' to '.join(sizes)} {' and '.join(sorted({colours for *_, colours in kinds}))}"
+        size, colours = config.image_size, "grey" if config.channels == 1 else "colour"
+        became = f"{size}x{size} {colours}"
+        made = f"images, {was}" + (f" -> {became}" if became != was else "")
+    elif config.kind in ("lm", "mlm"):
+        made = f"pieces of up to {config.max_length} tokens"
+    else:
+        files = [into.folder / f"{split}.input_ids.{LENGTHS}" for split in ("train", "test")]
+        full = np.concatenate([np.fromfile(file, np.int64) for file in files]) >= config.max_length
+        made = f"texts; {100 * full.mean():.1f} % reach {config.max_length} tokens, where they are cut"
+    train, test = (
+        array["sha256"] for name, array in into.arrays.items() if name.endswith((".pixel_values", "input_ids"))
+    )
+    return made + ("; the test split holds the same examples as the training split" if train == test else "")
 
 
 def _dealt(config: DataConfig, tables: dict[str, Table]) -> dict[str, tuple[str, np.ndarray]]:
@@ -131,8 +153,13 @@ def _numbered(config: DataConfig, tables: dict[str, Table], columns: Columns) ->
     return labels.numbered(column, parts, config)
 
 
-def _write_images(config: DataConfig, table: Table, column: str, name: str, into: Writer) -> None:
-    """Images as they are, if they are of one size and none too large: they are enlarged when they are used."""
+def _write_images(
+    config: DataConfig, table: Table, column: str, name: str, into: Writer, kinds: set[vision.Kind]
+) -> None:
+    """Images as they are, if they are of one size and none too large: they are enlarged when they are used.
+
+    - `kinds`: receives what the images were.
+    """
     places = [Path(part.place) for part in table.parts]
 
     def read(path: Path) -> None:
@@ -140,7 +167,7 @@ def _write_images(config: DataConfig, table: Table, column: str, name: str, into
             into.beside.add(path)
 
     for keep in (True, False):
-        rows = vision.column_rows(table, column, config.image_size, config.channels, keep, read)
+        rows = vision.column_rows(table, column, config.image_size, config.channels, keep, read, kinds)
         try:
             return into.rows(name, progress(rows, len(table), f"{config.name}: images"))
         except vision.MixedSizes:

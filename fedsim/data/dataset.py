@@ -61,6 +61,7 @@ class Dataset:
     - `fingerprint`: sha256 over all examples and the tokenizer's special ids: the content that a run saw.
     - `tokenizer`: the one that was trained for these data; None where it came with them.
     - `class_names`: of classes, or tags, in order of their numbers; empty where neither data nor config name them.
+    - `made`: what was made of what files held, for people; empty for embedded sets.
     """
 
     kind: str
@@ -71,3 +72,4 @@ class Dataset:
     fingerprint: str
     tokenizer: "PreTrainedTokenizerFast | None" = None
     class_names: tuple[str, ...] = ()
+    made: str = ""

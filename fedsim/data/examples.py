@@ -19,7 +19,6 @@ from fedsim.data.vision import resized, stacked
 
 
 INPUTS = PIXELS, IDS, TAGS = "pixel_values", "input_ids", "labels_of_tokens"
-REMEDY = "`fedsim data clean` deletes what was prepared, and the next run prepares it anew"
 
 
 class Column:
@@ -44,7 +43,9 @@ class Column:
         for number, begin, end in zip(numbers, self.ends[numbers], self.ends[numbers + 1], strict=True):
             data = os.pread(self.file, end - begin, begin)
             if zlib.crc32(data) != self.checks[number]:
-                raise Damaged(f"{self.path}: row {number} is not as it was written; {REMEDY}")
+                cleaning = f"`fedsim data clean {self.path.parent.name[:12]}`"
+                remedy = f"{cleaning} deletes it, and the next process prepares it anew"
+                raise Damaged(f"{self.path}: row {number} is not as it was written; {remedy}")
             row = np.frombuffer(data, self.dtype)
             found.append(row if self.shape is None else row.reshape(self.shape))
         return found

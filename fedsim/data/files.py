@@ -20,7 +20,7 @@ from typing import Any
 from fedsim.core.fields import refuse
 from fedsim.data import imagefolder, splits
 from fedsim.data.config import EMBEDDED, KNOWN, DataConfig, KnownSet
-from fedsim.data.table import Columns, Table, joined
+from fedsim.data.table import Columns, Table, joined, separated
 
 
 SUFFIXES = (".parquet", ".csv", ".tsv")
@@ -47,6 +47,8 @@ def tables(
         remedy = f"no folder {path}{unset}; set FEDSIM_DATA_DIR to the folder that holds {config.name}/train.*, or"
     else:
         remedy = f"no file or folder {path.absolute()}, nor one of {', '.join((*EMBEDDED, *KNOWN))};"
+        if data_dir and (there := Path(data_dir, config.name)).exists():
+            remedy += f" {there} is there, but only these names are looked up in FEDSIM_DATA_DIR: give the path, or"
     raise ValueError(f"task.data.name={config.name!r}: {remedy} allow the hub with --set task.data.hub=true")
 
 
@@ -59,7 +61,8 @@ def _found(path: Path, config: DataConfig, alone: bool) -> dict[str, list[Path]]
     """The files, or the one folder, of each split that lies at `path`."""
     if not path.is_dir():
         if not _is_table(path):
-            refuse("task.data.name", config.name, f"a folder or a file that ends in one of {', '.join(SUFFIXES)}")
+            accepted = f"a folder or a file that ends in one of {', '.join(SUFFIXES)}"
+            refuse("task.data.name", config.name, f"{accepted}; fedsim.data.from_frame takes a frame of what you read")
         return {"train": [path]}
 
     entries = imagefolder.visible(path)
@@ -71,6 +74,8 @@ def _found(path: Path, config: DataConfig, alone: bool) -> dict[str, list[Path]]
     if (path / "state.json").exists() or (any(e.is_dir() for e in entries) and not splits.present([*lie], config)):
         return {"train": [path]}
     where = f"{path}, which holds {[entry.name for entry in entries][:20]}"
+    if any(imagefolder.is_image(inner) for entry in entries if entry.is_dir() for inner in imagefolder.visible(entry)):
+        where += f" ({splits.AS_CLASSES})"
     found = {name: _whole(lie[split], config) for name, split in splits.chosen([*lie], config, where, alone).items()}
     strays = [entry for entry in entries if imagefolder.is_image(entry)]
     if strays and any(part.is_dir() for parts in found.values() for part in parts):
@@ -100,6 +105,7 @@ def _whole(paths: list[Path], config: DataConfig) -> list[Path]:
 
 def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[str, list[tuple[str, Any]]]:
     from datasets.exceptions import DatasetsError
+    from pandas.errors import EmptyDataError
 
     kinds = {_format(path) for paths in found.values() for path in paths}
     if len(kinds) > 1:
@@ -116,6 +122,10 @@ def _read(found: dict[str, list[Path]], config: DataConfig, cache: str) -> dict[
             if isinstance(cause, OSError) and cause.errno in FULL:  # the cache, not the source
                 raise OSError(cause.errno, cause.strerror) from error
             said = textwrap.shorten(str(cause), 400, placeholder=" ...")
+            if isinstance(cause, UnicodeDecodeError):
+                said = f"it is not UTF-8: save it as UTF-8; {said}"
+            elif isinstance(cause, EmptyDataError):
+                said = "it is empty"
             raise ValueError(f"task.data.name={config.name!r}: {path} could not be read as {kind} ({said})") from error
 
     with offline():
@@ -148,7 +158,7 @@ def _rows(path: Path, kind: str, config: DataConfig, cache: str) -> Any:
 def _csv_settings(path: Path, kind: str, config: DataConfig) -> dict[str, Any]:
     """Every cell is read as the text it is: guessing types would turn "007" or "null" into something else.
 
-    A tsv has no quoting (a quotation mark is text), a csv has.
+    A tsv has no quoting (a quotation mark is text), a csv has. Of a single column, an empty line is the empty text.
     """
     import datasets
     import pandas as pd
@@ -164,25 +174,39 @@ def _csv_settings(path: Path, kind: str, config: DataConfig) -> dict[str, Any]:
         refuse("task.data.name", config.name, f"a source whose columns have names of their own; {path} has {names}")
     if config.header:
         _check_header(names, path, config)
-    _check_rows(path, dialect, len(names), config)
+    plain["skip_blank_lines"] = len(names) > 1
+    _check_rows(path, dialect, names, config)
     features = datasets.Features({name: datasets.Value("string") for name in names})
     # Without index_col=False, lines longer than the first would lose their first cell to an index unnoticed.
     return {**plain, "header": 0 if config.header else None, "column_names": names, "features": features}
 
 
-def _check_rows(path: Path, dialect: dict[str, Any], cells: int, config: DataConfig) -> None:
-    """Refuse a row with fewer or more cells than there are columns: pandas reads the empty text for what is missing."""
-    settings = {"delimiter": dialect["sep"], "quoting": dialect.get("quoting", csv.QUOTE_MINIMAL)}
+def _check_rows(path: Path, dialect: dict[str, Any], names: list[str], config: DataConfig) -> None:
+    """Refuse a row with fewer or more cells than there are columns: pandas reads the empty text for what is missing.
+
+    And quotation marks that end no cell, which it reads in some way or other.
+    """
+    settings = {"delimiter": dialect["sep"], "quoting": dialect.get("quoting", csv.QUOTE_MINIMAL), "strict": True}
     csv.field_size_limit(LONGEST)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = (row for row in csv.reader(file, **settings) if row)
-            for number, row in enumerate(rows, -1 if config.header else 0):
-                if len(row) != cells:
-                    accepted = f"a source of rows with {cells} cells; {path}, row {number} has {len(row)}"
-                    refuse("task.data.name", config.name, accepted)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"task.data.name={config.name!r}: {path} could not be read as csv ({error})") from error
+    number = -1 if config.header else 0
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, **settings)
+        try:
+            for row in reader:
+                if not row and len(names) > 1:
+                    continue
+                if len(row) != len(names) and (row or number < 0):
+                    comma = "; a comma at its end begins one more, empty, cell" if row[-1:] == [""] else ""
+                    where = f"row {number}" if number >= 0 else "its first line"
+                    accepted = f"a source of rows with {len(names)} cells; {path}, {where} has {len(row)}{comma}"
+                    refuse("task.data.name", config.name, f"{accepted}{separated(names)}")
+                number += 1
+        except csv.Error as error:
+            quoting = 'a quotation mark inside of quotation marks is written twice, ""'
+            accepted = f"a csv that can be read; {path}, row {number} (line {reader.line_num}): {error}; {quoting}"
+            refuse("task.data.name", config.name, accepted)
+    if number == 0 and config.header:
+        refuse("task.data.name", config.name, f"a source with examples; {path} holds none but its header line")
 
 
 def _check_header(names: list[str], path: Path, config: DataConfig) -> None:

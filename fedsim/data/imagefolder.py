@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from PIL import Image
 
 from fedsim.core.fields import refuse
+from fedsim.data import splits
 from fedsim.data.config import DataConfig
 from fedsim.data.vision import formats
 
@@ -37,7 +38,8 @@ def rows(folder: Path, config: DataConfig) -> "datasets.Dataset":
     for class_folder in visible(folder):
         if not class_folder.is_dir():
             if not NOTICES.fullmatch(class_folder.name):
-                _refused(config, f"folders of classes in {folder}; {class_folder} lies in no class")
+                hint = f" ({splits.AS_CLASSES})" if splits.present([folder.name], config) else ""
+                _refused(config, f"folders of classes in {folder}; {class_folder} lies in no class{hint}")
             continue
         classes.append(class_folder.name)
         images = visible(class_folder)
@@ -48,7 +50,9 @@ def rows(folder: Path, config: DataConfig) -> "datasets.Dataset":
                 known = f"task.data.train_split={config.train_split!r}, test_split={config.test_split!r}"
                 _refused(config, f"SPLIT/CLASS/IMAGE ({known}) or CLASS/IMAGE; {path} is a folder in a class")
             if not is_image(path):
-                _refused(config, f"images alone in the folders of classes; {path} is none")
+                gone = "a link to what is not there" if path.is_symlink() and not path.exists() else "none"
+                ending = f", as the ending {path.suffix!r} says" if path.is_file() else ""
+                _refused(config, f"images alone in the folders of classes; {path} is {gone}{ending}")
             found.append((str(path.absolute()), class_folder.name))
     if not classes:
         _refused(config, f"folders of classes; {folder} holds none")
@@ -60,7 +64,8 @@ def rows(folder: Path, config: DataConfig) -> "datasets.Dataset":
 
 def is_image(path: Path) -> bool:
     """Whether a path is a file whose name ends as those do that are read."""
-    return path.is_file() and Image.registered_extensions().get(path.suffix.lower()) in formats()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return path.is_file() and (kind in formats() or kind == "MPO")  # which the reader of JPEG reads
 
 
 def _refused(config: DataConfig, accepted: str) -> NoReturn:

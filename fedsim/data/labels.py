@@ -17,6 +17,7 @@ from fedsim.data.config import DataConfig
 
 
 WHOLE = re.compile(r"\s*[+-]?\d+\s*")
+NOT_WHOLE = ": write whole numbers, such as 0 for 0.0 (pandas: .astype(int)), or name texts in task.data.class_names"
 UNLABELLED = " (-1 marks a split without labels: choose another task.data.test_split)"
 
 
@@ -98,12 +99,18 @@ def _number(column: str, part: Labels, index: int, place: dict[str, int], config
     if isinstance(cell, str) and cell in place:
         return place[cell]
     known = ", ".join(map(repr, [*place][:10])) + (", ..." if len(place) > 10 else "")
-    accepted = f"a column of classes ({known})" if place else "a column of whole numbers, or of names that read as none"
-    hint = UNLABELLED if cell == -1 else ""
+    accepted = f"a column of classes ({known})" if place else "a column of whole numbers, or of names (texts)"
+    hint = (
+        UNLABELLED
+        if cell == -1
+        else ""
+        if place or not isinstance(cell, str | float) or not _is_number(cell)
+        else NOT_WHOLE
+    )
     refuse("task.data.label", column, f"{accepted}; {part.where(index)} holds {cell!r}{hint}")
 
 
-def _is_number(text: str) -> bool:
+def _is_number(text: str | float) -> bool:
     """Whether a text reads as a number, whole or not: such texts are never names unless `class_names` says so."""
     try:
         float(text)

@@ -32,7 +32,7 @@ from fedsim.data.examples import INPUTS, Column, Examples, Look
 
 
 T = TypeVar("T")
-ABOUT = "about.json"
+ABOUT, PUBLISHING = "about.json", "publishing.lock"
 CHECKS, LENGTHS = "checks", "lengths"  # beside an array of rows: a checksum a row, and where they differ its length
 
 
@@ -40,12 +40,14 @@ class Writer:
     """Writes arrays into a folder of its own.
 
     - `beside`: files that were read though they lie outside of what the stamp is of.
+    - `made`: what was made of what, for people.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.arrays: dict[str, dict[str, Any]] = {}
         self.beside: set[Path] = set()
+        self.made = ""
 
     def whole(self, name: str, array: np.ndarray) -> None:
         """A short array, which whoever opens the folder holds in memory."""
@@ -80,12 +82,13 @@ class Folder:
     """A prepared folder, opened and held against its name.
 
     - `about`: what was said when it was made. - `whole`: its short arrays.
+    - `made`: what was made of what, for people; different files, and settings, may have made the same.
 
     **Raises:** `Damaged` if it is not as it was written; `OSError` if it is not there.
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self.path, self.fingerprint = _cache() / "prepared" / fingerprint, fingerprint
+        self.path, self.fingerprint, self.made = _cache() / "prepared" / fingerprint, fingerprint, ""
         data = (self.path / ABOUT).read_bytes()
         if hashlib.sha256(data).hexdigest() != fingerprint:
             raise Damaged(f"{self.path / ABOUT}: not as it was written")
@@ -146,21 +149,25 @@ def prepared(
                 fingerprint = _made(writer, make)
                 beside = {"paths": sorted(map(str, writer.beside)), "stamp": repr(stamp_of(*sorted(writer.beside)))}
                 place = cache / "prepared" / fingerprint
-                with filelock.FileLock(cache / "making" / "publishing.lock"):
+                with filelock.FileLock(cache / "making" / PUBLISHING):
                     if _sound(fingerprint) is None:  # made by other settings, or from other files, it may be there
                         shutil.rmtree(place, ignore_errors=True)
                         making.rename(place)
+                    found = Folder(fingerprint)  # what is open, `clean` does not take away
             finally:
                 shutil.rmtree(making, ignore_errors=True)
             writing = entry.with_suffix(f".{os.getpid()}")
-            writing.write_bytes(sealed_json({"name": name, "fingerprint": fingerprint, "beside": beside}))
+            said = {"name": name, "fingerprint": fingerprint, "beside": beside, "made": writer.made}
+            writing.write_bytes(sealed_json(said))
             writing.replace(entry)
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(cache)):  # the source's
             raise
-        named = "FEDSIM_CACHE_DIR names the folder where data are prepared, and may name another"
-        raise OSError(error.errno, f"{cache}: {error.strerror or error}; {named}") from error
-    return Folder(fingerprint)
+        where, named = error.filename or cache, "FEDSIM_CACHE_DIR names the folder where data are prepared"
+        why = f"cannot be written ({error.strerror or error}); {named}, and may name another"
+        raise OSError(error.errno, f"{where}: {why}") from error
+    found.made = writer.made
+    return found
 
 
 def _made(writer: Writer, make: Callable[[Writer], dict[str, Any]]) -> str:
@@ -180,7 +187,9 @@ def _entry(path: Path, as_made: bool = False) -> Folder | None:
             return None
     except (OSError, Damaged):
         return None
-    return _sound(entry["fingerprint"])
+    if (found := _sound(entry["fingerprint"])) is not None:
+        found.made = entry["made"]
+    return found
 
 
 def _sound(fingerprint: str) -> Folder | None:
@@ -192,32 +201,39 @@ def _sound(fingerprint: str) -> Folder | None:
 
 @dataclass(frozen=True)
 class Kept:
-    """A prepared folder: what it was made from, examples a split, and bytes."""
+    """A prepared folder: what it was made from and how, examples a split, and bytes."""
 
     fingerprint: str
     names: tuple[str, ...]
+    made: tuple[str, ...]
     examples: dict[str, int]
     nbytes: int
 
 
 def kept() -> list[Kept]:
     """What is prepared. Without examples: what is not as it was written."""
-    names: dict[str, set[str]] = {}
+    names: dict[str, set[tuple[str, str]]] = {}
     for path in (_cache() / "sources").glob("*.json"):
         with contextlib.suppress(OSError, Damaged):
             found = read_sealed_json(path.read_bytes(), "fingerprint")
-            names.setdefault(found["fingerprint"], set()).add(found["name"])
+            names.setdefault(found["fingerprint"], set()).add((found["name"], found["made"]))
     rows = []
     for folder in sorted((_cache() / "prepared").glob("*/")):
         size = sum(file.stat().st_size for file in folder.iterdir())
         whole = found.whole if (found := _sound(folder.name)) else {}
         examples = {split: len(whole[f"{split}.labels"]) for split in ("train", "test") if whole}
-        rows.append(Kept(folder.name, tuple(sorted(names.get(folder.name, ()))), examples, size))
+        said = sorted(names.get(folder.name, ()))
+        named, made = (tuple(dict.fromkeys(texts)) for texts in ([name for name, _ in said], [how for _, how in said]))
+        rows.append(Kept(folder.name, named, made, examples, size))
     return rows
 
 
 def clean(fingerprints: Sequence[str] = ()) -> int:
-    """Delete what is prepared: all of it, or what begins so. **Returns:** bytes that are free again.
+    """Delete what is prepared: all of it and what killed processes left, or what begins so.
+
+    What a process prepares meanwhile, and what it has open, stays until it is done with it.
+
+    **Returns:** bytes that are free again.
 
     **Raises:** `ValueError` for a beginning that nothing has.
     """
@@ -226,16 +242,33 @@ def clean(fingerprints: Sequence[str] = ()) -> int:
         if not begin or not any(row.fingerprint.startswith(begin) for row in rows):
             refuse("FINGERPRINT", begin, "the begin of one that `fedsim data list` shows")
     chosen = [row for row in rows if not fingerprints or row.fingerprint.startswith(tuple(fingerprints))]
-    for row in chosen:
-        shutil.rmtree(_cache() / "prepared" / row.fingerprint)
+    if chosen:
+        (making := _cache() / "making").mkdir(exist_ok=True)
+        with filelock.FileLock(making / PUBLISHING):
+            for row in chosen:
+                shutil.rmtree(_cache() / "prepared" / row.fingerprint)
+    freed = sum(row.nbytes for row in chosen)
     if not fingerprints:
-        shutil.rmtree(_cache() / "sources", ignore_errors=True)
-        for lock in (_cache() / "making").glob("*.lock"):
-            with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):  # others prepare right now
-                for left in lock.parent.glob(f"{lock.stem}.*.d"):
-                    shutil.rmtree(left)
+        freed += left(free=True)
+        for entry in (_cache() / "sources").glob("*.json"):
+            entry.unlink(missing_ok=True)
+    return freed
+
+
+def left(free: bool = False) -> int:
+    """Bytes that killed processes left unfinished: nobody holds their locks. - `free`: delete it."""
+    size = 0
+    for lock in (_cache() / "making").glob("*.lock"):
+        with contextlib.suppress(filelock.Timeout if free else OSError), filelock.FileLock(lock, timeout=0):
+            for folder in lock.parent.glob(f"{lock.stem}.*.d"):
+                size += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                if free:
+                    shutil.rmtree(folder)
+            for entry in (_cache() / "sources").glob(f"{lock.stem}.*[0-9]") if free else ():
+                entry.unlink()  # begun, and not put in its place
+            if free and lock.name != PUBLISHING:
                 lock.unlink()
-    return sum(row.nbytes for row in chosen)
+    return size
 
 
 def progress(rows: Iterable[T], total: int, text: str) -> Iterable[T]:

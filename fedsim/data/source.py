@@ -121,6 +121,7 @@ def _dataset(config: DataConfig, folder: prepared.Folder) -> Dataset:
         fingerprint=folder.fingerprint,
         tokenizer=None if own is None else bpe.tokenizer(own.tobytes().decode(), masks=config.kind == "mlm"),
         class_names=tuple(folder.about["class_names"]),
+        made=f"{len(splits['train']):,} + {len(splits['test']):,} {folder.made}",
     )
 
 

@@ -10,6 +10,10 @@ from fedsim.data.config import DataConfig
 # Other names of the default splits, in any case of letters; the last are taken for "test" where there is no other.
 ALSO = {"train": ("train", "training"), "test": ("test", "testing")}
 STAND_INS = ("validation", "valid", "val", "dev", "eval")
+AS_CLASSES = (
+    "where classes are called like splits, task.data.train_split='whole' (and test_split='none', if one is called so) "
+    "reads all folders as classes"
+)
 
 
 def named(wanted: str, names: Sequence[str], config: DataConfig, but: str | None = None) -> str | None:

@@ -171,6 +171,12 @@ def _kind(feature: Any) -> str:
     return "whole numbers" if dtype.startswith(("int", "uint")) else dtype or type(feature).__name__
 
 
+def separated(names: Sequence[str]) -> str:
+    """What to say of a table of one column whose name reads like several."""
+    marks = [mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]]
+    return f"; its cells seem to be separated by {marks[0]!r}: save them with commas as a csv" if marks else ""
+
+
 def _inputs(config: DataConfig, names: Sequence[str]) -> tuple[str, ...]:
     """The image column, or the text columns, of data of the promised kind."""
     if config.image is not None:
@@ -186,7 +192,7 @@ def _inputs(config: DataConfig, names: Sequence[str]) -> tuple[str, ...]:
         accepted = (
             f"the text columns, named with --set task.data.text={example}{images}; the columns present are {[*names]}"
         )
-        refuse("task.data.text", config.text, accepted)
+        refuse("task.data.text", config.text, accepted + separated(names))
     return tuple(found)
 
 
@@ -194,7 +200,8 @@ def _label(config: DataConfig, names: Sequence[str]) -> str:
     usual = USUAL_TAGS if config.kind == "tokens" else USUAL_LABELS
     wanted = config.label if config.label is not None else next((name for name in usual if name in names), None)
     if wanted is None:
-        refuse("task.data.label", None, f"set, as none of {usual} is among the columns present: {[*names]}")
+        accepted = f"set, as none of {usual} is among the columns present: {[*names]}{separated(names)}"
+        refuse("task.data.label", None, accepted)
     return _column("label", wanted, names)
 
 
@@ -204,6 +211,6 @@ def _column(field: str, wanted: str | int, names: Sequence[str]) -> str:
     if wanted not in names:
         raise ValueError(
             f"task.data.{field}={wanted!r}: no such column; the columns present are {[*names]} "
-            "(a csv or tsv without a header line needs task.data.header=false)"
+            f"(a csv or tsv without a header line needs task.data.header=false){separated(names)}"
         )
     return str(wanted)

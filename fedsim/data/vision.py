@@ -26,6 +26,8 @@ from fedsim.data.table import Table
 TOGETHER = 256  # images that are held, encoded and decoded, at once
 # Black and white, grey, of a palette, colour and print; the others have more than 8 bits, or no agreed meaning.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
+GREYS = ("1", "L", "LA")
+Kind = tuple[int, int, str]  # width, height, "grey" or "colour"
 
 
 def pixels(images: Iterable[Any], image_size: int, channels: int) -> Tensor:
@@ -55,25 +57,33 @@ class MixedSizes(Exception):
 
 
 def column_rows(
-    table: Table, column: str, image_size: int, channels: int, keep: bool, read: Callable[[Path], None]
+    table: Table,
+    column: str,
+    image_size: int,
+    channels: int,
+    keep: bool,
+    read: Callable[[Path], None],
+    kinds: set[Kind],
 ) -> Iterator[np.ndarray]:
     """The images of one column of a table in order, uint8 `(h, w, C)`, decoded a few at a time by all processors.
 
     - `read`: is told the path of each image that lies in a file of its own.
     - `keep`: leave images as they are if the first is no larger than `image_size`; else each is resized to H = W.
+    - `kinds`: receives what the images were.
 
     **Raises:** `ValueError` naming the file, or the row, of what is no image; `MixedSizes`.
     """
 
-    def decoded(numbered: tuple[int, Any]) -> np.ndarray:
+    def decoded(numbered: tuple[int, Any]) -> tuple[np.ndarray, Kind]:
         row, cell = numbered
         path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
         alone = path is not None and os.path.isabs(path)
         try:
-            return _array(_opened(cell), None if keep else image_size, channels)
+            image = _opened(cell)
+            colours = "grey" if image.mode in GREYS else "colour"
+            return _array(image, None if keep else image_size, channels), (*image.size, colours)
         except Exception as error:  # of any kind: files can be broken in more ways than their readers foresee
-            reason = "no image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-            accepted = f"a column of images; {path if alone else table.where(row)}: {reason}"
+            accepted = f"a column of images; {path if alone else table.where(row)}: {_reason(error)}"
             raise ValueError(f"task.data.image={column!r}: must be {accepted}") from error
 
     first = None
@@ -81,13 +91,23 @@ def column_rows(
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         while some := list(itertools.islice(cells, TOGETHER)):
-            for (_, cell), array in zip(some, pool.map(decoded, some), strict=True):
+            for (_, cell), (array, kind) in zip(some, pool.map(decoded, some), strict=True):
+                kinds.add(kind)
                 if isinstance(cell, dict) and not cell.get("bytes"):
                     read(Path(cell["path"]))
                 first = first or array.shape
                 if array.shape != first or max(array.shape[:2]) > image_size:
                     raise MixedSizes
                 yield array
+
+
+def _reason(error: Exception) -> str:
+    """Why something is no image, in plain words where there are any."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a kind that is read"
+    if isinstance(error, OSError) and error.errno is None:
+        return f"an image that is cut off or damaged ({error})"
+    return str(error) if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {error}"
 
 
 def resized(pixels: Tensor, image_size: int) -> Tensor:
@@ -142,7 +162,7 @@ def _array(image: Image.Image, image_size: int | None, channels: int) -> np.ndar
         raise ValueError(f"pixels of mode {image.mode!r}; {', '.join(MODES)} are read: save it with 8 bits a channel")
     mode = "L" if channels == 1 else "RGB"
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
-    if transparent and not image.mode == mode == "L":  # what is grey already, no processor looks at twice
+    if transparent:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     if image.mode != mode:
@@ -176,6 +196,8 @@ def _opened(cell: Any) -> Image.Image:
                 raise ValueError(f"the path {cell!r}; bytes, or an absolute path, are read")
             cell = Path(cell).read_bytes()
     if isinstance(cell, bytes):
+        if not cell:
+            raise ValueError("no image: it is empty")
         with Image.open(io.BytesIO(cell), formats=formats()) as image:
             if any(_has_16_bits(raw, image.format) for *_, raw in getattr(image, "tile", ())):
                 raise ValueError("16 bits a channel; 8 are read: save it with 8 bits a channel")
@@ -184,8 +206,9 @@ def _opened(cell: Any) -> Image.Image:
             return image
     if isinstance(cell, list | np.ndarray):
         array = np.asarray(cell)
-        if array.dtype.kind not in "iu" or array.ndim not in (2, 3) or array.size == 0:
-            raise ValueError(f"an array of {array.dtype} with shape {array.shape}; integers in 2 or 3 dimensions fit")
+        shape = array.shape
+        if array.dtype.kind not in "iu" or len(shape) not in (2, 3) or array.size == 0 or max(shape[2:], default=1) > 4:
+            raise ValueError(f"an array of {array.dtype} with shape {shape}; whole numbers (H, W) or (H, W, C) fit")
         if array.min() < 0 or array.max() > 255:
             raise ValueError(f"values {array.min()}..{array.max()}; 0..255 is accepted")
         array = array.astype(np.uint8)

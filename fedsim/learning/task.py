@@ -66,7 +66,9 @@ class TaskConfig:
         if self.dropout and not family.dropouts:
             refuse("task.dropout", self.dropout, f"0: the family {self.family!r} names no dropout")
         if self.augmentation is not None and self.data.kind != "image":
-            refuse("task.augmentation", self.augmentation, f"None for data of kind {self.data.kind!r}: of images alone")
+            raise ValueError(
+                f"task.augmentation: must be None for data of kind {self.data.kind!r}: it is of images alone"
+            )
 
     @property
     def inputs(self) -> Inputs:

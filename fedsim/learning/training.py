@@ -51,7 +51,8 @@ class Training:
     - `clip`: largest global norm of the gradient; None: no clipping.
     - `optimizer`, `momentum`, `nesterov`: AdamW, or SGD with these two.
     - `schedule`: of the learning rate over the steps of this training: it stays, or falls to 0 along a cosine or a
-      line. - `lr_warmup`: the share of steps over which it first rises, linearly.
+      line. - `lr_warmup`: the share of steps, rounded up and at least 2, over which it first rises: over w steps it is
+      1/w, 2/w, ... 1 times `lr`. A training of one step has no warm-up.
 
     What the task says of training (`TaskConfig.augmentation`, `label_smoothing`, `dropout`) holds for all of them.
 
@@ -106,7 +107,8 @@ class Training:
 
     def scheduled(self, step: int, steps: int) -> float:
         """What a learning rate is multiplied by in a step, counted from 0, of so many."""
-        rising = round(self.lr_warmup * steps)
+        share = math.ceil(self.lr_warmup * steps - 1e-9)  # as of (0.07 * 100) = 7.000000000000001
+        rising = min(steps, max(2, share)) if self.lr_warmup else 0
         if step < rising:
             return (step + 1) / rising
         if self.schedule == "constant":

@@ -31,15 +31,23 @@ from fedsim.sweeps.jobs import run_at_once
 from fedsim.sweeps.progress import Lines, Overview, labels_of, overview_for
 
 
-def check_data(experiments: Sequence[Experiment], data_dir: str | None) -> None:
+def check_data(experiments: Sequence[Experiment], data_dir: str | None, tell: Callable[[str], None]) -> None:
     """Read checkpoints, load the data and deal them: whatever they cannot do is said before anything starts.
+
+    - `tell`: is told what was made of each data set's files.
 
     **Raises:** `ValueError` naming the field, and for a checkpoint the participants who were to start from it.
     """
+    made = list[str]()
     for experiment in experiments:
         check_forms(experiment)
         check_checkpoints(experiment)
-        members(experiment, load_task(experiment.task, data_dir))
+        task = load_task(experiment.task, data_dir)
+        members(experiment, task)
+        if task.dataset and task.dataset.made:
+            made.append(f"{experiment.task.data.name}: {task.dataset.made}")
+    for text in dict.fromkeys(made):
+        tell(text)
 
 
 def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) -> None:
@@ -233,7 +241,7 @@ def run_in(
         raise ValueError("experiments=[]: must be at least one")
     here, tell = choice.name == "inline" and jobs == 1, functools.partial(say, console)
     choice = dataclasses.replace(choice, numerics=settle(numerics, here=here, say=tell))
-    check_data(experiments, data_dir)
+    check_data(experiments, data_dir, tell)
     with locked(folder) as folder:
         if alone:
             check_folder(folder, experiments, resume=True)

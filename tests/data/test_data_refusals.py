@@ -58,17 +58,31 @@ def test_images_taken_for_text_are_refused(tmp_path):
         (
             ["text,label", "a,0", "b,1"],
             {"image": "text", "text": ()},
-            r"task\.data\.image='text': must be a column of images; .*data\.csv, row \d: TypeError: cells of type str",
+            r"task\.data\.image='text': must be a column of images; .*data\.csv, row \d: cells of type str",
         ),
         (["text,kind", "a,0", "b,1"], {}, r"task\.data\.label=None.*\['text', 'kind'\]"),
         (["body,label", "a,0", "b,1"], {"text": ()}, r"task\.data\.text=\(\).*text=COLUMN.*\['body', 'label'\]"),
         (["text,label", "a,0", "b,1"], {"group": "by"}, r"task\.data\.group='by': no such column.*\['text', 'label'\]"),
         (["text,label", "a,0"], {}, "it holds 1"),
-        (["text,label"], {}, "no data"),
+        (["text,label"], {}, r"examples; .*data\.csv holds none but its header line"),
+        (["text,label", "a,0,", "b,1,"], {}, r"rows with 2 cells; .*row 0 has 3; a comma at its end begins one more"),
+        (["text;label", "a;0"], {}, r"no such column.*\['text;label'\].*; its cells seem to be separated by ';'"),
+        (["text;label", "a, b;0"], {}, r"rows with 1 cells; .*row 0 has 2; its cells seem to be separated by ';'"),
+        (
+            ["text,label", "a,1.0", "b,0.0"],
+            {},
+            r"row 0 holds '1\.0': write whole numbers, such as 0 for 0\.0 .*class_names",
+        ),
+        (
+            ["text,label", "a,0", r'"said \"hi\" ok",1'],
+            {},
+            r"data\.csv, row 1 \(line 3\): .*; a quotation mark .* twice",
+        ),
+        (["text,label", "a,0", '"open,1'], {}, r"data\.csv, row 1 \(line 3\): unexpected end of data"),
         (["text,label", "a,0", "b,1,3"], {}, r"rows with 2 cells; .*data\.csv, row 1 has 3"),
         (["text,label", "a,0,9", "b,1,3"], {}, r"rows with 2 cells; .*data\.csv, row 0 has 3"),
         (["label,text", "0,a", "1"], {}, r"rows with 2 cells; .*data\.csv, row 1 has 1"),
-        ([""], {}, "could not be read as csv"),
+        ([""], {}, r"could not be read as csv \(it is empty\)"),
     ],
 )
 def test_wrong_files_are_refused_by_name(tmp_path, lines, settings, words):
@@ -93,11 +107,28 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"in one format, not \['csv', 'tsv'\]"):
         load(config, None)
     (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"ends in one of \.parquet, \.csv, \.tsv"):
+    with pytest.raises(ValueError, match=r"ends in one of \.parquet, \.csv, \.tsv; fedsim\.data\.from_frame takes"):
         load(replace(config, name=str(tmp_path / "notes.txt")), None)
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(ValueError, match="could not be read as parquet"):
         load(replace(config, name=str(tmp_path / "bad.parquet")), None)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("rows", [1, 5000])
+def test_tables_that_are_not_utf_8(tmp_path, encoding, rows):
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\n" + "a,0\n" * rows + "é,1\n", encoding)
+    with pytest.raises(ValueError, match=r"data\.csv could not be read as csv \(it is not UTF-8: save it as UTF-8; "):
+        load(DataConfig(str(file), text=("text",), num_classes=2), None)
+
+
+def test_only_known_names_are_looked_up_in_the_data_folder(tmp_path):
+    (tmp_path / "fashion").mkdir()
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/fashion is there, but only these names are looked up in FEDSIM_D"
+    ):
+        load(DataConfig("fashion"), str(tmp_path))
 
 
 @pytest.mark.parametrize(

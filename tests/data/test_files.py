@@ -49,6 +49,22 @@ def test_csv_cells_are_read_as_they_are(tmp_path):
     assert int(rows.eq(257).sum()) == 5
 
 
+def test_a_blank_line_of_a_single_column_is_a_text(tmp_path):
+    csv_file(tmp_path, "train.csv", ["text", "alpha", "", "   ", "beta", '""', "  x"])
+    csv_file(tmp_path, "test.csv", ["text", "gamma", ""])
+    data = load(DataConfig(str(tmp_path), objective="next_token", max_length=8), None)
+    assert [decoded(row) for row in data.train.inputs["input_ids"]] == ["alpha", "   ", "beta", "  x"]
+    csv_file(tmp_path, "train.csv", ["", "text", "alpha"])
+    with pytest.raises(ValueError, match=r"rows with 1 cells; .*train\.csv, its first line has 0"):
+        load(DataConfig(str(tmp_path), objective="next_token"), None)
+    csv_file(tmp_path, "train.csv", ["", " ", "alpha"])
+    csv_file(tmp_path, "test.csv", ["beta"])
+    data = load(DataConfig(str(tmp_path), objective="next_token", header=False, text=(0,), max_length=8), None)
+    assert [decoded(row) for row in data.train.inputs["input_ids"]] == [" ", "alpha"]
+    name = csv_file(tmp_path, "both.csv", ["text,label", "", "a,0", "", "b,1", ""])
+    assert len(load(DataConfig(name, text=("text",), num_classes=2, test_share=0.5), None).train) == 1
+
+
 def test_long_text_is_cut(tmp_path):
     name = csv_file(tmp_path, "data.csv", ["text,label", "abcdefgh,0", "é,1"])
     data = load(DataConfig(name=name, text=(0,), num_classes=2, max_length=4, test_share=0.5), None)

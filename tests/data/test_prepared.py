@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
 from fedsim.core.sealed import Damaged
-from fedsim.data import DataConfig, Dataset, Partition, conversion, load, prepared, vision
+from fedsim.data import DataConfig, Dataset, Partition, conversion, load, prepared, source, vision
 from fedsim.data.examples import Examples
 from tests.support.data_files import reloaded
 
@@ -123,7 +125,7 @@ def test_images_that_a_table_names_by_path_count(images: DataConfig, tmp_path: P
         reloaded(config)
     frame["image"] = [{"bytes": None, "path": "1.png"}] * 3
     frame.to_parquet(tmp_path / "named.parquet")
-    with pytest.raises(ValueError, match=r"named.parquet, row \d: ValueError: the path '1.png'"):
+    with pytest.raises(ValueError, match=r"named.parquet, row \d: the path '1.png'"):
         reloaded(config)
 
 
@@ -238,6 +240,8 @@ def test_no_damage_gives_other_data(kind: str, how: str, request: pytest.Fixture
 
 def test_a_flipped_row_stops_a_run_that_drops_participants(texts: DataConfig, cache: Path, tmp_path: Path) -> None:
     """It is nobody's fault who takes part."""
+    from fedsim.cli import main
+    from fedsim.cli.options import report_failures
     from fedsim.runtime.inline import InlineRuntime
     from fedsim.simulation import RunFailed, run
     from tests.support.disturbed import small
@@ -247,8 +251,16 @@ def test_a_flipped_row_stops_a_run_that_drops_participants(texts: DataConfig, ca
     data = load(experiment.task.data, None)
     file = cache / "prepared" / data.fingerprint / "train.input_ids"
     damaged(file, "flipped")
-    with pytest.raises(RunFailed, match=r"row \d+ is not as it was written"):
+    with pytest.raises(RunFailed, match=r"row \d+ is not as it was written") as failed:
         run(experiment, out=tmp_path / "out", runtime=InlineRuntime())
+    said = Console(file=StringIO(), width=9999)
+    report_failures([failed.value], "fedsim run --resume", said)
+    cleaning = f"fedsim data clean {data.fingerprint[:12]}"
+    assert f"go on with: {cleaning} && fedsim run --resume\n" in said.file.getvalue()  # type: ignore[attr-defined]
+    assert main(cleaning.split()[1:]) == 0
+    source._loaded.cache_clear()  # as in another process
+    source._pinned.cache_clear()
+    run(experiment, out=tmp_path / "out", runtime=InlineRuntime())
 
 
 PREPARING = """
@@ -285,6 +297,35 @@ def test_what_a_killed_process_left_is_not_used(texts: DataConfig, cache: Path, 
     assert not list((cache / "making").glob("*.d"))
 
 
+def test_what_a_killed_process_left_is_listed_and_freed(
+    texts: DataConfig, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedsim.cli import main
+
+    killed = preparing(texts, tmp_path, "slowly")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    assert prepared.left() == 0 and prepared.clean() == 0, "it lives"
+    assert len(list((cache / "making").glob("*.d"))) == 1
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert main(["data", "list"]) == 0
+    size, said = prepared.left(), capsys.readouterr().out
+    assert size > 0 and "MB that killed processes left unfinished: `fedsim data clean` frees them" in said
+    assert main(["data", "clean"]) == 0 and prepared.left() == 0
+    assert {path.name for path in (cache / "making").iterdir()} <= {prepared.PUBLISHING}
+
+
+def test_cleaning_stops_nobody_who_prepares(texts: DataConfig, cache: Path, tmp_path: Path) -> None:
+    working = preparing(texts, tmp_path)
+    while working.poll() is None:
+        prepared.clean()
+        time.sleep(0.02)
+    said = working.communicate()[0]
+    assert working.returncode == 0 and said == f"{load(texts, None).fingerprint}\n"
+    assert [row.fingerprint for row in prepared.kept()] == [said.strip()]
+
+
 def test_of_processes_that_prepare_at_once_one_does_and_the_others_wait(texts: DataConfig, tmp_path: Path) -> None:
     processes = [preparing(texts, tmp_path) for _ in range(3)]
     answers = {process.communicate()[0] for process in processes}
@@ -317,7 +358,9 @@ load(DataConfig(sys.argv[1], image_size=6, channels=3, num_classes=2), None)
 def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left(images: DataConfig, cache: Path) -> None:
     command = [sys.executable, "-c", LIMITED, images.name]
     ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert f"{cache}: File too large; FEDSIM_CACHE_DIR names" in ended.stderr.strip().splitlines()[-1]
+    assert (
+        f"{cache}: cannot be written (File too large); FEDSIM_CACHE_DIR names" in ended.stderr.strip().splitlines()[-1]
+    )
     assert not list((cache / "making").glob("*.d")) and not list((cache / "prepared").iterdir())
 
 
@@ -328,7 +371,9 @@ def test_a_cache_that_cannot_be_written_to(texts: DataConfig, tmp_path: Path, mo
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDSIM_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"file: Not a directory; FEDSIM_CACHE_DIR names the folder"):
+    with pytest.raises(
+        OSError, match=r"file/prepared: cannot be written \(Not a directory\); FEDSIM_CACHE_DIR names the folder"
+    ):
         reloaded(texts)
 
 
@@ -347,6 +392,36 @@ def test_wrong_data_leave_nothing(texts: DataConfig, cache: Path) -> None:
     with pytest.raises(ValueError, match="num_classes"):
         load(replace(texts, num_classes=3, class_names=("a", "b", "c"), label_offset=1), None)
     assert not list(cache.rglob("*.d")) and not list((cache / "prepared").iterdir())
+
+
+def files_of(folder: Path, **frames: Any) -> str:
+    folder.mkdir()
+    for split, frame in frames.items():
+        pd.DataFrame(frame).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def test_what_was_made_is_said(images: DataConfig, texts: DataConfig, tmp_path: Path) -> None:
+    assert load(images, None).made == "6 + 6 images, 5x6 colour -> 6x6 colour"
+    assert load(replace(images, image_size=4, channels=1), None).made == "6 + 6 images, 5x6 colour -> 4x4 grey"
+    assert {row.made for row in prepared.kept()} == {
+        ("images, 5x6 colour -> 6x6 colour",),
+        ("images, 5x6 colour -> 4x4 grey",),
+    }
+    Image.new("L", (20, 30)).save(tmp_path / "images" / "test" / "a" / "9.png")
+    assert reloaded(images).made == "6 + 7 images, 5x6 to 20x30 colour and grey -> 6x6 colour"
+    made = {"text": ["abc", "a", "b"], "label": [0, 1, 0], "who": [1, 1, 1]}
+    name = files_of(tmp_path / "some", train=made, test={key: cells[:1] for key, cells in made.items()})
+    cut = replace(texts, name=name, max_length=3)
+    assert load(cut, None).made == reloaded(cut).made == "3 + 1 texts; 50.0 % reach 3 tokens, where they are cut"
+    pieces = replace(cut, objective="next_token")
+    assert load(pieces, None).made == "3 + 1 pieces of up to 3 tokens"
+    assert load(DataConfig(), None).made == ""
+
+
+def test_a_test_split_that_is_the_training_split_is_said(texts: DataConfig) -> None:
+    """The frames of the fixture are the same."""
+    assert load(texts, None).made.endswith("; the test split holds the same examples as the training split")
 
 
 # the command ----------------------------------------------------------------------------------------------------------
@@ -375,6 +450,6 @@ def test_data_of_experiments_are_prepared_ahead(images: DataConfig, capsys: pyte
     settings = [f"task.data.name={images.name}", "task.data.image_size=6", "task.data.channels=3"]
     command = ["data", "prepare", "benchmarks.suites:tiny", "--set", *settings, "task.data.num_classes=2"]
     assert main(command) == 0
-    assert "6 + 6 examples" in capsys.readouterr().out
+    assert f"{images.name}: 6 + 6 images, 5x6 colour -> 6x6 colour; " in capsys.readouterr().out
     assert [row.examples for row in prepared.kept()] == [{"train": 6, "test": 6}]
     assert json.loads((next(Path(os.environ["FEDSIM_CACHE_DIR"]).glob("prepared/*")) / "about.json").read_text())

@@ -95,6 +95,15 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "folders in a class": ((*BOTH, "test/a/deep/5.png"), r"task\.data\.train_split='train'.*test/a/deep is a folder"),
     "splits of no usual name": (("Trainset/a/1.png", "Testset/a/2.png"), r"train_split='train'.*Testset/a is a folder"),
     "no image": ((*BOTH, "test/b/notes.txt"), r"test/b/notes\.txt is none"),
+    "a pdf": ((*BOTH, "test/b/page.pdf"), r"test/b/page\.pdf is none, as the ending '\.pdf' says"),
+    "a class called train": (
+        ("train/1.png", "bus/2.png"),
+        r"test_split='test'.*\['bus', 'train'\] \(where classes are called like splits, task\.data\.train_split='whole",
+    ),
+    "classes called train and test": (
+        ("train/1.png", "test/2.png"),
+        r"train/1\.png lies in no class \(where classes are called like splits, task\.data\.train_split='whole'",
+    ),
     "no ending": ((*BOTH, "test/b/picture"), r"test/b/picture is none"),
     "an empty class": ((*BOTH, "train/b/.hidden", "train/c/.hidden"), r"train/c holds none"),
     "an empty split": (("train/a/1.png", "train/b/2.png", "test/.hidden"), r"folders of classes; .*test holds none"),
@@ -129,6 +138,14 @@ def test_a_folder_of_classes_is_one_split(tmp_path: Path) -> None:
     assert found == {*names}
 
 
+@pytest.mark.parametrize("other", ["bus", "test"])
+def test_classes_may_be_called_like_splits(other: str, tmp_path: Path) -> None:
+    folder = tree(tmp_path, *(f"{name}/{number}.png" for number, name in enumerate(["train", other] * 4, start=1)))
+    unlike: dict[str, Any] = {"train_split": "whole", **({"test_split": "none"} if other == "test" else {})}
+    data = load(DataConfig(folder, **IMAGES, **unlike), None)
+    assert data.class_names == tuple(sorted(("train", other))) and (len(data.train), len(data.test)) == (6, 2)
+
+
 def test_classes_are_sorted_by_their_bytes_and_numbered_by_class_names(tmp_path: Path) -> None:
     names = ["B", "a", "Z10", "Z2", "é", "z"]
     folder = tree(tmp_path, *(f"{split}/{name}/{i}.png" for split in ("train", "test") for i, name in enumerate(names)))
@@ -161,7 +178,7 @@ def test_links_are_followed_and_broken_ones_are_named(tmp_path: Path) -> None:
     picture(50).save(tmp_path / "far/cats/1.png")
     assert greys(load(config, None)) == [(5, "a"), (3, "b")], "files behind links are looked at again"
     (tmp_path / "far/2.png").unlink()
-    with pytest.raises(ValueError, match=r"task\.data\.name=.*test/a/2\.png is none"):
+    with pytest.raises(ValueError, match=r"task\.data\.name=.*test/a/2\.png is a link to what is not there"):
         load(config, None)
 
 

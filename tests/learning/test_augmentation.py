@@ -295,11 +295,13 @@ def test_bad_fields_are_named(field: str, value: object) -> None:
 
 
 def test_only_images_are_augmented() -> None:
-    with pytest.raises(ValueError, match=r"task.augmentation=.*kind 'text'"):
+    with pytest.raises(ValueError, match=r"^task\.augmentation: must be None for data of kind 'text'"):
         TaskConfig(TEXTS, "bert", augmentation=Augmentation(flip=0.5))
 
 
 def test_fields_can_be_set_by_themselves(tiny_experiment: Experiment) -> None:
     found = with_settings(tiny_experiment, ["task.augmentation.flip=0.5", "task.augmentation.crop=[0.3, 1]"])
     assert found.task.augmentation == Augmentation(flip=0.5, crop=(0.3, 1))
+    with pytest.raises(ValueError, match=r"^task\.augmentation\.crop=\(0\.5,\): must be two numbers, as \[0\.08,1\]$"):
+        with_settings(tiny_experiment, ["task.augmentation.crop=0.5"])
     assert with_settings(found, ["task.augmentation=none"]) == tiny_experiment

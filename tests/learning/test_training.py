@@ -333,6 +333,8 @@ def test_sgd_by_hand(ctx: ClientContext) -> None:
         ({"lr_warmup": 0.5}, [1 / 2, 1, 1, 1]),
         ({"schedule": "linear", "lr_warmup": 0.5}, [1 / 2, 1, 1, 1 / 2]),
         ({"schedule": "cosine", "lr_warmup": 1.0}, [1 / 4, 2 / 4, 3 / 4, 1]),
+        ({"lr_warmup": 0.6}, [1 / 3, 2 / 3, 1, 1]),
+        ({"lr_warmup": 0.01}, [1 / 2, 1, 1, 1]),
     ],
 )
 def test_schedules_by_hand(ctx: ClientContext, settings: dict[str, Any], factors: list[float]) -> None:
@@ -341,6 +343,15 @@ def test_schedules_by_hand(ctx: ClientContext, settings: dict[str, Any], factors
     asked = Training(slope, start, **SETTINGS | {"lr": 1.0, "batch_size": 15, "optimizer": "sgd"} | settings)
     assert [asked.scheduled(step, 4) for step in range(4)] == pytest.approx(factors)
     assert float(train(ctx, asked).parameters["a"]) == pytest.approx(-sum(factors))
+
+
+def test_a_share_of_warm_up_is_rounded_up_and_one_step_has_none() -> None:
+    settings: dict[str, Any] = SETTINGS | {"lr_warmup": 0.07}
+    asked = Training(objective_of(lambda tree, batch: tree["a"].sum()), {}, **settings)
+    assert [asked.scheduled(step, 100) for step in range(8)] == pytest.approx(
+        [(step + 1) / 7 for step in range(7)] + [1]
+    )
+    assert asked.scheduled(0, 15) == asked.scheduled(0, 2) == 1 / 2 and asked.scheduled(0, 1) == 1
 
 
 # precision ------------------------------------------------------------------------------------------------------------
