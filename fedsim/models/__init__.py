@@ -12,7 +12,18 @@ from fedsim.models.like import Like
 __all__ = ["Family", "Form", "Inputs", "Like", "families", "get_family"]
 
 # What families are written with, and checkpoints.
-NOT_FAMILIES = {"attention", "checkpoint", "declare", "family", "heads", "like", "preparation", "pretrained"}
+NOT_FAMILIES = {
+    "attention",
+    "checkpoint",
+    "declare",
+    "family",
+    "heads",
+    "ladders",
+    "like",
+    "onnx_weights",
+    "preparation",
+    "pretrained",
+}
 
 
 def families() -> list[str]:
