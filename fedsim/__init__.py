@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedsim.data import DataConfig, Partition
     from fedsim.experiment import Experiment, Tier, from_pretrained
     from fedsim.learning.task import TaskConfig
-    from fedsim.models import Form
+    from fedsim.models import Form, Like
     from fedsim.report.frames import Study
     from fedsim.storage.place import Place
 
@@ -28,6 +28,7 @@ __all__ = [
     "DataConfig",
     "Experiment",
     "Form",
+    "Like",
     "Partition",
     "TaskConfig",
     "Tier",
@@ -42,6 +43,7 @@ _FROM = {
     "DataConfig": "fedsim.data",
     "Experiment": "fedsim.experiment",
     "Form": "fedsim.models",
+    "Like": "fedsim.models",
     "Partition": "fedsim.data",
     "TaskConfig": "fedsim.learning.task",
     "Tier": "fedsim.experiment",

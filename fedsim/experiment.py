@@ -1,31 +1,28 @@
 """Experiments: frozen, typed, hashable. Everything that decides the numbers, nothing about where they are computed."""
 
-import ast
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from fedsim.algorithm import LATER, Algorithm
-from fedsim.core.canonical import canonical
-from fedsim.core.fields import WHOLE, check_range, check_types, matches, refuse, shown
+from fedsim.core.canonical import canonical, reviving
+from fedsim.core.fields import WHOLE, check_range, check_types, refuse, shown
 from fedsim.core.modules import called, module_named
+from fedsim.core.settings import nearest, parsed, replaced
 from fedsim.data.partition import Partition
 from fedsim.devices import Conditions, Device, device_named
 from fedsim.learning.starts import Start
 from fedsim.learning.task import Task, TaskConfig
-from fedsim.models import Form, get_family
+from fedsim.models import Form, Like, get_family
 from fedsim.models.checkpoint import Checkpoint
-from fedsim.models.pretrained import form_of
+from fedsim.models.pretrained import fixed_settings, form_of
 
 
 TIMED = "conditions.deadline and conditions.over_selection"
-LITERAL = 10_000  # characters that are read as a Python literal; longer ones are a text
 TARGET = "MODULE:FUNCTION"  # what commands call the words that name experiments
 PLACEMENT = {"placement": True}  # marks fields that say where a run is computed: left out of its identity
 
@@ -59,6 +56,8 @@ class Tier:
 
     def __post_init__(self) -> None:
         check_types(self, "tiers")
+        if isinstance(self.form, Like):
+            refuse("tiers.form", self.form, "a Form: a target and an intermediate form may be Like those of the tiers")
         check_range(self, "tiers", "share", "memory_mb", above=0)
         check_range(self, "tiers", "num_cpus", "num_gpus", least=0)
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
@@ -98,9 +97,11 @@ def from_pretrained(name: str, family: str, checkpoint: Checkpoint | str, **fiel
 class Experiment:
     """One run. Derive another with `dataclasses.replace`, or on the command line with `--set field=value`.
 
-    - `algorithm`: what runs, with its hyperparameters. - `task`: data and model family.
+    - `algorithm`: what runs, with its hyperparameters. - `task`: data and model family. What
+      the checkpoints of `tiers` and `start` fix for all models is put into `task.settings`, where it is not said.
     - `tiers`: classes of participants and their small forms. - `target`: the form that all work towards.
-    - `intermediate`: the form between them, for methods that have one (Fed-Grow); None: there is none.
+    - `intermediate`: the form between them, for methods that have one (Fed-Grow); None: there is none. Both may be
+      given as `Like(width=..., depth=...)`.
     - `partition`: how the data are dealt. - `participants`: size of the population.
     - `cohort`: participants a round; None: all of them. - `rounds`: federated rounds (round 0 comes on top).
     - `validation_share`: part of each shard that is never trained on; the only scores tuning may look at.
@@ -156,12 +157,27 @@ class Experiment:
             refuse("tiers.device", None, f"given for every tier, as {TIMED} ask for simulated time: {nameless}")
         if self.participants < len(self.tiers):
             refuse("participants", self.participants, f"at least the number of tiers, {len(self.tiers)}")
+        self._complete()
         task = Task(self.task)
         self._check_forms(task)
         for tier in self.tiers:
             with of_tier(tier.name):
                 get_family(self.task.family).check(tier.form, task.inputs)
         self._check_method(task)
+
+    def _complete(self) -> None:
+        """Put in what other fields decide: settings that checkpoints fix, and forms that are like the tiers'."""
+        family, inputs = self.task.family, self.task.inputs
+        owners = {f"tier {tier.name!r}": tier.checkpoint for tier in self.tiers if tier.checkpoint is not None}
+        if self.start is not None:
+            owners |= {f"start.checkpoints.{number}": each for number, each in enumerate(self.start.checkpoints)}
+        if owners and not reviving() and (fixed := fixed_settings(family, inputs, owners)):
+            settings = (*self.task.settings, *sorted(fixed.items()))
+            object.__setattr__(self, "task", dataclasses.replace(self.task, settings=settings))
+        for name in ("intermediate", "target"):
+            if isinstance(form := getattr(self, name), Like):
+                whole = form.beside(self.forms, get_family(family), self.task.inputs, name)
+                object.__setattr__(self, name, whole)
 
     def _check_forms(self, task: Task) -> None:
         for name, size in (("width", "width"), ("depth", "depth"), ("mlp", "inner")) if self.intermediate else ():
@@ -275,75 +291,4 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
         if not equals or not path:
             refuse("--set", setting, "of the form field=value")
         changes[tuple(path.split("."))] = parsed(text)
-    return _replaced(experiment, changes, "")
-
-
-def parsed(text: str) -> Any:
-    """A value typed on the command line: a Python literal, true, false, none, or else a text."""
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        value = ast.literal_eval(text) if len(text) <= LITERAL else text
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        try:
-            return float(text)  # inf, nan
-        except ValueError:
-            return text
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _replaced(instance: Any, changes: dict[tuple[str, ...], Any], prefix: str) -> Any:
-    """`instance` with all changes below it applied at once: fields that depend on each other move together.
-
-    A part that was None is given as its class: it is made of the fields that are set and the defaults of the others.
-    """
-    whole = instance if isinstance(instance, type) else type(instance)
-    hints: dict[str, Any] = {}
-    if isinstance(instance, tuple):
-        names: dict[str, Any] = {str(index): item for index, item in enumerate(instance)}
-    elif dataclasses.is_dataclass(whole):
-        names = {field.name: getattr(instance, field.name, dataclasses.MISSING) for field in dataclasses.fields(whole)}
-        hints = typing.get_type_hints(whole)
-    else:
-        raise ValueError(f"--set {prefix}: {prefix} has no fields")
-    values = dict(names)
-    for name in dict.fromkeys(path[0] for path in changes):
-        field = f"{prefix}.{name}" if prefix else name
-        if name not in names:
-            raise ValueError(f"--set {field}: no such field{nearest(name, list(names))}")
-        part = _part(names[name], hints.get(name))
-        if (name,) in changes:
-            values[name] = changes[(name,)]
-            if part is not None and not (name in hints and matches(values[name], hints[name])):
-                fields = ", ".join(f"{field}.{inner.name}" for inner in dataclasses.fields(part))
-                raise ValueError(f"{field}={shown(values[name])}: set its fields instead: {fields}")
-            if typing.get_origin(hints.get(name)) is tuple and isinstance(values[name], str | int | float):
-                of_parts = dataclasses.is_dataclass(typing.get_args(hints[name])[0])
-                values[name] = values[name] if of_parts else (values[name],)
-        below = {path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1}
-        if below:
-            values[name] = _replaced(part if values[name] is None else values[name], below, field)
-    if isinstance(instance, tuple):
-        return tuple(values.values())
-    for name, value in values.items():
-        if value is dataclasses.MISSING:
-            raise ValueError(f"--set {prefix}: there is none, so {prefix}.{name} must be given as well")
-    try:
-        return whole(**values)
-    except ValueError as error:
-        if not prefix or str(error).startswith(prefix):
-            raise
-        raise ValueError(f"{prefix}: {error}") from error
-
-
-def _part(value: Any, hint: Any) -> Any:
-    """The dataclass whose fields can be set below a field: its value's, or where that is None, the one it may have."""
-    kinds = (type(value),) if value is not None else (hint, *typing.get_args(hint))
-    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """`"; did you mean a, b?"`, or all the names if none is near."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(sorted(names))}"
+    return replaced(experiment, changes, "")

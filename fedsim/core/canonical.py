@@ -1,5 +1,6 @@
 """Dataclasses as JSON values that stay the same from version to version, and back: what run ids are hashes of."""
 
+import contextvars
 import dataclasses
 import importlib
 import importlib.util
@@ -27,6 +28,9 @@ WRITTEN_AS = {
     "fedsim.models.checkpoint": "fedsim.pretrained",
     "__mp_main__": "__main__",  # a script, as the processes see it that it starts
 }
+
+
+_reviving = contextvars.ContextVar("reviving", default=False)
 
 
 def canonical(value: Any) -> Any:
@@ -101,10 +105,19 @@ def revived(value: Any, kind: type = object, modules: Sequence[ModuleType] = ())
 
     **Raises:** `ValueError` naming the field.
     """
-    made = _made(with_todays_names(value), kind, "config", modules)
+    token = _reviving.set(True)
+    try:
+        made = _made(with_todays_names(value), kind, "config", modules)
+    finally:
+        _reviving.reset(token)
     if not isinstance(made, kind):
         refuse("config", str(made)[:80], describe(kind))
     return made
+
+
+def reviving() -> bool:
+    """Whether what is made right now was stored: it is complete, and files that it names may have changed since."""
+    return _reviving.get()
 
 
 def _made(value: Any, hint: Any, path: str, modules: Sequence[ModuleType]) -> Any:

@@ -1,6 +1,6 @@
 """Data: what an experiment names (`DataConfig`), what it gets (`Dataset`), and how it is dealt (`Partition`)."""
 
-from fedsim.data.config import DataConfig, cifar10, digits, pydoc, sst2
+from fedsim.data.config import DataConfig, cifar10, digits, fashion_mnist, pydoc, sst2
 from fedsim.data.dataset import Dataset, Split
 from fedsim.data.frames import from_frame
 from fedsim.data.partition import Partition, train_validation
@@ -14,6 +14,7 @@ __all__ = [
     "Split",
     "cifar10",
     "digits",
+    "fashion_mnist",
     "from_frame",
     "load",
     "pydoc",

@@ -31,6 +31,7 @@ EMBEDDED = {"digits": "image", "pydoc": "lm"}  # name -> kind
 KNOWN = {
     "cifar10": KnownSet("uoft-cs/cifar10", "image"),
     "cifar100": KnownSet("uoft-cs/cifar100", "image"),
+    "fashion_mnist": KnownSet("zalando-datasets/fashion_mnist", "image"),
     "flowers102": KnownSet("dpdl-benchmark/oxford_flowers102", "image"),
     "sst2": KnownSet("stanfordnlp/sst2", "text", columns=("sentence", "label"), hub_test_split="validation"),
     "ag_news": KnownSet("fancyzhx/ag_news", "text"),
@@ -44,9 +45,10 @@ class DataConfig:
 
     **Arguments:**
 
-    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `flowers102`, `sst2`, `ag_news` or `newsgroups`
-        (looked up under the data folder); or the path of a file or folder (parquet, csv, tsv, an image folder, a
-        `save_to_disk` folder), as a text or a `Path`. `fedsim.data.from_frame` gives one to data that lie in memory.
+    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `fashion_mnist`, `flowers102`, `sst2`, `ag_news` or
+        `newsgroups` (looked up under the data folder); or the path of a file or folder (parquet, csv, tsv, an image
+        folder, a `save_to_disk` folder), as a text or a `Path`. `fedsim.data.from_frame` gives one to data that lie in
+        memory.
     - `hub`: whether a name that is not found locally, or a tokenizer, may be fetched from the hub.
     - `config_name`: the hub data set's configuration.
     - `train_split`, `test_split`: names of files, folders or hub splits; other usual names stand in for the defaults.
@@ -59,6 +61,8 @@ class DataConfig:
     - `group`: the column whose distinct values are natural groups; examples held out for test are of any group.
     - `label_offset`: subtracted from labels; 1 for classes counted from 1.
     - `header`: whether the first line of a csv or tsv names the columns.
+    - `skip`: the first so many training examples are nobody's: what a public model was trained on. Counted as those of
+        `limit` are, and before it.
     - `limit`: keep at most this many training, and at most this many test examples; the same for every seed. An
         example of language modelling is a piece of `max_length` tokens.
     - `image_size`, `channels`: what images are brought to.
@@ -94,6 +98,7 @@ class DataConfig:
     max_length: int = field(default=64, metadata={"most": 100_000})
     image_mean: tuple[float, ...] = field(default=(), metadata={"later": True})
     image_std: tuple[float, ...] = field(default=(), metadata={"later": True})
+    skip: int = field(default=0, metadata={"later": True, "most": WHOLE})
     sha256: str | None = field(default=None, metadata={"placement": True})
 
     def __post_init__(self) -> None:
@@ -106,6 +111,7 @@ class DataConfig:
         check_types(self, "task.data")
         check_range(self, "task.data", "limit", "image_size", "num_classes", least=1)
         check_range(self, "task.data", "max_length", least=2)
+        check_range(self, "task.data", "skip", least=0)
         for name in ("name", "config_name", "train_split", "test_split", "tokenizer"):
             if getattr(self, name) == "":
                 refuse(f"task.data.{name}", "", "not empty")
@@ -210,6 +216,11 @@ def pydoc(**changes: Any) -> DataConfig:
 def cifar10(**changes: Any) -> DataConfig:
     """CIFAR-10: 50,000 + 10,000 colour images of 32x32."""
     return DataConfig(**{"name": "cifar10", "image_size": 32, "channels": 3, "num_classes": 10, **changes})
+
+
+def fashion_mnist(**changes: Any) -> DataConfig:
+    """Fashion-MNIST: 60,000 + 10,000 grey images of 28x28."""
+    return DataConfig(**{"name": "fashion_mnist", "image_size": 28, "channels": 1, "num_classes": 10, **changes})
 
 
 def sst2(**changes: Any) -> DataConfig:

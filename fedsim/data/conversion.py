@@ -84,7 +84,7 @@ def _write(config: DataConfig, tables: dict[str, Table], columns: Columns, into:
     kinds = set[vision.Kind]()
     for split, (source, rows) in dealt.items():
         if config.kind not in ("lm", "mlm"):
-            rows = rows[limited(len(rows), config.limit, split)]
+            rows = rows[limited(len(rows), config, split)]
         table, labels = tables[source].select(rows), None
         if config.kind == "image":
             kept = np.arange(len(rows))
@@ -199,7 +199,7 @@ def _write_pieces(config: DataConfig, table: Table, columns: Sequence[str], spli
     if not pieces:
         accepted = f"columns with text to learn from; no row of the {split} split holds 2 tokens"
         refuse("task.data.text", tuple(columns), accepted)
-    kept = limited(len(pieces), config.limit, split)
+    kept = limited(len(pieces), config, split)
     into.rows(f"{split}.input_ids", _below(config, (pieces[piece] for piece in kept)), ragged=True)
     return np.concatenate(row_of)[kept]
 
@@ -269,6 +269,13 @@ def _groups(config: DataConfig, tables: dict[str, Table], name: str | None) -> d
     return {split: np.array([number[cell] for cell in column], dtype=np.int64) for split, column in cells.items()}
 
 
-def limited(n: int, limit: int | None, split: str) -> np.ndarray:
-    """Sorted indices of the examples that `limit` keeps; a larger limit keeps those of a smaller one and more."""
-    return np.sort(numpy_generator(SUBSET_SEED, f"data_limit_{split}").permutation(n)[:limit])
+def limited(n: int, config: DataConfig, split: str) -> np.ndarray:
+    """Sorted indices of what `skip` and `limit` keep; a larger limit keeps what a smaller one does and more.
+
+    **Raises:** `ValueError` if `skip` leaves none.
+    """
+    first = config.skip if split == "train" else 0
+    if first >= n:
+        refuse("task.data.skip", config.skip, f"below {n}, the training examples of task.data.name={config.name!r}")
+    rng = numpy_generator(SUBSET_SEED, f"data_limit_{split}")
+    return first + np.sort(rng.permutation(n - first)[: config.limit])

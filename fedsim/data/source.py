@@ -16,13 +16,13 @@ import torch
 
 from fedsim.core.canonical import canonical
 from fedsim.data import bpe, embedded, files, labels, prepared, vision
-from fedsim.data.config import EMBEDDED, PER_TOKEN, DataConfig, cifar10, digits, pydoc, sst2
+from fedsim.data.config import EMBEDDED, PER_TOKEN, DataConfig, cifar10, digits, fashion_mnist, pydoc, sst2
 from fedsim.data.content import Stamp, stamp
 from fedsim.data.conversion import convert, limited, token_ids
 from fedsim.data.dataset import Dataset, Split
 
 
-__all__ = ["DataConfig", "Dataset", "Split", "cifar10", "digits", "load", "pydoc", "sst2"]
+__all__ = ["DataConfig", "Dataset", "Split", "cifar10", "digits", "fashion_mnist", "load", "pydoc", "sst2"]
 
 # What is prepared from files depends on these, too.
 READERS = ("datasets", "numpy", "pandas", "pillow", "pyarrow", "tokenizers", "transformers")
@@ -139,7 +139,7 @@ def _embedded(config: DataConfig) -> dict[str, Split]:
     splits = {}
     for split, flags in (("train", ~is_test), ("test", is_test)):
         rows = np.flatnonzero(flags.numpy())
-        splits[split] = everything.select(rows[limited(len(rows), config.limit, split)])
+        splits[split] = everything.select(rows[limited(len(rows), config, split)])
     return splits
 
 

@@ -16,7 +16,11 @@ class Start(abc.ABC):
     """A public model that everyone may begin with, whatever form a method gives it (`Experiment.start`).
 
     Concrete classes are frozen dataclasses: `fedgrow_algo.grown.Grown` grows a checkpoint.
+
+    - `checkpoints`: what it is made of, whose constants all models of the experiment share.
     """
+
+    checkpoints: tuple[Checkpoint, ...]
 
     @abc.abstractmethod
     def parameters(self, task: Task, form: Form, seed: int) -> Tree:

@@ -6,12 +6,24 @@ import pkgutil
 from fedsim.core.fields import refuse, shown
 from fedsim.core.modules import module_named
 from fedsim.models.family import Family, Form, Inputs
+from fedsim.models.like import Like
 
 
-__all__ = ["Family", "Form", "Inputs", "families", "get_family"]
+__all__ = ["Family", "Form", "Inputs", "Like", "families", "get_family"]
 
 # What families are written with, and checkpoints.
-NOT_FAMILIES = {"attention", "checkpoint", "declare", "family", "heads", "preparation", "pretrained"}
+NOT_FAMILIES = {
+    "attention",
+    "checkpoint",
+    "declare",
+    "family",
+    "heads",
+    "ladders",
+    "like",
+    "onnx_weights",
+    "preparation",
+    "pretrained",
+}
 
 
 def families() -> list[str]:

@@ -98,6 +98,17 @@ def file_of(checkpoint: Checkpoint, name: str, needed: bool = False) -> str | No
     return cached_file(checkpoint.source, name, _raise_exceptions_for_missing_entries=needed, **where)
 
 
+def on_disk(checkpoint: Checkpoint, name: str) -> Path | None:
+    """The path of one of its files on this machine: in its folder, or fetched before. Asks no hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(checkpoint.source).is_dir():
+        path = Path(checkpoint.source, name)
+        return path if path.is_file() else None
+    found = try_to_load_from_cache(checkpoint.path, name, revision=checkpoint.revision) if checkpoint.hub else None
+    return Path(found) if isinstance(found, str) else None
+
+
 @contextlib.contextmanager
 def readable(checkpoint: Checkpoint, otherwise: str) -> Iterator[None]:
     """Turn what the library raises about a broken checkpoint into a `ValueError`, and keep it from printing tables."""

@@ -10,6 +10,7 @@ ViT checkpoints may be DeiT's where these are saved as `vit`; a model of type `d
 another family.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,7 +27,16 @@ from fedsim.core.tree import Tree
 from fedsim.data.config import DataConfig
 from fedsim.data.content import stamp
 from fedsim.models import Family, Form, Inputs, get_family, heads, preparation
-from fedsim.models.checkpoint import Checkpoint, check_content, file_of, files_of, named, readable, source_of
+from fedsim.models.checkpoint import (
+    Checkpoint,
+    check_content,
+    file_of,
+    files_of,
+    named,
+    on_disk,
+    readable,
+    source_of,
+)
 
 
 if TYPE_CHECKING:
@@ -75,16 +85,56 @@ def check(family: str, form: Form, inputs: Inputs, checkpoint: Checkpoint, seed:
     load(family, form, inputs, checkpoint, seed)
 
 
+def fixed_settings(family_name: str, inputs: Inputs, owners: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """Constants of checkpoints that are neither in `inputs.settings` nor what the data give: all models of an
+    experiment share them.
+
+    Reads configs on this machine alone. What cannot be read, and what no model of these data can have, is left for
+    `check` to refuse. A vocabulary is taken only where its tokenizer lies beside it, which `check` compares.
+
+    - `owners`: the checkpoints, by what messages call those who name them.
+
+    **Raises:** `ValueError` for two checkpoints that differ in such a constant, naming both.
+    """
+    family, given = get_family(family_name), {*DECIDED, *(name for name, _ in inputs.settings)}
+    first: dict[str, tuple[Any, str]] = {}
+    fixed: dict[str, Any] = {}
+    for owner, checkpoint in owners.items():
+        try:
+            if (path := on_disk(checkpoint, "config.json")) is None:
+                continue
+            held = _config(checkpoint, path)
+            form = _form(family, family_name, held, checkpoint)
+            family.check(form, inputs)
+            ours = family.shared(family.config(form, inputs))
+        except ValueError:
+            continue
+        theirs, by = family.shared(held), f"{owner}: {named(checkpoint)}"
+        left = {name: value for name, value in theirs.items() if name not in given}
+        for name, value in left.items():
+            other, whose = first.setdefault(name, (value, by))
+            if value != other:
+                raise ValueError(f"{by}: {name} is {value!r}, but {other!r} in {whose}: must be one for all models")
+        if not any(on_disk(checkpoint, name) for name in TOKENIZER_FILES):
+            left.pop("vocab_size", None)
+        left = {name: value for name, value in left.items() if ours.get(name) != value}
+        with contextlib.suppress(ValueError):
+            family.check(form, dataclasses.replace(inputs, settings=(*inputs.settings, *left.items())))
+            fixed |= left
+    return fixed
+
+
 # its config -----------------------------------------------------------------------------------------------------------
 
 
-def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
+def _config(checkpoint: Checkpoint, path: Path | None = None) -> "PretrainedConfig":
+    """- `path`: its config, where that is known to lie on this machine."""
     from transformers import AutoConfig
 
     with readable(checkpoint, "its config.json could not be read"):
         if Path(checkpoint.source).is_dir() and not Path(checkpoint.source, "config.json").is_file():
             raise ValueError(f"{named(checkpoint)}: holds no config.json, so it is no folder of a saved model")
-        return AutoConfig.from_pretrained(checkpoint.source, **source_of(checkpoint))
+        return AutoConfig.from_pretrained(path or checkpoint.source, **source_of(checkpoint))
 
 
 def _form(family: Family, name: str, config: "PretrainedConfig", checkpoint: Checkpoint) -> Form:

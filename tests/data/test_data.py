@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.core.canonical import canonical
 from fedsim.data import config as config_module
 from fedsim.data import embedded, files
 from fedsim.data.source import DataConfig, cifar10, digits, load, pydoc, sst2
@@ -75,6 +76,19 @@ def test_limit_keeps_more_of_the_same():
 
     assert len(kept(20)) == 20 and kept(20) < kept(50)
     assert len(load(digits(limit=10_000), None).train) == 1438
+
+
+def test_skip_leaves_out_the_first_training_examples():
+    whole, rest = load(digits(), None), load(digits(skip=1000), None)
+    assert torch.equal(rest.train.inputs["pixel_values"], whole.train.inputs["pixel_values"][1000:])
+    assert torch.equal(rest.test.inputs["pixel_values"], whole.test.inputs["pixel_values"])
+    few = load(digits(skip=1000, limit=30), None)
+    rows = {row.numpy().tobytes() for row in rest.train.inputs["pixel_values"]}
+    assert len(few.train) == len(few.test) == 30
+    assert {row.numpy().tobytes() for row in few.train.inputs["pixel_values"]} <= rows
+    assert canonical(digits(skip=0)) == canonical(digits()) != canonical(digits(skip=1))
+    with pytest.raises(ValueError, match=r"task\.data\.skip=1438: must be below 1438, the training examples"):
+        load(digits(skip=1438), None)
 
 
 # the kind of data, known before they are loaded -----------------------------------------------------------------------

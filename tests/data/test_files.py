@@ -220,6 +220,20 @@ def test_next_token_limit_counts_pieces(tmp_path):
     assert len(load(replace(config, limit=None), None).train) == 32
 
 
+def test_what_is_skipped_is_counted_as_what_is_kept(tmp_path):
+    name = csv_file(tmp_path, "train.csv", ["text,label", *(f"text {i},{i % 2}" for i in range(10))])
+    config = DataConfig(name=name, text=("text",), label="label", num_classes=2)
+    whole, rest = load(config, None), load(replace(config, skip=3), None)
+    texts = [[decoded(row) for row in data.train.inputs["input_ids"]] for data in (whole, rest)]
+    assert texts[1] == texts[0][3:] and rest.fingerprint != whole.fingerprint
+    assert torch.equal(rest.train.labels, whole.train.labels[3:]) and torch.equal(rest.test.labels, whole.test.labels)
+    pieces = DataConfig(name=name, text=("text",), objective="next_token", max_length=4)
+    whole, rest = load(pieces, None), load(replace(pieces, skip=5), None)
+    assert torch.equal(rest.train.inputs["input_ids"], whole.train.inputs["input_ids"][5:])
+    with pytest.raises(ValueError, match=rf"task\.data\.skip=99: must be below {len(whole.train)}, "):
+        load(replace(pieces, skip=99), None)
+
+
 @pytest.mark.parametrize("end", [True, False])
 def test_next_token_by_a_tokenizer(tmp_path, end):
     special = {"eos_token": "[END]"} if end else {"pad_token": "[PAD]"}

@@ -185,7 +185,12 @@ def test_vocabularies_that_differ_between_participants_are_refused(tmp_path: Pat
         from_pretrained("a", "gpt2", saved(built(row), tmp_path / "a").path),
         from_pretrained("b", "gpt2", saved(padded, tmp_path / "b").path),
     )
-    experiment = Experiment(FedAvg(), row.config, tiers, row.wider, row.wider, participants=30)
+    both = r"^tier 'b': checkpoint\.path='.*b': vocab_size is 300, but 258 in tier 'a': checkpoint\.path='.*a'"
+    with pytest.raises(ValueError, match=both):
+        Experiment(FedAvg(), row.config, tiers, row.wider, row.wider, participants=30)
+    experiment = Experiment(
+        FedAvg(), with_task(row, settings=(("vocab_size", 258),)).config, tiers, row.wider, row.wider, participants=30
+    )
     owners = [str(number) for number, tier in enumerate(tiers_of(experiment)) if tier.name == "b"]
     named = rf"tier 'b' \(participants {', '.join(owners[:8])}, \.\.\.: 15 in all\)"
     with pytest.raises(ValueError, match=rf"^{named}: checkpoint\.path=.*vocab_size is 300, here it is 258"):

@@ -1,0 +1,132 @@
+"""A ladder of small public ViTs:  python benchmarks/ladder.py --out DIR [--seed 0] [--epochs 10] [--public 20000]
+
+Three sizes are trained on the first 20,000 training images of Fashion-MNIST (`FEDSIM_DATA_DIR/fashion_mnist`), which
+then are public: experiments whose participants start from one say `fashion_mnist(skip=20_000)`, and nobody holds them.
+Each is saved as a folder that `transformers` loads, with a README. A seed and a kind of processor decide all bits.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.options import check_numbers  # noqa: E402
+from fedsim.algorithm import ClientContext, ClientInfo  # noqa: E402
+from fedsim.cli import exit_status  # noqa: E402
+from fedsim.core import environment, numerics  # noqa: E402
+from fedsim.core.fields import path_of, refuse  # noqa: E402
+from fedsim.core.seeding import derive  # noqa: E402
+from fedsim.core.terminal import say  # noqa: E402
+from fedsim.core.tree import Tree, numel  # noqa: E402
+from fedsim.data import fashion_mnist, load  # noqa: E402
+from fedsim.learning.augmentation import Augmentation  # noqa: E402
+from fedsim.learning.meter import Meter  # noqa: E402
+from fedsim.learning.objectives import TaskLoss  # noqa: E402
+from fedsim.learning.task import Task, TaskConfig, load_task  # noqa: E402
+from fedsim.learning.training import Training, train  # noqa: E402
+from fedsim.models import Form  # noqa: E402
+from fedsim.results.export import write  # noqa: E402
+
+
+FORMS = {  # heads of 16 and an FFN of twice the width in all: each grows into the next
+    "vit-32x2": Form(32, 2, heads=2, mlp=64),
+    "vit-48x3": Form(48, 3, heads=3, mlp=96),
+    "vit-64x4": Form(64, 4, heads=4, mlp=128),
+}
+TASK = TaskConfig(fashion_mnist(), "vit", patch_size=4, augmentation=Augmentation(crop=(0.7, 1.0), flip=0.5))
+PUBLIC = 20_000  # the first training images, which nobody holds
+PROCESSES = 2  # at once, of one thread each
+README = """# {name}
+
+A Vision Transformer, {form}: {parameters:,} parameters, heads of {form.head_size}, FFN {form.inner} wide, patches of 4.
+Trained on the first {public:,} training images of Fashion-MNIST (Xiao et al., 2017; MIT licence), {epochs} epochs.
+Accuracy on its 10,000 test images: {accuracy:.2%}.
+
+Made by `python benchmarks/ladder.py --seed {seed} --epochs {epochs} --public {public}`.
+Experiments that start from it leave those images out:
+
+    tier = fedsim.from_pretrained("phone", "vit", "FOLDER/{name}")
+    task = fedsim.TaskConfig(fedsim.data.fashion_mnist(skip={public}), "vit", patch_size=4)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit status as `fedsim`'s."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder a model is written below it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--public", type=int, default=PUBLIC, metavar="N", help="train on the first N training images")
+    options, console = parser.parse_args(arguments), Console()
+    return exit_status(lambda: train_all(options, console), console)
+
+
+def train_all(options: argparse.Namespace, console: Console) -> int:
+    check_numbers(options, "seed", least=0)
+    check_numbers(options, "epochs", "public", least=1)
+    options.out = path_of(options.out, "--out")
+    numerics.settle(None, here=False, say=lambda text: say(console, text))
+    images = len(load(TASK.data, environment.data_dir()).train)
+    if options.public >= images:
+        refuse("--public", options.public, f"below {images}, or nothing is left for participants")
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:  # the largest begins first
+        for line in pool.map(train_one, [options] * len(FORMS), reversed(FORMS)):
+            say(console, line)
+    return 0
+
+
+def train_one(options: argparse.Namespace, name: str) -> str:
+    """Train one of the models and write its folder. **Returns:** how good it is, and where."""
+    torch.set_num_threads(1)  # decides the order of sums
+    logging.disable_progress_bar()
+    task, form = load_task(TASK, environment.data_dir()), FORMS[name]
+    assert task.dataset is not None
+    tree = trained(task, form, [*FORMS].index(name), options)
+    module: Any = task.module(form, tree)
+    accuracy = task.score(module, task.dataset.test).accuracy
+    about = {"name": name, "form": form, "parameters": numel(tree), "accuracy": accuracy}
+    data = dataclasses.replace(TASK.data, class_names=task.dataset.class_names)
+    write(module, data, README.format(**about, **vars(options)), options.out / name)
+    return f"{name}: test accuracy {accuracy:.2%}, {time.process_time():.0f} s of a core, in {options.out / name}"
+
+
+def trained(task: Task, form: Form, number: int, options: argparse.Namespace) -> Tree:
+    """The parameters of one of the models."""
+    assert task.dataset is not None
+    public = task.dataset.train.select(np.arange(options.public))
+    info = ClientInfo(number, "public", form, len(public))
+    ctx = ClientContext(options.seed, 0, task, form, form, info, public, torch.device("cpu"), Meter({}))
+    start = task.fresh(form, derive(options.seed, "ladder", client=number))
+    asked = Training(
+        TaskLoss(task, form),
+        start,
+        purpose="ladder",
+        lr=2e-3,
+        epochs=options.epochs,
+        batch_size=64,
+        weight_decay=0.05,
+        clip=1.0,
+        schedule="cosine",
+        lr_warmup=0.1,
+    )
+    parameters = train(ctx, asked).parameters
+    return {name: tensor for name, tensor in parameters.items() if isinstance(tensor, torch.Tensor)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
