@@ -7,11 +7,16 @@ from dataclasses import replace
 
 from benchmarks.methods import DIGITS, methods
 from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.grown import Grown
 from fedsim.data.partition import Partition
 from fedsim.data.source import DataConfig, digits, pydoc, sst2
-from fedsim.experiment import Experiment, Tier
+from fedsim.experiment import Experiment, Tier, from_pretrained
 from fedsim.learning.task import TaskConfig
-from fedsim.models import Form
+from fedsim.models import Form, Like
+from fedsim.models.checkpoint import Checkpoint
+
+
+PUBLIC = 400  # digits that the public model was trained on
 
 
 def on_digits() -> Experiment:
@@ -32,6 +37,15 @@ def on_digits() -> Experiment:
         rounds=10,
         chunk=3,
     )
+
+
+def from_public(base: Experiment) -> Experiment:
+    """The same of digits, where everyone may begin with a public model, the smallest tier's form (`public/`).
+
+    The digits that it was trained on are nobody's.
+    """
+    public = Grown((Checkpoint("benchmarks:public/digits-24x1"),))
+    return replace(base, task=replace(base.task, data=digits(skip=PUBLIC)), start=public)
 
 
 def on_cifar() -> Experiment:
@@ -59,6 +73,39 @@ def on_sst2() -> Experiment:
         partition=Partition("dirichlet", alpha=0.5, min_size=100),
         eval_every=5,
         chunk=6,
+    )
+
+
+def on_minilm(scale: float) -> Experiment:
+    """Reuters R8 among owners of two real checkpoints of 3 and 6 blocks (`fedsim models fetch`), for a target of 12.
+
+    Everyone's start, for methods that begin with one model, is what of the two is nearest to its form.
+
+    - `scale`: of the examples and rounds; below 0.1, texts of 16 tokens and a target of 7 blocks.
+    """
+    small = scale < 0.1
+    ladder = (Checkpoint("cache:minilm-l3"), Checkpoint("cache:minilm-l6"))
+    data = DataConfig(
+        "r8",
+        text=("text",),
+        label="label",
+        num_classes=8,
+        max_length=16 if small else 128,
+        tokenizer="cache:minilm-l6",
+        limit=None if scale == 1 else max(60, round(5485 * scale)),
+    )
+    return Experiment(
+        algorithm=FedGrow(preset="preserving"),
+        task=TaskConfig(data, "bert"),
+        tiers=(from_pretrained("phone", "bert", ladder[0]), from_pretrained("laptop", "bert", ladder[1])),
+        intermediate=Like(depth=6),
+        target=Like(depth=7 if small else 12),
+        partition=Partition("dirichlet", alpha=0.5, min_size=10),
+        participants=2 if small else 6,
+        rounds=max(1, round(20 * scale)),
+        eval_every=5,
+        chunk=6,
+        start=Grown(ladder),
     )
 
 

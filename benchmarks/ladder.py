@@ -1,8 +1,11 @@
-"""A ladder of small public ViTs:  python benchmarks/ladder.py --out DIR [--seed 0] [--epochs 10] [--public 20000]
+"""Small public ViTs:  python benchmarks/ladder.py --out DIR [--data fashion_mnist] [--seed 0] [--epochs N] [--public N]
 
-Three sizes are trained on the first 20,000 training images of Fashion-MNIST (`FEDSIM_DATA_DIR/fashion_mnist`), which
-then are public: experiments whose participants start from one say `fashion_mnist(skip=20_000)`, and nobody holds them.
-Each is saved as a folder that `transformers` loads, with a README. A seed and a kind of processor decide all bits.
+Trained on the first training images of a data set, which then are public: experiments whose participants start from one
+say so by `skip`, and nobody holds them. Each is saved as a folder that `transformers` loads, with a README. A seed and
+a kind of processor decide all bits.
+
+- fashion_mnist: three sizes, on 20,000 images of Fashion-MNIST (`FEDSIM_DATA_DIR/fashion_mnist`).
+- digits: one, the smallest of the demo's forms, on 400 digits; `benchmarks/public` holds what this gave.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from fedsim.core.fields import path_of, refuse  # noqa: E402
 from fedsim.core.seeding import derive  # noqa: E402
 from fedsim.core.terminal import say  # noqa: E402
 from fedsim.core.tree import Tree, numel  # noqa: E402
-from fedsim.data import fashion_mnist, load  # noqa: E402
+from fedsim.data import digits, fashion_mnist, load  # noqa: E402
 from fedsim.learning.augmentation import Augmentation  # noqa: E402
 from fedsim.learning.meter import Meter  # noqa: E402
 from fedsim.learning.objectives import TaskLoss  # noqa: E402
@@ -43,25 +46,52 @@ from fedsim.models import Form  # noqa: E402
 from fedsim.results.export import write  # noqa: E402
 
 
-FORMS = {  # heads of 16 and an FFN of twice the width in all: each grows into the next
-    "vit-32x2": Form(32, 2, heads=2, mlp=64),
-    "vit-48x3": Form(48, 3, heads=3, mlp=96),
-    "vit-64x4": Form(64, 4, heads=4, mlp=128),
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """What is trained, and on which data. - `public`: so many first images. - `source`: of the data, for the README."""
+
+    forms: dict[str, Form]
+    task: TaskConfig
+    public: int
+    epochs: int
+    batch_size: int
+    source: str
+
+
+LADDERS = {
+    "fashion_mnist": Ladder(
+        {  # heads of 16 and an FFN of twice the width in all: each grows into the next
+            "vit-32x2": Form(32, 2, heads=2, mlp=64),
+            "vit-48x3": Form(48, 3, heads=3, mlp=96),
+            "vit-64x4": Form(64, 4, heads=4, mlp=128),
+        },
+        TaskConfig(fashion_mnist(), "vit", patch_size=4, augmentation=Augmentation(crop=(0.7, 1.0), flip=0.5)),
+        public=20_000,
+        epochs=10,
+        batch_size=64,
+        source="Fashion-MNIST (Xiao et al., 2017; MIT licence)",
+    ),
+    "digits": Ladder(
+        {"digits-24x1": Form(24, 1)},
+        TaskConfig(digits(), "vit", patch_size=4),
+        public=400,
+        epochs=60,
+        batch_size=32,
+        source="scikit-learn's digits (Alpaydin and Kaynak, 1998; CC BY 4.0)",
+    ),
 }
-TASK = TaskConfig(fashion_mnist(), "vit", patch_size=4, augmentation=Augmentation(crop=(0.7, 1.0), flip=0.5))
-PUBLIC = 20_000  # the first training images, which nobody holds
 PROCESSES = 2  # at once, of one thread each
 README = """# {name}
 
 A Vision Transformer, {form}: {parameters:,} parameters, heads of {form.head_size}, FFN {form.inner} wide, patches of 4.
-Trained on the first {public:,} training images of Fashion-MNIST (Xiao et al., 2017; MIT licence), {epochs} epochs.
-Accuracy on its 10,000 test images: {accuracy:.2%}.
+Trained on the first {public:,} training images of {source}, {epochs} epochs.
+Accuracy on its {tested:,} test images: {accuracy:.2%}.
 
-Made by `python benchmarks/ladder.py --seed {seed} --epochs {epochs} --public {public}`.
+Made by `python benchmarks/ladder.py --data {data} --seed {seed} --epochs {epochs} --public {public}`.
 Experiments that start from it leave those images out:
 
     tier = fedsim.from_pretrained("phone", "vit", "FOLDER/{name}")
-    task = fedsim.TaskConfig(fedsim.data.fashion_mnist(skip={public}), "vit", patch_size=4)
+    task = fedsim.TaskConfig(fedsim.data.{data}(skip={public}), "vit", patch_size=4)
 """
 
 
@@ -69,23 +99,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Exit status as `fedsim`'s."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder a model is written below it")
+    parser.add_argument("--data", choices=LADDERS, default="fashion_mnist")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--public", type=int, default=PUBLIC, metavar="N", help="train on the first N training images")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the public images")
+    parser.add_argument("--public", type=int, metavar="N", help="train on the first N training images")
     options, console = parser.parse_args(arguments), Console()
     return exit_status(lambda: train_all(options, console), console)
 
 
 def train_all(options: argparse.Namespace, console: Console) -> int:
+    ladder = LADDERS[options.data]
+    options.epochs = ladder.epochs if options.epochs is None else options.epochs
+    options.public = ladder.public if options.public is None else options.public
     check_numbers(options, "seed", least=0)
     check_numbers(options, "epochs", "public", least=1)
     options.out = path_of(options.out, "--out")
     numerics.settle(None, here=False, say=lambda text: say(console, text))
-    images = len(load(TASK.data, environment.data_dir()).train)
+    images = len(load(ladder.task.data, environment.data_dir()).train)
     if options.public >= images:
         refuse("--public", options.public, f"below {images}, or nothing is left for participants")
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:  # the largest begins first
-        for line in pool.map(train_one, [options] * len(FORMS), reversed(FORMS)):
+        for line in pool.map(train_one, [options] * len(ladder.forms), reversed(ladder.forms)):
             say(console, line)
     return 0
 
@@ -94,18 +128,20 @@ def train_one(options: argparse.Namespace, name: str) -> str:
     """Train one of the models and write its folder. **Returns:** how good it is, and where."""
     torch.set_num_threads(1)  # decides the order of sums
     logging.disable_progress_bar()
-    task, form = load_task(TASK, environment.data_dir()), FORMS[name]
+    ladder = LADDERS[options.data]
+    task, form = load_task(ladder.task, environment.data_dir()), ladder.forms[name]
     assert task.dataset is not None
-    tree = trained(task, form, [*FORMS].index(name), options)
+    tree = trained(task, form, [*ladder.forms].index(name), ladder.batch_size, options)
     module: Any = task.module(form, tree)
     accuracy = task.score(module, task.dataset.test).accuracy
     about = {"name": name, "form": form, "parameters": numel(tree), "accuracy": accuracy}
-    data = dataclasses.replace(TASK.data, class_names=task.dataset.class_names)
+    about |= {"source": ladder.source, "tested": len(task.dataset.test)}
+    data = dataclasses.replace(ladder.task.data, class_names=task.dataset.class_names)
     write(module, data, README.format(**about, **vars(options)), options.out / name)
     return f"{name}: test accuracy {accuracy:.2%}, {time.process_time():.0f} s of a core, in {options.out / name}"
 
 
-def trained(task: Task, form: Form, number: int, options: argparse.Namespace) -> Tree:
+def trained(task: Task, form: Form, number: int, batch_size: int, options: argparse.Namespace) -> Tree:
     """The parameters of one of the models."""
     assert task.dataset is not None
     public = task.dataset.train.select(np.arange(options.public))
@@ -118,7 +154,7 @@ def trained(task: Task, form: Form, number: int, options: argparse.Namespace) ->
         purpose="ladder",
         lr=2e-3,
         epochs=options.epochs,
-        batch_size=64,
+        batch_size=batch_size,
         weight_decay=0.05,
         clip=1.0,
         schedule="cosine",

@@ -5,7 +5,7 @@ returns a single Experiment is for `fedsim run` and `fedsim inspect`. A suite th
 (`--scale`). Methods that are compared share everything but the algorithm, so all of them meet the same federation.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from baselines.fedavg import FedAvg, fedavg_small
@@ -13,7 +13,18 @@ from baselines.fedbrb_like import FedBRBLike
 from baselines.heterofl import heterofl_clean
 from baselines.lora import fedit
 from benchmarks.ablations import ablations, ablations_grid, each_of
-from benchmarks.federations import dealt, examples, ladder, on_ag_news, on_cifar, on_digits, on_pydoc, on_sst2, scaled
+from benchmarks.federations import (
+    dealt,
+    examples,
+    ladder,
+    on_ag_news,
+    on_cifar,
+    on_digits,
+    on_minilm,
+    on_pydoc,
+    on_sst2,
+    scaled,
+)
 from benchmarks.methods import CIFAR, DIGITS, GRID, RATE, SENTENCES, TOKENS, methods
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
@@ -57,6 +68,30 @@ def baselines_grid() -> list[Experiment]:
     base = replace(on_digits(), chunk=6)
     names = [name for name in DIGITS if name not in RATE]
     return [replace(base, algorithm=each) for lr in (3e-5, *GRID, 1e-1) for each in methods(dict.fromkeys(names, lr))]
+
+
+def checkpoints(scale: float = 1.0) -> list[Experiment]:
+    """Every method from the same two real checkpoints, 3 and 6 blocks of MiniLM, on Reuters R8, for a target of 12.
+
+    Fetch them first (`fedsim models fetch minilm-l3`, `minilm-l6`); R8 is looked up in FEDSIM_DATA_DIR. Rates are not
+    tuned: 1e-4 where models are trained, 1e-3 for operators and adapters.
+
+    - `scale`: 0.01 is a smoke test: one round on 60 texts, by two participants and a target of 7 blocks.
+    """
+    base = on_minilm(scale)
+    light = ("operator", "adapter", "nothing")
+    rates = {
+        name: 1e-3 if method.leaves in light else 1e-4 for name, method in zip(DIGITS, methods(DIGITS), strict=True)
+    }
+    pretrained = {"small_epochs": 0, "local_epochs": 1, "epochs": 1}
+    return [replace(base, algorithm=_with(method, pretrained)) for method in methods(rates)]
+
+
+def _with(algorithm: Algorithm, changes: dict[str, Any]) -> Algorithm:
+    """The algorithm with those of the changes that it has fields for."""
+    concrete: Any = algorithm
+    names = {field.name for field in fields(concrete)}
+    return replace(concrete, **{name: value for name, value in changes.items() if name in names})
 
 
 def cifar_subset() -> list[Experiment]:

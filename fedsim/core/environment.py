@@ -1,5 +1,6 @@
 """The one place where environment variables are read, or set (`fedsim.runtime.forks` hands them on, whole)."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,21 @@ def cache_dir() -> str:
         return os.path.abspath(os.path.expanduser(folder))
     users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return os.path.join(os.path.abspath(os.path.expanduser(users)), "fedsim")
+
+
+def located(name: str) -> str:
+    """The folder that a checkpoint's or tokenizer's name stands for, which is the same name on every machine.
+
+    `cache:NAME`: what `fedsim models fetch NAME` made. `MODULE:FOLDER`: a folder beside an importable module. Else a
+    path, whose `~` is written out.
+    """
+    first, colon, rest = name.partition(":")
+    if colon and first == "cache":
+        return os.path.join(cache_dir(), "models", rest)
+    if colon and first.isidentifier() and (found := importlib.util.find_spec(first)) and found.origin:
+        beside = os.path.join(os.path.dirname(found.origin), rest)
+        return beside if os.path.isdir(beside) else name
+    return os.path.expanduser(name)
 
 
 def use_cache_dir(folder: str) -> None:

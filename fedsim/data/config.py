@@ -14,7 +14,7 @@ class KnownSet:
 
     **Arguments:**
 
-    - `kind`: "image" or "text".
+    - `hub_name`: empty: it is looked up under the data folder alone. - `kind`: "image" or "text".
     - `columns`: the columns of its local files where these have no header line.
     - `hub_test_split`: the hub's split that stands for "test", as not every set's test split has labels.
     """
@@ -36,6 +36,7 @@ KNOWN = {
     "sst2": KnownSet("stanfordnlp/sst2", "text", columns=("sentence", "label"), hub_test_split="validation"),
     "ag_news": KnownSet("fancyzhx/ag_news", "text"),
     "newsgroups": KnownSet("SetFit/20_newsgroups", "text"),
+    "r8": KnownSet("", "text"),
 }
 
 
@@ -45,10 +46,10 @@ class DataConfig:
 
     **Arguments:**
 
-    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `fashion_mnist`, `flowers102`, `sst2`, `ag_news` or
-        `newsgroups` (looked up under the data folder); or the path of a file or folder (parquet, csv, tsv, an image
-        folder, a `save_to_disk` folder), as a text or a `Path`. `fedsim.data.from_frame` gives one to data that lie in
-        memory.
+    - `name`: `digits` or `pydoc` (embedded); `cifar10`, `cifar100`, `fashion_mnist`, `flowers102`, `sst2`, `ag_news`,
+        `newsgroups` or `r8` (looked up under the data folder); or the path of a file or folder (parquet, csv, tsv, an
+        image folder, a `save_to_disk` folder), as a text or a `Path`. `fedsim.data.from_frame` gives one to data that
+        lie in memory.
     - `hub`: whether a name that is not found locally, or a tokenizer, may be fetched from the hub.
     - `config_name`: the hub data set's configuration.
     - `train_split`, `test_split`: names of files, folders or hub splits; other usual names stand in for the defaults.

@@ -40,7 +40,7 @@ def tables(
     known, path = KNOWN.get(config.name), path_of(config, data_dir)
     if path.exists():
         return joined(config, _read(_found(path, config, alone), config, cache))
-    if config.hub:
+    if config.hub and not (known and not known.hub_name):
         return joined(config, _fetched(config, alone))
     if known:
         unset = "" if data_dir else " (FEDSIM_DATA_DIR is not set)"
@@ -49,7 +49,9 @@ def tables(
         remedy = f"no file or folder {path.absolute()}, nor one of {', '.join((*EMBEDDED, *KNOWN))};"
         if data_dir and (there := Path(data_dir, config.name)).exists():
             remedy += f" {there} is there, but only these names are looked up in FEDSIM_DATA_DIR: give the path, or"
-    raise ValueError(f"task.data.name={config.name!r}: {remedy} allow the hub with --set task.data.hub=true")
+    if not known or known.hub_name:
+        remedy += " allow the hub with --set task.data.hub=true"
+    raise ValueError(f"task.data.name={config.name!r}: {remedy.removesuffix(', or')}")
 
 
 def path_of(config: DataConfig, data_dir: str | None) -> Path:

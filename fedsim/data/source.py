@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fedsim.core.canonical import canonical
+from fedsim.core.environment import located
 from fedsim.data import bpe, embedded, files, labels, prepared, vision
 from fedsim.data.config import EMBEDDED, PER_TOKEN, DataConfig, cifar10, digits, fashion_mnist, pydoc, sst2
 from fedsim.data.content import Stamp, stamp
@@ -47,7 +48,7 @@ def paths(config: DataConfig, data_dir: str | None) -> list[Path]:
     if config.name in EMBEDDED:
         return []
     named = [files.path_of(config, data_dir)]
-    named += [Path(config.tokenizer).expanduser()] if config.kind != "image" else []
+    named += [Path(located(config.tokenizer))] if config.kind != "image" else []
     return [path for path in named if path.exists()]
 
 
@@ -87,7 +88,7 @@ def _loaded(config: DataConfig, data_dir: str | None, stamp: Stamp) -> Dataset:
 def _fetches(config: DataConfig, data_dir: str | None) -> bool:
     """Whether data or a tokenizer come from the hub: what it has now is not known here."""
     here = config.kind == "image" or config.tokenizer == "bytes" or bpe.parsed(config.tokenizer) is not None
-    here = here or Path(config.tokenizer).expanduser().is_dir()
+    here = here or Path(located(config.tokenizer)).is_dir()
     return config.hub and not (here and files.path_of(config, data_dir).exists())
 
 

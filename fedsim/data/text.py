@@ -3,7 +3,6 @@
 Shape legend: N examples, L = max_length tokens. Byte ids 0..255 are the bytes of the UTF-8 text.
 """
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.core.environment import located
 from fedsim.core.fields import refuse
 from fedsim.data import bpe
 from fedsim.data.content import Stamp, stamp
@@ -64,7 +64,7 @@ def mask_id(tokenizer: str, hub: bool) -> int:
 
 def _remembered(tokenizer: str, hub: bool) -> Any:
     """A tokenizer, as long as its files stay: experiments ask often, and with `hub` each answer costs requests."""
-    folder = Path(tokenizer).expanduser()
+    folder = Path(located(tokenizer))
     return _loaded(tokenizer, hub, stamp(*[folder] if folder.is_dir() else []))
 
 
@@ -182,7 +182,7 @@ def pretrained_tokenizer(tokenizer: str, hub: bool, **settings: Any) -> Any:
 
     Padding at the left would move a text to other positions, which models that learn positions do not see through.
     """
-    folder = os.path.expanduser(tokenizer)
+    folder = located(tokenizer)
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
     if not hub and not Path(folder).is_dir():
         raise ValueError(

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
-import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedsim.core import environment
 from fedsim.core import tree as trees
 from fedsim.core.fields import check_sha256, check_types, refuse
 from fedsim.data.content import sha256s
@@ -24,8 +23,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 class Checkpoint:
     """Where a pretrained model lies.
 
-    - `path`: a folder; `MODULE:FOLDER`, a folder beside an importable module, wherever that lies; or a hub name (with
-      `hub`).
+    - `path`: a folder; `cache:NAME`, what `fedsim models fetch NAME` made; `MODULE:FOLDER`, a folder beside a module;
+      or a hub name (with `hub`).
     - `hub`: whether a name may be fetched from the hub; a folder never needs it.
     - `revision`: the hub's branch, tag or commit; only a commit names the same weights for ever.
     - `sha256`: what `sha256_of` must give; None: anything. No part of what a run is called.
@@ -44,11 +43,8 @@ class Checkpoint:
 
     @property
     def source(self) -> str:
-        """The path with a leading `~` written out, and a module's folder found."""
-        module, colon, folder = self.path.partition(":")
-        if colon and module.isidentifier() and (found := importlib.util.find_spec(module)) and found.origin:
-            return str(Path(found.origin).parent / folder)
-        return os.path.expanduser(self.path)
+        """The folder that the path stands for (`fedsim.core.environment.located`), or a hub name."""
+        return environment.located(self.path)
 
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -59,7 +55,9 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     # Asking the library to look for a name in its local cache still sends requests, so a name is not even asked for.
     local = Path(checkpoint.source).is_dir()
     if not local and not checkpoint.hub:
-        accepted = "a folder that transformers saved, MODULE:FOLDER, or a hub name together with checkpoint.hub=true"
+        accepted = "a folder that transformers saved, or a hub name together with checkpoint.hub=true"
+        if checkpoint.path.startswith("cache:"):
+            accepted = f"fetched first: fedsim models fetch {checkpoint.path.removeprefix('cache:')}"
         refuse("checkpoint.path", checkpoint.path, accepted)
     return {"local_files_only": local, "revision": checkpoint.revision or "main", "trust_remote_code": False}
 

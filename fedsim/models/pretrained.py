@@ -15,12 +15,12 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core import tree as trees
+from fedsim.core.environment import located
 from fedsim.core.fields import refuse
 from fedsim.core.seeding import derive, torch_seeded
 from fedsim.core.tree import Tree
@@ -218,7 +218,7 @@ def _check_tokenizer(tokenizer: str, hub: bool, inputs: Inputs, checkpoint: Chec
     """Refuse a checkpoint that comes with another tokenizer than the task's: equal sizes do not make equal tokens."""
     from transformers import AutoTokenizer
 
-    if inputs.vocab_size is None or os.path.expanduser(tokenizer) == checkpoint.source:
+    if inputs.vocab_size is None or located(tokenizer) == checkpoint.source:
         return
     with readable(checkpoint, "its tokenizer could not be read"):
         if not any(file_of(checkpoint, name) for name in TOKENIZER_FILES):

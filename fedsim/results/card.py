@@ -109,7 +109,7 @@ def metadata(model: Deployed) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=PIPELINES[data.kind],
         tags=["federated-learning", *(["model-growth"] if algorithm.preset_name else []), algorithm.name],
-        datasets=[KNOWN[data.name].hub_name] if data.name in KNOWN else None,
+        datasets=[KNOWN[data.name].hub_name] if data.name in KNOWN and KNOWN[data.name].hub_name else None,
         base_model=checkpoint.path if checkpoint is not None and checkpoint.hub else None,
     )
 

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
 from fedsim.core.canonical import parsed, revived
+from fedsim.core.environment import located
 from fedsim.core.fields import refuse
 from fedsim.core.sealed import Damaged
 from fedsim.core.tree import PATH, State, flat, nested, sha256
@@ -80,7 +81,7 @@ def _exported(directory: Place, run: dict[str, Any], experiment: Experiment, par
     if not data.class_names:
         data = replace(data, class_names=tuple((manifests.read(directory, run["run_id"]) or {}).get("classes", ())))
     if bpe.parsed(data.tokenizer) is None:
-        check_tokenizer_folder(directory, run["run_id"], Path(data.tokenizer).expanduser())
+        check_tokenizer_folder(directory, run["run_id"], Path(located(data.tokenizer)))
         write(model, data, card.card(told), to)
         return to
     folder = kept / TOKENIZER

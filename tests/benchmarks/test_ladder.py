@@ -26,6 +26,7 @@ from fedsim.models import Form, Like
 pytestmark = pytest.mark.usefixtures("one_thread", "no_network")
 
 PUBLIC = 24
+FORMS = ladder.LADDERS["fashion_mnist"].forms
 
 
 def write_images(folder: Path, seed: int) -> None:
@@ -49,7 +50,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_of_the_ladder_is_a_tiers_start(images: Path, tmp_path: Path) -> None:
-    options = argparse.Namespace(out=tmp_path / "one", seed=3, epochs=1, public=PUBLIC)
+    options = argparse.Namespace(out=tmp_path / "one", data="fashion_mnist", seed=3, epochs=1, public=PUBLIC)
     assert ladder.train_one(options, "vit-32x2").startswith("vit-32x2: test accuracy ")
     write_images(images, seed=2)
     options.out = tmp_path / "two"
@@ -58,7 +59,7 @@ def test_a_model_of_the_ladder_is_a_tiers_start(images: Path, tmp_path: Path) ->
     assert all(torch.equal(one[name], two[name]) for name in one), "what is not public has not been seen"
 
     tier = from_pretrained("phone", "vit", str(tmp_path / "one" / "vit-32x2"))
-    assert dataclasses.replace(tier.form, kv_heads=None, head_dim=None, norm_eps=None) == ladder.FORMS["vit-32x2"]
+    assert dataclasses.replace(tier.form, kv_heads=None, head_dim=None, norm_eps=None) == FORMS["vit-32x2"]
     task = TaskConfig(fashion_mnist(skip=PUBLIC), "vit", patch_size=4)
     experiment = Experiment(FedAvg(), task, (tier,), target=Like(width=64, depth=4))
     assert (experiment.target.heads, experiment.target.inner) == (4, 128)
@@ -79,6 +80,6 @@ def test_wrong_words(words: list[str], message: str, images: Path, capsys: pytes
 
 
 def test_each_grows_into_the_next() -> None:
-    forms: list[Form] = [*ladder.FORMS.values()]
+    forms: list[Form] = [*FORMS.values()]
     assert {form.head_size for form in forms} == {16} and {form.inner / form.width for form in forms} == {2}
     assert all(a.width < b.width and a.depth < b.depth for a, b in itertools.pairwise(forms))
