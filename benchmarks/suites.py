@@ -16,6 +16,7 @@ from benchmarks.ablations import ablations, ablations_grid, each_of
 from benchmarks.federations import (
     dealt,
     examples,
+    from_public,
     ladder,
     on_ag_news,
     on_cifar,
@@ -25,7 +26,7 @@ from benchmarks.federations import (
     on_sst2,
     scaled,
 )
-from benchmarks.methods import CIFAR, DIGITS, GRID, RATE, SENTENCES, TOKENS, methods
+from benchmarks.methods import CIFAR, DIGITS, GRID, PUBLIC_DIGITS, RATE, SENTENCES, TOKENS, methods
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
@@ -40,13 +41,20 @@ __all__ = ["ablations", "ablations_grid"]
 
 
 def quick() -> list[Experiment]:
-    """The demo: Fed-Grow with two presets, growth without federation, FedAvg, HeteroFL and FedBRB-like, on digits.
+    """The demo, on digits, in two regimes: everyone begins at random, or with one small public model.
 
-    Learning rates are those of `baselines`, chosen on validation scores of other seeds (`benchmarks/LOG.md`).
+    At random: Fed-Grow with two presets, growth without federation, FedAvg, HeteroFL and FedBRB-like. From the public
+    model: Fed-Grow, growth without federation, FedAvg, HeteroFL, LoRA, and training alone. The participants and their
+    data are the same. Learning rates were chosen on validation scores of other seeds (`benchmarks/LOG.md`).
     """
-    names = ("fedgrow paper", "fedgrow preserving", "fedgrow_no_federation preserving", "fedavg")
-    shown = (*names, "heterofl", "heterofl_clean", "fedbrb_like")
-    return each_of(on_digits(), methods({name: DIGITS[name] for name in shown}))
+    grown = ("fedgrow paper", "fedgrow preserving", "fedgrow_no_federation preserving")
+    names = (*grown, "fedavg", "heterofl", "fedbrb_like")
+    public = from_public(on_digits())
+    as_brought = {"small_epochs": 0, "local_epochs": 0}
+    return [
+        *each_of(replace(public, start=None), methods({name: DIGITS[name] for name in names})),
+        *each_of(public, [_with(method, as_brought) for method in methods(PUBLIC_DIGITS)]),
+    ]
 
 
 def baselines() -> list[Experiment]:

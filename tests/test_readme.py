@@ -64,8 +64,8 @@ def test_the_readme_names_every_room():
 
 def test_every_module_of_the_tree_has_a_docstring():
     for path in tree():
-        text = (ROOT / path).read_text()
-        assert not path.endswith(".py") or not text.strip() or text.startswith('"""'), path
+        text = (ROOT / path).read_text() if path.endswith(".py") else ""
+        assert not text.strip() or text.startswith('"""'), path
 
 
 def commands(text: str, program: str) -> list[list[str]]:

@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import shlex
+import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,10 +132,14 @@ def check_reference(reference: str | None, experiments: Sequence[Experiment], ou
 
 
 def list_suites(known: Suites) -> int:
-    """Plain lines: every suite, and every algorithm in one of them."""
-    for name in known:
+    """Plain lines: every suite, and every algorithm in one of them that needs nothing to be fetched first."""
+    algorithms = set[str]()
+    for name, make in known.items():
         print(f"suite {name}")
-    listed = [experiment for make in known.values() for experiment in make(**arguments_of(make, LISTED))]
-    for name in sorted({experiment.algorithm.name for experiment in listed}):
+        try:
+            algorithms |= {experiment.algorithm.name for experiment in make(**arguments_of(make, LISTED))}
+        except ValueError as error:
+            print(f"suite {name}: {error}", file=sys.stderr)
+    for name in sorted(algorithms):
         print(f"algorithm {name}")
     return 0

@@ -1,16 +1,27 @@
 """What the suites hold: the paper's settings at full size, less of everything at a smaller scale."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from baselines.fedavg import FedAvg
 from benchmarks import suites
+from benchmarks.federations import PUBLIC
+from benchmarks.methods import DIGITS, methods
 from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.grown import Grown
 from fedsim.algorithm import LocalTraining
+from fedsim.engine.cost import cost_of
 from fedsim.experiment import Experiment
 from fedsim.learning.augmentation import Augmentation
-from fedsim.models import Form
+from fedsim.learning.meter import StepCost
+from fedsim.learning.starts import check_start
+from fedsim.learning.task import Task
+from fedsim.models import Form, Inputs, get_family
 
 
 def cells(experiments: list[Experiment]) -> dict[tuple[str, int], set[tuple[Any, ...]]]:
@@ -97,3 +108,57 @@ def test_no_experiment_is_in_a_suite_twice(make):
 def test_scaling_reaches_ten_thousand_participants():
     populations = {each.participants for each in suites.scaling()}
     assert (min(populations), max(populations)) == (10, 10_000)
+
+
+def test_the_demo_has_two_regimes_with_the_same_participants():
+    """The public model was trained on digits that nobody holds, in either; it is the form of the smallest tier."""
+    experiments = suites.quick()
+    started = {each.algorithm.name: each for each in experiments if each.start is not None}
+    assert {"fedgrow", "fedavg", "heterofl", "fedbrb_like"} < {e.algorithm.name for e in experiments if e.start is None}
+    assert {"fedgrow", "fedgrow_no_federation", "fedavg", "local_only"} < started.keys()
+    (federation,) = {replace(each, algorithm=experiments[0].algorithm, start=None) for each in experiments}
+    assert federation.task.data.skip == PUBLIC
+    start = started["fedavg"].start
+    assert isinstance(start, Grown)
+    check_start(Task(federation.task), federation.tiers[0].form, start.checkpoints[0], seed=0)
+    about = Path(start.checkpoints[0].source, "README.md").read_text()
+    assert f"first {PUBLIC} training images" in about and f"skip={PUBLIC}" in about
+
+
+@pytest.fixture
+def ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two BERTs of 2 x 12 numbers where those of 384 would be fetched to."""
+    monkeypatch.setenv("FEDSIM_CACHE_DIR", str(tmp_path))
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}, "[UNK]"))
+    tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    inputs = Inputs("text", 8, vocab_size=5, max_length=128, padding_id=0, end_id=3, settings=POSITIONS)
+    for name, depth in (("minilm-l3", 3), ("minilm-l6", 6)):
+        folder = tmp_path / "models" / name
+        get_family("bert").build(Form(24, depth, heads=12, mlp=96), inputs).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(folder)
+
+
+POSITIONS = (("max_position_embeddings", 512),)
+
+
+@pytest.mark.usefixtures("ladder")
+def test_every_method_begins_with_real_checkpoints(monkeypatch: pytest.MonkeyPatch):
+    """What they fix is not asked for: heads, FFN, positions; the target says how deep it is."""
+    monkeypatch.setattr(StepCost, "measured", staticmethod(lambda *_: StepCost((0, 0), (1, 1))))  # takes much longer
+    smoke = suites.checkpoints(0.01)
+    assert {each.algorithm.name for each in smoke} == {each.name for each in methods(DIGITS)}
+    assert len({each.run_id for each in smoke}) == len(smoke)
+    first = smoke[0]
+    assert [tier.form.depth for tier in first.tiers] == [3, 6] and first.task.settings == POSITIONS
+    assert (first.target.depth, first.target.heads, first.target.inner, first.target.width) == (7, 12, 96, 24)
+    assert first.rounds == 1 and first.task.data.limit == 60
+    for experiment in smoke:
+        assert cost_of(experiment, {}).mean("upload_params") >= 0
+    whole = suites.checkpoints()[0]
+    assert whole.target.depth == 12 and whole.rounds == 20 and whole.task.data.limit is None
+
+
+def test_checkpoints_that_were_not_fetched_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEDSIM_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match="'cache:minilm-l3': must be fetched first: fedsim models fetch minilm-l3"):
+        suites.checkpoints()
