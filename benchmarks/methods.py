@@ -36,7 +36,7 @@ from fedsim.algorithm import Algorithm
 RATE = {"analytic": "gamma"}  # what is tuned of a method that has no learning rate
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Learning rate of every method in `baselines`, by the name and preset it is reported under: the best of
-# `baselines_grid` (`LOG.md`, 2026-11-21).
+# `baselines_grid` (`LOG.md`, 2026-11-21; of sub-models, adapters by device and the newest methods, 2026-11-30).
 DIGITS = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
@@ -51,11 +51,11 @@ DIGITS = {
     "scaffold": 3e-2,  # these two by SGD (`LOG.md`, 2026-11-29)
     "fednova": 1e-1,
     "heterofl": 3e-3,
-    "heterofl_clean": 3e-2,
+    "heterofl_clean": 1e-3,
     "fedrolex": 3e-2,
     "fjord": 3e-3,
-    "federated_dropout": 3e-3,
-    "fedbrb_like": 1e-3,
+    "federated_dropout": 1e-2,
+    "fedbrb_like": 3e-2,
     "depthfl": 3e-3,
     "progfed": 1e-2,
     "grow_then_fedavg preserving": 3e-3,
