@@ -3,14 +3,17 @@
 import ast
 import dataclasses
 import itertools
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from benchmarks.readme_figure import markdown
 from fedsim.cli import main
 from fedsim.cli import parser as fedsim_parser
 from fedsim.data import DataConfig
@@ -19,6 +22,8 @@ from fedsim.learning.objectives import TaskLoss
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.learning.training import Training
 from fedsim.models import Form
+from fedsim.report.readings import by_setting
+from fedsim.report.tables import cells
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +167,38 @@ def test_the_worked_example_of_a_warm_up() -> None:
     )
     factors = [asked.scheduled(step, 14) for step in range(14)]
     assert factors == pytest.approx([1 / 2, 1, *((12 - step) / 12 for step in range(12))])
+
+
+def figures() -> dict[str, list[Any]]:
+    """What `readme_figure.py` wrote of the demo's results, by setting."""
+    return by_setting(json.loads((ROOT / "docs" / "quick.json").read_text()))
+
+
+def test_its_tables_are_the_demos_results():
+    found = re.findall(r"\*\*(quick: [^*]+)\*\*\n\n((?:\|[^\n]*\n)+)", README)
+    assert [name for name, _ in found] == [*figures()]
+    for name, table in found:
+        assert table.strip() == markdown(cells(figures()[name]))
+
+
+def test_it_says_no_more_than_its_tables():
+    """Differences to the reference, with their intervals, and whether any is significant, are the numbers' own."""
+    shown, _, hidden = README.partition("**What it shows.**")[2].partition("**What it does not show**")
+    settings = dict(zip((", from " in name for name in figures()), figures().values(), strict=True))
+    for text, rows in ((shown, settings[True]), (hidden.partition("## ")[0], settings[False])):
+        said = re.findall(r"\(?`([^`]+)`\)? (?:is )?([+-]\d+\.\d) ± (\d+\.\d)", text)
+        for method, mean, half in said:
+            (row,) = [row for row in rows if row["method"] == method]
+            assert f"{100 * row['accuracy_difference']:+.1f}" == mean, method
+            assert f"{100 * row['accuracy_difference_ci']:.1f}" == half, method
+        assert len(said) == text.count(" ± ") - (text is shown), "every interval is held against its number"
+        significant = [row["method"] for row in rows if row["accuracy_p"] < 0.05]
+        assert ("none of these is significant" in text) == (text is shown and not significant)
+    grown = next(row for row in settings[True] if row["method"] == "fedgrow (preserving)")
+    assert f"brings everyone to {100 * grown['accuracy']:.1f} ± {100 * grown['accuracy_ci']:.1f} %" in shown
+    bytes_ = {row["method"]: row["total_mb"] for row in settings[True]}
+    assert f"{100 * bytes_['fedit'] / bytes_['fedgrow (preserving)']:.0f} % of the bytes" in shown
+    assert f"{100 * grown['saved']:.0f} % fewer bytes" in shown.replace("\n", " ")
 
 
 def test_the_readme_is_short():
