@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from fedsim.experiment import Experiment, Tier, from_pretrained
     from fedsim.learning.task import TaskConfig
     from fedsim.models import Form, Like
+    from fedsim.models.checkpoint import Checkpoint
     from fedsim.report.frames import Study
     from fedsim.storage.place import Place
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checkpoint",
     "DataConfig",
     "Experiment",
     "Form",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _FROM = {
+    "Checkpoint": "fedsim.models.checkpoint",
     "DataConfig": "fedsim.data",
     "Experiment": "fedsim.experiment",
     "Form": "fedsim.models",
