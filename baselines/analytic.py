@@ -10,8 +10,9 @@ W, and whose update is lost sends it again. With `random_features`, f is relu(V 
 and b drawn once for all.
 
 Differs from the paper: participants send their sums, not solutions of their own that are joined (its absolute
-aggregation law, which gives the same W); gamma is counted once and stays; a bias; `random_features`. Passes through the
-frozen model are no training, and are counted as no FLOPs; both halves of the symmetric G are sent.
+aggregation law, which gives the same W); gamma is counted once and stays, where the authors remove it after joining; a
+bias, which gamma holds as well; `random_features`. Passes through the frozen model are no training, and are counted as
+no FLOPs; both halves of the symmetric G are sent.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class Analytic(Algorithm):
     """
 
     of: Literal["target", "intermediate", "smallest"] = "target"
-    gamma: float = 1.0
+    gamma: float = 1e-2
     random_features: int | None = None
     batch_size: int = 64
 

@@ -8,7 +8,8 @@ Extractors theta_k are the clients' own, of any form; the header omega reads fea
 
 Differs from the paper: a class's mean is over all its examples at once, where the released code averages the means of
 batches; the order of what came is drawn; several passes may be made (`server_epochs`). Clients train with AdamW. They
-are scored with the server's header of the round, which the released code does before it is sent.
+are scored with the server's header; the released code scores them right after local training, under their own, which is
+kinder on their own share.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.private_models import PrivateModels, forms_of
+from baselines.private_models import PrivateModels, widest_of
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
@@ -64,7 +65,7 @@ class FedGH(PrivateModels):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        form = forms_of(ctx)[0]
+        form = widest_of(ctx, self.width(ctx))
         model = with_features(ctx.task, form, ctx.initial(form), self.width(ctx), ctx.generator("head"))
         return {name: model[name] for name in head_of(ctx.task, form)}
 
@@ -78,8 +79,8 @@ class FedGH(PrivateModels):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[State]:
-        return _without_header((yield from self.own_model(ctx)), ctx)
+    def client_init(self, ctx: ClientContext) -> State:
+        return _without_header(self.own_model(ctx), ctx)
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         form = ctx.info.form

@@ -10,16 +10,17 @@ mentor each participant's: it never leaves, and is what is deployed. Deep mutual
 weights, is FML (Shen et al. 2020).
 
 Differs from the paper: no losses between hidden states and attention maps; updates are sent as they are, not as
-singular vectors; models are averaged after local epochs, not gradients; the other's predictions and the divisor are
-held fixed, so each model's gradient is that of its own line (whether they are in the paper's code was not read); AdamW,
-and `clip` holds for the gradients of both models as one.
+singular vectors; models are averaged after local epochs, by n_k; the other's predictions and the divisor are held
+fixed, so each model's gradient is that of its own line, where the released code lets gradients through all of them, and
+its divergences are means over classes as well, so that they count C times less; AdamW, and `clip` holds for the
+gradients of both models as one.
 """
 
 import dataclasses
 
 from torch import Tensor, nn
 
-from fedgrow_algo.pretrain import trained_on_own_shard
+from fedgrow_algo.pretrain import untrained
 from fedsim.algorithm import (
     Averaging,
     Batch,
@@ -64,8 +65,8 @@ class FedKD(Averaging):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[State]:
-        return trained_on_own_shard(ctx, **self.settings(epochs=0))
+    def client_init(self, ctx: ClientContext) -> State:
+        return untrained(ctx)
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         loss = MutualLoss(ctx.task, ctx.info.form, _form(ctx))

@@ -9,9 +9,8 @@
 The common model has the smallest form among the participants' own. What is deployed is head_S(z), with the common
 model's features but without its head.
 
-Differs from the paper: transformers; AdamW; both losses count alike (the paper's weights, by default 1); P and b are
-drawn uniformly within 1 / sqrt(d1 + d2) and trained from round 1 on; scored is what is deployed, with the common model
-that the server then sends.
+Differs from the paper: transformers; AdamW; scored is what is deployed, with the common model that the server then
+sends, where the released code scores before averaging, with the one that was trained locally.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedgrow_algo.pretrain import trained_on_own_shard
+from fedgrow_algo.pretrain import untrained
 from fedsim.algorithm import (
     Averaging,
     Batch,
@@ -35,6 +34,7 @@ from fedsim.algorithm import (
     Training,
 )
 from fedsim.core.fields import refuse
+from fedsim.core.seeding import generator
 from fedsim.core.tree import State, Tree, to
 from fedsim.learning.ensemble import Spliced
 from fedsim.learning.features import check_classes, feature_size, features, head
@@ -76,10 +76,10 @@ class FedMRL(Averaging):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[State]:
-        own = yield from trained_on_own_shard(ctx, **self.settings(epochs=0))
+    def client_init(self, ctx: ClientContext) -> State:
+        own = untrained(ctx)
         d2, read = feature_size(ctx.task, ctx.info.form), feature_size(ctx.task, _form(ctx))
-        drawn = torch.rand(d2, read + d2 + 1, generator=ctx.generator(PROJECTION))
+        drawn = torch.rand(d2, read + d2 + 1, generator=generator(ctx.seed, PROJECTION))
         drawn = (2 * drawn - 1) / (read + d2) ** 0.5
         return {OWN: own, PROJECTION: to({"weight": drawn[:, :-1], "bias": drawn[:, -1]}, ctx.device)}
 

@@ -8,8 +8,9 @@ The mean is exact: B (sum_k p_k R_k) A = sum_k p_k B R_k A. Of a matrix r^2 numb
 holds W0 and passes through it, as with other adapters.
 
 Differs from the paper: it takes B and A, and R's start, from the largest singular vectors of an approximate first
-update of all of W, which somebody has to compute on data and send: here nothing of W's size leaves a participant. Last
-normalisation and head are trained and averaged as well; all matrices of the blocks; AdamW; no noise for privacy.
+update of all of W, which somebody has to compute on data and send: here nothing of W's size leaves a participant, and
+the method is weaker for it. Its mean is plain, without n_k, its usual rank 200. Last normalisation and head are trained
+and averaged as well; all matrices of the blocks; AdamW; no noise for privacy.
 """
 
 import dataclasses

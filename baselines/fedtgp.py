@@ -7,9 +7,10 @@
 e_c: a vector a class; F: linear, ReLU, linear, as wide as the features. The margin delta moves a prototype closer to
 its own clients' than it would be for classification alone.
 
-Differs from the paper: the margin is the released code's, the largest distance of a class from its nearest; so are
-the server's SGD, its epochs and its batches, as large as clients'. In clients' training, distances are mean squares
-over features, of each example, as in FedProto's code. Clients train with AdamW and deploy their own head.
+Differs from the paper: the margin is the released code's, the largest distance of a class from its nearest; so are the
+server's SGD, its epochs and its batches, as large as clients'. In clients' training, distances are mean squares over
+features, of each example, as in FedProto's code. Clients train with AdamW and deploy their own head, where the authors
+score by the nearest prototype of the server.
 """
 
 import dataclasses
@@ -30,9 +31,11 @@ from fedsim.learning.features import drawn_matrix, fitted, points_of
 class FedTGP(Prototypes):
     """Trained prototypes.
 
-    - `margin`: tau, the largest margin. - `server_lr`, `server_epochs`: of the server's training in a round.
+    - `weight`: 10, as the authors run it. - `margin`: tau, the largest margin.
+    - `server_lr`, `server_epochs`: of the server's training in a round.
     """
 
+    weight: float = dataclasses.field(default=10.0, kw_only=True)
     margin: float = 100.0
     server_lr: float = 0.01
     server_epochs: int = 100

@@ -8,8 +8,9 @@ embeddings: with all of it, this is FedAvg. Local l_k: the rest, never sent, of 
 have no tensor in common but a head that reads features of one width (`baselines.private_models`): it alone is g.
 
 Differs from the paper: everything is trained by the task's loss; its local losses of other kinds, and ensembles of
-local models for devices that did not train, are left out. g begins as the seed draws it, or as the public start has it,
-also where l_k is a checkpoint's. AdamW.
+local models for devices that did not train, are left out. The released code begins with a model that FedAvg trained,
+shares two or three layers, and averages without n_k. g begins as the seed draws it, or as the public start has it, also
+where l_k is a checkpoint's. AdamW.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from baselines.private_models import PrivateModels, forms_of
+from baselines.private_models import PrivateModels, forms_of, widest_of
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
@@ -78,9 +79,9 @@ class LGFedAvg(PrivateModels):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        forms = forms_of(ctx)
-        model = with_features(ctx.task, forms[0], ctx.initial(forms[0]), self.width(ctx), ctx.generator("head"))
-        top = self._top(ctx.task, forms[0], forms)
+        form = widest_of(ctx, self.width(ctx))
+        model = with_features(ctx.task, form, ctx.initial(form), self.width(ctx), ctx.generator("head"))
+        top = self._top(ctx.task, form, forms_of(ctx))
         return self.server.start({shared: model[own] for shared, own in top.items()})
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
@@ -95,8 +96,8 @@ class LGFedAvg(PrivateModels):
 
     # at a participant -----------------------------------------------------------------------------------------------
 
-    def client_init(self, ctx: ClientContext) -> Steps[State]:
-        return self._split((yield from self.own_model(ctx)), ctx)[1]
+    def client_init(self, ctx: ClientContext) -> State:
+        return self._split(self.own_model(ctx), ctx)[1]
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         start = self._whole(payload, state, ctx)

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fedgrow_algo.pretrain import trained_on_own_shard
+from fedgrow_algo.pretrain import untrained
 from fedsim.algorithm import ClientContext, ClientInfo, Leaves, LocalTraining, Payload, ServerContext, Steps, Training
 from fedsim.core.fields import check_range
+from fedsim.core.seeding import generator
 from fedsim.core.tree import State, Tree
 from fedsim.learning.features import PrototypeLoss, check_classes, plain, prototypes, width_of, with_features
 from fedsim.learning.task import Task
@@ -42,10 +43,11 @@ class PrivateModels(LocalTraining):
         """Width of the features."""
         return width_of(forms_of(ctx), self.features)
 
-    def own_model(self, ctx: ClientContext) -> Steps[Tree]:
-        """A client's model at first: its tier's checkpoint, the public start, or drawn; with features."""
-        model = yield from trained_on_own_shard(ctx, **self.settings(epochs=0))
-        return with_features(ctx.task, ctx.info.form, model, self.width(ctx), ctx.generator("head"))
+    def own_model(self, ctx: ClientContext) -> Tree:
+        """A client's model at first: its tier's checkpoint, the public start, or drawn; with features. Drawn alike for
+        all of one form: means of what unrelated models see would say nothing."""
+        drawn = generator(ctx.seed, "head")
+        return with_features(ctx.task, ctx.info.form, untrained(ctx), self.width(ctx), drawn)
 
 
 def forms_of(ctx: ServerContext | ClientContext) -> Sequence[Form]:
@@ -53,6 +55,12 @@ def forms_of(ctx: ServerContext | ClientContext) -> Sequence[Form]:
     if isinstance(ctx, ServerContext):
         return [client.form for client in ctx.clients]
     return ctx.forms or [ctx.info.form]
+
+
+def widest_of(ctx: ServerContext | ClientContext, width: int) -> Form:
+    """A small form whose head reads features as they are, if there is one: a public head is then kept."""
+    forms = forms_of(ctx)
+    return next((form for form in forms if form.width == width), forms[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Prototypes(PrivateModels):
     def updates_vary(self) -> bool:
         return True
 
-    def client_init(self, ctx: ClientContext) -> Steps[State]:
+    def client_init(self, ctx: ClientContext) -> State:
         return self.own_model(ctx)
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:

@@ -50,6 +50,15 @@ def trained_on_own_shard(
     return trained.parameters
 
 
+def untrained(ctx: ClientContext) -> Tree:
+    """A model of the participant's own form, as it was brought: its tier's checkpoint, the public model that everyone
+    begins with, or drawn, alike for all of one form, as authors of methods with private models begin. Nobody may write
+    to it."""
+    if ctx.info.checkpoint is not None:
+        return to(load_small(ctx.task, ctx.info.form, ctx.info.checkpoint, ctx.seed), ctx.device)
+    return to(ctx.initial(ctx.info.form, "small"), ctx.device)
+
+
 def common_start(task: Task, form: Form, largest: Form, seed: int) -> Tree:
     """A corner of one random model of form `largest`: its first blocks, heads and coordinates of every axis.
 

@@ -59,7 +59,7 @@ def test_two_clients_on_paper() -> None:
 
 def test_the_servers_step_is_that_sum() -> None:
     """The same numbers through the algorithm: G and H of one feature, whatever the model."""
-    federation = Federation(Analytic())
+    federation = Federation(Analytic(gamma=1.0))
     zero = torch.zeros(1, dtype=torch.float64)
     federation.server = {"g": zero.expand(2, 2), "h": zero.expand(2, 2), "w": zero, "counted": torch.zeros(3).bool()}
     first, second = ({"g": [[1, 1], [1, 1]], "h": [[1, 0], [1, 0]]}, {"g": [[13, 5], [5, 2]], "h": [[0, 5], [0, 2]]})

@@ -182,6 +182,9 @@ def test_a_client_is_drawn_to_the_prototypes() -> None:
 def test_without_weight_everyone_is_alone_and_with_it_from_the_second_round_on_nobody() -> None:
     algorithms = FedProto(**LOCAL, weight=0.0), FedProto(**LOCAL), LocalOnly(**LOCAL)
     zero, one, alone = (Federation(algorithm, AS_WIDE) for algorithm in algorithms)
+    for client in range(3):  # who is alone begins with a model of its own
+        assert sha256(alone.state(client)) != sha256(zero.state(client))
+        alone.private[client] = clone(zero.state(client))
     for round in (1, 2, 3):
         for federation in (zero, one, alone):
             federation.run(round)
