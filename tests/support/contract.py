@@ -122,6 +122,11 @@ HALVES: dict[str, Any] = LOCAL | {"rates": (1.0, 0.5)}  # a quarter of these tar
 ROLLING: dict[str, Any] = HALVES | {"epochs": 4}
 ADAPTERS: dict[str, Any] = LOCAL | {"rank": 2, "alpha": 4.0}
 
+PROTOTYPES: dict[str, Any] = {"uploads": "more", "deploys": "small", "combines": False, "fixed_point": False} | {
+    "same_start": True,
+    "rounds": SLOW,
+}
+
 
 METHODS = {
     "fedgrow-paper": Row(FedGrow(preset="paper", **GROWTH), "operator", rounds=SLOW),
@@ -158,12 +163,11 @@ METHODS = {
     "exclusive": Row(Exclusive(share=0.01, **LOCAL), "model", serves="target"),
     "ensemble_small": Row(EnsembleSmall(members=2, **LOCAL), "more", deploys="2 small", serves="2 small"),
     "local_only": Row(LocalOnly(**LOCAL), "nothing", deploys="small", combines=False),
-    "lg_fedavg": Row(LGFedAvg(**LOCAL), "more", deploys="small"),
-    "fedproto": Row(FedProto(**LOCAL), "more", deploys="small", drawn=False, combines=False, fixed_point=False),
-    "fedtgp": Row(  # the loss rises in round 2, when there are prototypes
-        FedTGP(**LOCAL), "more", deploys="small", combines=False, fixed_point=False, rounds=SLOW
-    ),
-    "fedgh": Row(FedGH(**LOCAL), "more", deploys="small", combines=False, fixed_point=False),
+    "lg_fedavg": Row(LGFedAvg(**LOCAL), "more", deploys="small", same_start=True),
+    # The losses of the next two rise in round 2, when there are prototypes; FedGH's header is the server's.
+    "fedproto": Row(FedProto(**LOCAL), drawn=False, **PROTOTYPES),
+    "fedtgp": Row(FedTGP(**LOCAL), **PROTOTYPES),
+    "fedgh": Row(FedGH(**LOCAL), **PROTOTYPES),
     "fedit": Row(fedit(**ADAPTERS), "adapters", serves="target", same_start=True),
     "ffa_lora": Row(ffa_lora(**ADAPTERS), "adapters", serves="target", same_start=True),
     "flora": Row(FLoRA(**ADAPTERS), "adapters", serves="target", same_start=True, combines=False, keeps_shapes=False),
@@ -174,8 +178,8 @@ METHODS = {
     "analytic": Row(
         Analytic(), "more", serves="target", combines=False, same_start=True, fixed_point=False, trains=False
     ),
-    "fedkd": Row(FedKD(**LOCAL), "model", deploys="small", serves="small"),
-    "fedmrl": Row(FedMRL(**LOCAL), "more", deploys="spliced"),
+    "fedkd": Row(FedKD(**LOCAL), "model", deploys="small", serves="small", same_start=True),
+    "fedmrl": Row(FedMRL(**LOCAL), "more", deploys="spliced", same_start=True),
 }
 ALSO = {"fedgrow_joint-preserving": Row(FedGrowJoint(preset="preserving", **ROUNDS), "operator")}  # not in every family
 BASELINES = tuple(name for name in METHODS if not name.startswith("fedgrow"))
