@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from fedsim.algorithm import ClientInfo, Leaves, LocalTraining, ServerContext
+from fedsim.core.fields import refuse
 from fedsim.core.tree import State, Tree
 from fedsim.learning.coverage import covered_of, model_of, start
-from fedsim.learning.rates import FITTING, Rates, check_rates, rate_of
+from fedsim.learning.rates import FITTING, Rates, check_rates, parameter_count, rate_of
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.task import Task
 from fedsim.models import Form
@@ -41,7 +42,10 @@ class SubModels(LocalTraining):
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         for form in forms:
-            self.rate(task, form, target)
+            whole = self.rate(task, form, target) == 1
+            if whole and isinstance(self.rates, str) and parameter_count(task, target) > parameter_count(task, form):
+                accepted = f"rates by which the target {target} can be cut: no sub-model is as small as {form}"
+                refuse("algorithm.rates", self.rates, accepted)
 
     def rate(self, task: Task, form: Form, target: Form) -> float:
         """The rate of a participant whose own small model has this form."""

@@ -65,7 +65,7 @@ DIGITS = {
     "lg_fedavg": 3e-3,
     "fedproto": 3e-3,
     "fedtgp": 3e-3,
-    "fedgh": 1e-3,
+    "fedgh": 3e-4,
     "fedit": 3e-3,
     "ffa_lora": 3e-3,
     "flora": 1e-2,
@@ -73,7 +73,7 @@ DIGITS = {
     "fedsb": 1e-2,
     "analytic": 1e-4,
     "fedkd": 1e-3,
-    "fedmrl": 3e-3,
+    "fedmrl": 1e-3,
 }
 # Where everyone begins with the public digits-24x1 (`federations.from_public`), chosen in the same way on one seed
 # (`LOG.md`, 2026-11-30). Fed-Grow's small models stay as they are brought, so that intermediate models are the same.
@@ -154,7 +154,7 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         LocalOnly(**local),
         LGFedAvg(**local),
         FedProto(**local),
-        FedTGP(**local),
+        FedTGP(weight=1.0, **local),
         FedGH(**local),
         fedit(**adapters),
         ffa_lora(**adapters),

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedgrow_algo.dual_ligo import grown, operator_between
-from fedgrow_algo.presets import by_name
+from fedgrow_algo.presets import PRESETS
 from fedsim.core.fields import check_types, refuse
 from fedsim.core.seeding import generator
 from fedsim.core.tree import Tree
+from fedsim.data.content import stamp
 from fedsim.learning.exits import shallower, tail, up_to
 from fedsim.learning.rates import parameter_count
 from fedsim.learning.starts import Start, check_start, load_small
@@ -40,12 +41,14 @@ class Grown(Start):
 
     def __post_init__(self) -> None:
         check_types(self, "start")
-        by_name(self.preset)
+        if self.preset not in PRESETS:
+            refuse("start.preset", self.preset, f"one of {', '.join(PRESETS)}")
         if not self.checkpoints:
             refuse("start.checkpoints", self.checkpoints, "at least one checkpoint")
 
     def parameters(self, task: Task, form: Form, seed: int) -> Tree:
-        return dict(_parameters(self, Task(task.config), form, seed))
+        contents = tuple(stamp(*files_of(each)) for each in self.checkpoints)
+        return dict(_parameters(self, Task(task.config), form, seed, contents))
 
     def downloads(self, task: Task, form: Form) -> Mapping[str, int]:
         checkpoint, _ = self._nearest(task, form)
@@ -76,7 +79,7 @@ def _sizes(task: Task, form: Form) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _parameters(start: Grown, task: Task, form: Form, seed: int) -> Tree:
+def _parameters(start: Grown, task: Task, form: Form, seed: int, contents: object) -> Tree:
     checkpoint, held = start._nearest(task, form)
     check_start(task, held, checkpoint, seed)
     small = load_small(task, held, checkpoint, seed)

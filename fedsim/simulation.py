@@ -74,7 +74,9 @@ def run(
     task = load_task(experiment.task, data_dir)
     population = members(experiment, task)
     content = content_of(experiment, data_dir)
-    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family), content)
+    store = RunStore(
+        out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family, experiment.start), content
+    )
     if resume:
         store.check_numerics(numerics, resume_anywhere)
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up

@@ -44,8 +44,21 @@ def rates_of(task: Task, target: Form, rates: Rates) -> tuple[float, ...]:
     if isinstance(rates, str):
         specs = task.specs(target)
         parts = target.axes["kv_head" if "kv_head" in cut_axes(specs) else "head_dim"]
-        return tuple(part / parts for part in range(parts, 0, -1))
+        finer = (1 / parts / 2**halvings for halvings in range(1, 5))  # one coordinate, or head, of narrower layers
+        return (
+            *(part / parts for part in range(parts, 0, -1)),
+            *(rate for rate in finer if _exists(task, target, rate)),
+        )
     return rates
+
+
+def _exists(task: Task, target: Form, rate: float) -> bool:
+    """Whether the family has a sub-model of this rate."""
+    try:
+        sub_form(task, target, rate)
+    except ValueError:
+        return False
+    return True
 
 
 def rate_of(task: Task, target: Form, form: Form, rates: Rates = FITTING) -> float:

@@ -75,6 +75,8 @@ def _fetched(checkpoint: Checkpoint) -> list[Path]:
 def _files_of(checkpoint: Checkpoint) -> list[Path]:
     with readable(checkpoint, "its config.json or weights could not be read"):
         found = [file_of(checkpoint, "config.json", needed=True)]
+        if found[0] is None:
+            raise ValueError(f"{named(checkpoint)}: holds no config.json, so it is no folder of a saved model")
         found += [path for name in WEIGHTS if (path := file_of(checkpoint, name))][:1]
         if str(found[-1]).endswith(".index.json"):
             shards = {*json.loads(Path(str(found[-1])).read_text())["weight_map"].values()}

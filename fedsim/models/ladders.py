@@ -115,8 +115,10 @@ def fetch(name: str, to: Path | None = None, layers: int | None = None, known: M
         refuse("--layers", layers, f"at least 1 and at most {public.form.depth}, the blocks of {name}")
     folder = folder_of(name, layers) if to is None else to
     if folder.exists():
-        if to is None:
+        if to is None and (folder / "config.json").is_file():
             return folder
+        if to is None:
+            raise ValueError(f"{folder}: is there and holds no checkpoint: remove it first")
         refuse("--to", str(to), "a folder that is not there yet")
     if public.weights.path.endswith(".onnx"):
         onnx_weights.reader()

@@ -136,7 +136,7 @@ def deployed(
         raise ValueError(f"--participant={participant}: took part in no round of run {run_id}")
     state = {} if state is None else state  # an empty one is not written
     parts = any(not isinstance(each, torch.Tensor) for each in (*held.values(), *state.values()))
-    if not parts and run["code_sha256"] != code_sha256(experiment.algorithm, experiment.task.family):
+    if not parts and run["code_sha256"] != code_sha256(experiment.algorithm, experiment.task.family, experiment.start):
         held, state = in_parts(experiment, last, held, state, participant)
 
     population = [

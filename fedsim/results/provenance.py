@@ -26,9 +26,9 @@ WRAPPED = ("fget", "func", "__func__", "__wrapped__", "args", "keywords")  # wha
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-def code_sha256(algorithm: Any, family: str = "") -> str:
-    """Hash of the sources a run's numbers depend on: the packages', and those that the algorithm and the model family
-    are made of, if they are somebody's own.
+def code_sha256(algorithm: Any, family: str = "", start: Any = None) -> str:
+    """Hash of the sources a run's numbers depend on: the packages', and those that the algorithm, the model family and
+    what everyone begins with are made of, if they are somebody's own.
 
     A class that was typed into a notebook's cell or a prompt has no file: its code is hashed, and the functions,
     classes and values that it names.
@@ -40,7 +40,8 @@ def code_sha256(algorithm: Any, family: str = "") -> str:
     except (OSError, TypeError):
         typed = "\n".join(_typed(type(algorithm), type(algorithm).__module__, set()))
         return hashlib.sha256((sha256_of(sources()) + typed).encode()).hexdigest()
-    modules = {kind.__module__ for kind in type(algorithm).__mro__} | ({family} if "." in family else set())
+    modules = {kind.__module__ for each in (algorithm, start) for kind in type(each).__mro__}
+    modules |= {family} if "." in family else set()
     return sha256_of(sources() | _reached(modules) | ({Path(own).resolve()} if own is not None else set()))
 
 

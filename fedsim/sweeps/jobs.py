@@ -141,7 +141,9 @@ def _worker_died(worker: Worker, out: Place, overview: Overview) -> list[RunFail
     if experiment is None:
         return []
     if (
-        RunStore(out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family)).status()
+        RunStore(
+            out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family, experiment.start)
+        ).status()
         == "finished"
     ):
         overview.of(experiment.run_id).end()

@@ -212,9 +212,10 @@ def _finished(experiments: Sequence[Experiment], out: Place) -> set[str]:
     """Ids of the runs that a sweep would skip."""
     if not out.exists():
         return set()
-    kinds = {(type(each.algorithm), each.task.family): each for each in experiments}
-    codes = {kind: code_sha256(each.algorithm, each.task.family) for kind, each in kinds.items()}
-    stores = [RunStore(out, each.run_id, codes[type(each.algorithm), each.task.family]) for each in experiments]
+    kinds = [(type(each.algorithm), each.task.family, type(each.start)) for each in experiments]
+    made_of = dict(zip(kinds, experiments, strict=True))
+    codes = {kind: code_sha256(each.algorithm, each.task.family, each.start) for kind, each in made_of.items()}
+    stores = [RunStore(out, each.run_id, codes[kind]) for each, kind in zip(experiments, kinds, strict=True)]
     return {store.run_id for store in stores if store.status() == "finished"}
 
 

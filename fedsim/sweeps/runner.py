@@ -63,7 +63,9 @@ def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) ->
             f"{', '.join(list(wanted)[:3])}){fields}: give another folder, or the settings that run was started with"
         )
     for run_id, experiment in wanted.items():
-        status = RunStore(out, run_id, code_sha256(experiment.algorithm, experiment.task.family)).status()
+        status = RunStore(
+            out, run_id, code_sha256(experiment.algorithm, experiment.task.family, experiment.start)
+        ).status()
         if status == "unfinished" and not resume:
             raise ValueError(
                 f"--out={str(out)!r}: holds run {run_id}, which is unfinished: add --resume to go on with it"
@@ -79,7 +81,9 @@ def check_folder(out: Place, experiments: Sequence[Experiment], resume: bool) ->
 def store_of(out: Place, experiment: Experiment, data_dir: str | None) -> RunStore:
     """An experiment's place in a results folder, with the content that it would read now."""
     content = content_of(experiment, data_dir)
-    store = RunStore(out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family), content)
+    store = RunStore(
+        out, experiment.run_id, code_sha256(experiment.algorithm, experiment.task.family, experiment.start), content
+    )
     store.config = experiment.canonical_json()
     return store
 
