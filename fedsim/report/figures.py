@@ -130,8 +130,9 @@ def curve(seeds: Sequence[Sequence[Row]], against: str, y: str = "accuracy_mean"
 def _amount_axis(axes: Axes, ends: Sequence[float], budget: float | None, against: str) -> None:
     """Linear up to the first amount, so that round 0 has a place, and logarithmic from there where totals differ."""
     label = AGAINST[against] + (" (1 MB = 10$^6$ bytes)" if against == "MB" else ", all participants, so far")
-    if ends and max(ends) > LOG_FROM * min(ends):
-        axes.set_xscale("symlog", linthresh=min(ends), linscale=0.5)
+    known = [end for end in ends if end > 0]  # a method may compute nothing
+    if known and max(known) > LOG_FROM * min(known):
+        axes.set_xscale("symlog", linthresh=min(known), linscale=0.5)
         axes.set_xlim(left=0)
         label += ", log scale"
     if budget is not None:

@@ -21,7 +21,7 @@ from fedsim.report.page import rendered
 from fedsim.report.readings import by_setting, finished_runs, last_within, read, records, sent_bytes
 from fedsim.report.tables import COMPACT, LEGEND, significant, summary
 from fedsim.report.terminal import print_summary
-from fedsim.results.tables import SCHEMAS, Results, load, write_table
+from fedsim.results.tables import SCHEMAS, Results, load, read_table, rows_of, write_table
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,6 +261,17 @@ def test_terminal_table_on_an_ascii_terminal(tmp_path: Path) -> None:
     print_summary(load(tmp_path), console=Console(file=file))
     file.flush()
     assert b"accuracy +- ci" in written.getvalue()
+
+
+def test_a_method_that_computes_nothing_has_a_place_in_every_figure(tmp_path: Path) -> None:
+    """Totals of MB and FLOPs may be 0 (`analytic` trains nothing), where others differ by much."""
+    add_run(tmp_path, "fedavg", [0.1, 0.4, 0.9], 250)
+    add_run(tmp_path, "heterofl", [0.1, 0.2, 0.3], 1)
+    run_id = add_run(tmp_path, "analytic", [0.1, 0.9, 0.9], 0)
+    rows = rows_of(read_table(tmp_path, "rounds"), "rounds")
+    own = [row | {"flops": 0} for row in rows if row["run_id"] == run_id]
+    write_table(tmp_path, "rounds", run_id, own)
+    assert "analytic" in markdown(tmp_path)
 
 
 def test_runs_that_begin_with_other_public_models_are_not_compared(tmp_path: Path) -> None:
