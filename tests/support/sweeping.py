@@ -138,6 +138,8 @@ def _children_of_the_server() -> set[int]:
 
 
 def _swept(words: Sequence[str], experiments: Sequence[Experiment], counted: Mapping[tuple, Any], log: Path) -> None:
+    # A server of forks that was started while a sweep of several jobs blocked Ctrl-C hands that on.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what started all this may ignore Ctrl-C
     forkserver._forkserver.ensure_running = lambda: None  # or it would start a server of its own, for seconds
     COUNTED.update(counted)
