@@ -143,6 +143,4 @@ class Analytic(Algorithm):
     def _form(self, ctx: ServerContext | ClientContext) -> Form:
         if self.of != "smallest":
             return ctx.target if self.of == "target" else ctx.intermediate
-        if isinstance(ctx, ServerContext):
-            return smallest(ctx.task, [client.form for client in ctx.clients])
-        return smallest(ctx.task, ctx.forms or [ctx.info.form])
+        return smallest(ctx.task, ctx.small_forms)

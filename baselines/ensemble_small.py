@@ -91,6 +91,4 @@ class EnsembleSmall(Averaging):
 
 
 def _form(ctx: ServerContext | ClientContext) -> Form:
-    if isinstance(ctx, ServerContext):
-        return smallest(ctx.task, [client.form for client in ctx.clients])
-    return smallest(ctx.task, ctx.forms or [ctx.info.form])
+    return smallest(ctx.task, ctx.small_forms)

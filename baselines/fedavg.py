@@ -69,16 +69,16 @@ class FedAvg(Averaging):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        form = self._form(ctx, [client.form for client in ctx.clients])
+        form = self._form(ctx)
         return self.server.start(ctx.initial(form))
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return ctx.task.module(self._form(ctx, [client.form for client in ctx.clients]), model_of(state))
+        return ctx.task.module(self._form(ctx), model_of(state))
 
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
-        form = self._form(ctx, ctx.forms or [ctx.info.form])
+        form = self._form(ctx)
         loss = TaskLoss(ctx.task, form)
         objective = loss if self.mu is None else Proximal(loss, self.mu)
         frozen = {} if self.mu is None else {"anchor": payload}
@@ -86,11 +86,11 @@ class FedAvg(Averaging):
         return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
-        return ctx.task.module(self._form(ctx, ctx.forms or [ctx.info.form]), payload)
+        return ctx.task.module(self._form(ctx), payload)
 
-    def _form(self, ctx: ServerContext | ClientContext, forms: Sequence[Form]) -> Form:
+    def _form(self, ctx: ServerContext | ClientContext) -> Form:
         if self.of == "smallest":
-            return smallest(ctx.task, forms)
+            return smallest(ctx.task, ctx.small_forms)
         return ctx.target if self.of == "target" else ctx.intermediate
 
 

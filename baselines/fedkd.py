@@ -79,9 +79,7 @@ class FedKD(Averaging):
 
 def _form(ctx: ServerContext | ClientContext) -> Form:
     """The mentee's: the smallest form there is."""
-    if isinstance(ctx, ServerContext):
-        return smallest(ctx.task, [client.form for client in ctx.clients])
-    return smallest(ctx.task, ctx.forms or [ctx.info.form])
+    return smallest(ctx.task, ctx.small_forms)
 
 
 @dataclasses.dataclass(frozen=True)

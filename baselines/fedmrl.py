@@ -99,9 +99,7 @@ class FedMRL(Averaging):
 
 def _form(ctx: ServerContext | ClientContext) -> Form:
     """The common model's: the smallest form there is."""
-    if isinstance(ctx, ServerContext):
-        return smallest(ctx.task, [client.form for client in ctx.clients])
-    return smallest(ctx.task, ctx.forms or [ctx.info.form])
+    return smallest(ctx.task, ctx.small_forms)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from baselines.private_models import PrivateModels, forms_of, widest_of
+from baselines.private_models import PrivateModels, widest_of
 from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
@@ -81,7 +81,7 @@ class LGFedAvg(PrivateModels):
     def server_init(self, ctx: ServerContext) -> State:
         form = widest_of(ctx, self.width(ctx))
         model = with_features(ctx.task, form, ctx.initial(form), self.width(ctx), ctx.generator("head"))
-        top = self._top(ctx.task, form, forms_of(ctx))
+        top = self._top(ctx.task, form, ctx.small_forms)
         return self.server.start({shared: model[own] for shared, own in top.items()})
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
@@ -128,11 +128,11 @@ class LGFedAvg(PrivateModels):
         return {shared: module.get_parameter(own).shape for shared, own in top.items() if own not in head}
 
     def _whole(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
-        top = self._top(ctx.task, ctx.info.form, forms_of(ctx))
+        top = self._top(ctx.task, ctx.info.form, ctx.small_forms)
         return state | {own: payload[shared] for shared, own in top.items()}
 
     def _split(self, model: Tree, ctx: ClientContext) -> tuple[Tree, Tree]:
         """What is shared of a model, and what is not."""
-        top = self._top(ctx.task, ctx.info.form, forms_of(ctx))
+        top = self._top(ctx.task, ctx.info.form, ctx.small_forms)
         local = {name: tensor for name, tensor in model.items() if name not in top.values()}
         return {shared: model[own] for shared, own in top.items()}, local

@@ -41,7 +41,7 @@ class PrivateModels(LocalTraining):
 
     def width(self, ctx: ServerContext | ClientContext) -> int:
         """Width of the features."""
-        return width_of(forms_of(ctx), self.features)
+        return width_of(ctx.small_forms, self.features)
 
     def own_model(self, ctx: ClientContext) -> Tree:
         """A client's model at first: its tier's checkpoint, the public start, or drawn; with features. Drawn alike for
@@ -50,16 +50,9 @@ class PrivateModels(LocalTraining):
         return with_features(ctx.task, ctx.info.form, untrained(ctx), self.width(ctx), drawn)
 
 
-def forms_of(ctx: ServerContext | ClientContext) -> Sequence[Form]:
-    """The clients' small forms."""
-    if isinstance(ctx, ServerContext):
-        return [client.form for client in ctx.clients]
-    return ctx.forms or [ctx.info.form]
-
-
 def widest_of(ctx: ServerContext | ClientContext, width: int) -> Form:
     """A small form whose head reads features as they are, if there is one: a public head is then kept."""
-    forms = forms_of(ctx)
+    forms = ctx.small_forms
     return next((form for form in forms if form.width == width), forms[0])
 
 

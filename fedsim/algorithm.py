@@ -128,6 +128,11 @@ class ServerContext:
         """The seed of that stream, for code that draws from torch's global stream."""
         return derive(self.seed, purpose, self.round)
 
+    @property
+    def small_forms(self) -> Sequence["Form"]:
+        """The clients' small forms."""
+        return [client.form for client in self.clients]
+
     def initial(self, form: "Form", purpose: str = "target") -> Tree:
         """A model of this form that everyone begins with: public, if the experiment says so, or drawn from the seed."""
         return initial(self, form, purpose)
@@ -165,6 +170,11 @@ class ClientContext:
     def derive(self, purpose: str) -> int:
         """The seed of that stream, for code that draws from torch's global stream."""
         return derive(self.seed, purpose, self.round, self.info.id)
+
+    @property
+    def small_forms(self) -> Sequence["Form"]:
+        """The clients' small forms, as the server knows them."""
+        return self.forms or [self.info.form]
 
     def initial(self, form: "Form", purpose: str = "target") -> Tree:
         """The model of this form that everyone begins with, as the server has it; what is public is downloaded once."""
@@ -272,7 +282,7 @@ class LocalTraining(Algorithm):
     - `weight_decay`: decoupled with AdamW, in the gradient with SGD. - `clip`: largest global norm of the gradient.
     - `optimizer`: "adamw" or "sgd", made anew in every round. - `momentum`, `nesterov`: of SGD.
     - `schedule`: of the learning rate over a round's steps: "constant", or to 0 along a "cosine" or "linear".
-    - `lr_warmup`: the share of a round's steps over which the learning rate first rises.
+    - `lr_warmup`: the share of a round's steps, at least two, over which the learning rate first rises.
     - `accumulate`: batches a step. - `drop_last`: leave out the examples that fill no batch at the end of an epoch; a
       shard smaller than a batch stays one.
     """

@@ -44,11 +44,7 @@ def rates_of(task: Task, target: Form, rates: Rates) -> tuple[float, ...]:
     if isinstance(rates, str):
         specs = task.specs(target)
         parts = target.axes["kv_head" if "kv_head" in cut_axes(specs) else "head_dim"]
-        finer = (1 / parts / 2**halvings for halvings in range(1, 5))  # one coordinate, or head, of narrower layers
-        return (
-            *(part / parts for part in range(parts, 0, -1)),
-            *(rate for rate in finer if _exists(task, target, rate)),
-        )
+        return tuple(part / parts for part in range(parts, 0, -1))
     return rates
 
 
@@ -67,6 +63,9 @@ def rate_of(task: Task, target: Form, form: Form, rates: Rates = FITTING) -> flo
     **Raises:** `ValueError` if the family cannot build a sub-model that has to be compared.
     """
     own, there = parameter_count(task, form), rates_of(task, target, rates)
+    if rates == FITTING:  # one coordinate of every head, or one head, and layers that are narrower still
+        finer = (there[-1] / 2**halvings for halvings in range(1, 5))
+        there = (*there, *(rate for rate in finer if _exists(task, target, rate)))
     first = bisect.bisect_left(there, True, key=lambda rate: parameter_count(task, sub_form(task, target, rate)) <= own)
     return there[min(first, len(there) - 1)]
 
