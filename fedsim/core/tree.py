@@ -77,12 +77,15 @@ def nbytes(state: Mapping[str, Any]) -> int:
 
 
 def ordered(state: Mapping[str, Any]) -> State:
-    """The same tensors in order of name. Order decides sums over tensors (gradient norms), and files forget it."""
+    """The same tensors in order of name, each contiguous.
+
+    Order decides sums over tensors (gradient norms), strides the rounding of products; files and messages forget both.
+    """
     kept: State = {}
     for name in sorted(state):
         value = state[name]
         if isinstance(value, Tensor):
-            kept[name] = value
+            kept[name] = value.contiguous()
         elif not isinstance(value, Mapping):
             raise TypeError(f"{name!r} in a state is {value!r}: must be a tensor, or tensors by name")
         elif part := ordered(value):

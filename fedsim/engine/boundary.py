@@ -40,7 +40,7 @@ def layout_of(state: Mapping[str, Any]) -> Layout:
 
 
 def checked(returned: Any, client: int, sent: Sent | None, received: Mapping[str, Any]) -> tuple[ClientUpdate, State]:
-    """What `client_update` returned, if it can be averaged and kept. The update is on the CPU and of no graph.
+    """What `client_update` returned, if it can be averaged and kept. The update is on the CPU, contiguous and of no graph.
 
     - `sent`: how the update looks, if that is known; `received`: the payload.
 
@@ -51,7 +51,9 @@ def checked(returned: Any, client: int, sent: Sent | None, received: Mapping[str
     if sent is not None and found != sent.layout and not (sent.as_received and found == layout_of(received)):
         _refuse_layout(found, layout_of(received) if sent.as_received else sent.layout)
     metrics = dict(_metrics(update.metrics))
-    tree = {path: tree[path].detach().cpu() for path in sorted(tree, key=lambda path: path.split(trees.PATH))}
+    tree = {
+        path: tree[path].detach().cpu().contiguous() for path in sorted(tree, key=lambda path: path.split(trees.PATH))
+    }
     weight = _weight(update.weight, least=LEAST if tree else 0)
     check_finite(tree, "ClientUpdate.tree", "; a training that diverges ends so: a lower learning rate may help")
     return ClientUpdate(client, trees.nested(tree), weight, metrics), state

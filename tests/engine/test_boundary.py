@@ -5,9 +5,9 @@ import math
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedsim
+from baselines.fedavg import FedAvg
+from fedsim.algorithm import ClientContext, ClientInfo, ServerContext
 from fedsim.core.interrupts import Interrupt
 from fedsim.core.text import text_of
-from fedsim.core.tree import State, flat, lent, nested, ordered, sha256, untouched
+from fedsim.core.tree import State, flat, lent, mapped, nested, ordered, sha256, untouched
 from fedsim.core.updates import ClientUpdate, Partial, weighted_sum
 from fedsim.engine.boundary import Sent, checked, layout_of
 from fedsim.experiment import Experiment
@@ -26,6 +28,7 @@ from fedsim.runtime.base import Runtime
 from fedsim.runtime.inline import InlineRuntime
 from fedsim.simulation import RunFailed
 from fedsim.sweeps.runner import run_all
+from tests.support.disturbed import small
 from tests.support.inline_runs import inline
 from tests.support.wrong_updates import KEPT, ONES, ROUND, WRITES, WRONG, Wrong, experiment
 
@@ -49,6 +52,54 @@ def errors(results: Results) -> dict[int, str]:
 def away(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Hashes of a run whose participant 1 raises at once, and is dropped."""
     return hashes(results_of(experiment("", "nan", away=True, on_error="drop"), tmp_path_factory.mktemp("away")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Turned(FedAvg):
+    """Everything is handed over as a transposed view, and must arrive as it would from another process, or a file."""
+
+    name: ClassVar[str] = "turned"
+
+    def server_init(self, ctx: ServerContext) -> State:
+        return mapped(turned, super().server_init(ctx))
+
+    def server_broadcast(self, state: State, clients: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, State]:
+        assert contiguous(state)
+        return {id_: mapped(turned, sent) for id_, sent in super().server_broadcast(state, clients, ctx).items()}
+
+    def client_init(self, ctx: ClientContext) -> State:
+        return {"kept": turned(torch.ones(3, 2))}
+
+    def client_update(self, payload: State, state: State, ctx: ClientContext) -> Any:
+        assert contiguous(payload) and contiguous(state)
+        update, _ = yield from super().client_update(payload, state, ctx)
+        return dataclasses.replace(update, tree=mapped(turned, update.tree)), mapped(turned, state)
+
+    def server_aggregate(self, state: State, updates: Iterator[Any], ctx: ServerContext) -> State:
+        arrived = list(updates)
+        assert arrived and all(contiguous(each.tree) for each in arrived)
+        return mapped(turned, super().server_aggregate(state, iter(arrived), ctx))
+
+    def combine(self, updates: Sequence[ClientUpdate]) -> None:
+        return None
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.T.contiguous().T if tensor.ndim == 2 else tensor
+
+
+def contiguous(state: Mapping[str, Any]) -> bool:
+    return all(tensor.is_contiguous() for tensor in flat(state).values())
+
+
+def test_strides_which_a_message_forgets_are_forgotten_inline_too(tmp_path: Path) -> None:
+    assert not contiguous(mapped(turned, {"": torch.ones(3, 2)}))
+    found = [
+        results_of(dataclasses.replace(small(), algorithm=algorithm, rounds=2), tmp_path / algorithm.name)
+        for algorithm in (FedAvg(of="target"), Turned(of="target"))
+    ]
+    one, other = (each.rounds.accuracy_mean.tolist() for each in found)
+    assert one == other
 
 
 # each by itself, inline -----------------------------------------------------------------------------------------------

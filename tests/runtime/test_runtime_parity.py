@@ -6,6 +6,7 @@ import pytest
 import ray
 
 import fedsim
+from benchmarks.suites import quick
 from fedsim.experiment import Experiment, with_settings
 from fedsim.learning.augmentation import Augmentation
 from fedsim.results.tables import Results
@@ -52,6 +53,15 @@ def test_augmented_images_and_dropout_give_the_same_bits_too_and_after_a_kill(on
     assert here.rounds.state_sha256.tolist() == there.rounds.state_sha256.tolist()
     assert here.rounds.state_sha256.nunique() == 3
     assert here.rounds.train_loss.tolist() == there.rounds.train_loss.tolist()
+
+
+def test_models_grown_of_a_public_checkpoint_give_the_same_bits_too(on_hosts, tmp_path):
+    """What grows is a product of transposed matrices: strides, which messages forget, decide how it multiplies."""
+    experiment = next(each for each in quick() if each.start is not None and each.algorithm.name == "fedavg")
+    experiment = dataclasses.replace(experiment, rounds=1)
+    here = results_of([experiment], tmp_path / "here", InlineRuntime)
+    there = results_of([experiment], tmp_path / "there", on_hosts(1))
+    assert sha256s(here) == sha256s(there) and len(sha256s(there)) == 2
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 1])
