@@ -40,7 +40,7 @@ def layout_of(state: Mapping[str, Any]) -> Layout:
 
 
 def checked(returned: Any, client: int, sent: Sent | None, received: Mapping[str, Any]) -> tuple[ClientUpdate, State]:
-    """What `client_update` returned, if it can be averaged and kept. The update is on the CPU, contiguous and of no graph.
+    """What `client_update` returned, if it can be averaged and kept. The update is contiguous, on the CPU, of no graph.
 
     - `sent`: how the update looks, if that is known; `received`: the payload.
 
