@@ -1,4 +1,4 @@
-"""What growing costs: `python benchmarks/growth.py [--ladder NAME ...] [--preset NAME ...] [--json FILE]`.
+"""What growing costs: `python benchmarks/growth.py [--ladder NAME ...] [--preset NAME ...] [--rank R ...] [--json F]`.
 
 One training step of the grown model (grow, forward, backward, AdamW on the operator) against one plain training step of
 the target (forward, backward, AdamW on its weights), on the same batch of random data. Time: steps of all variants take
@@ -7,7 +7,7 @@ mark of its third step above what the process held before it made any model (on 
 "growth" is the growth alone: grow, and back from given gradients of the grown weights to the operator's.
 
 Paths: `planned` is what the project does; `recomputed` keeps nothing of the growth for the backward pass; `pairwise`
-widens once per (target, source) pair of blocks, the way to avoid.
+widens once per (target, source) pair of blocks, the way to avoid; `rank R` has maps of low rank (`--rank`).
 """
 
 import argparse
@@ -32,14 +32,15 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.options import check_json, check_numbers  # noqa: E402
-from fedgrow_algo.dual_ligo import GrownLoss, operator_between  # noqa: E402
+from fedgrow_algo.dual_ligo import GrownLoss, of_rank, operator_between  # noqa: E402
 from fedgrow_algo.ligo import Operator, widen  # noqa: E402
+from fedgrow_algo.low_rank import LowRank  # noqa: E402
 from fedgrow_algo.presets import PRESETS  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
 from fedsim.core.fields import refuse  # noqa: E402
 from fedsim.core.seeding import generator  # noqa: E402
 from fedsim.core.submodel import join_fused  # noqa: E402
-from fedsim.core.tree import Tree, to  # noqa: E402
+from fedsim.core.tree import State, Tree, to  # noqa: E402
 from fedsim.data.config import DataConfig  # noqa: E402
 from fedsim.engine.participant import peak_memory, reset_peak_memory  # noqa: E402
 from fedsim.learning.task import Batch, Task, TaskConfig  # noqa: E402
@@ -49,6 +50,7 @@ from fedsim.models import Form  # noqa: E402
 Step = Callable[[], float]
 Variant = tuple[str, str]  # a path and a preset
 PLAIN: Variant = ("plain", "")
+RANK = "rank "  # begins the path of maps of low rank
 PATHS = ("planned", "recomputed", "pairwise")  # the last two for `paper` alone
 
 
@@ -67,20 +69,21 @@ def images() -> TaskConfig:
     return TaskConfig(DataConfig("cifar100", image_size=32, channels=3, num_classes=100), "vit", patch_size=4)
 
 
-def texts() -> TaskConfig:
-    """128 tokens of the vocabulary of the released BERT models; AG News' classes."""
-    data = DataConfig("ag_news", num_classes=4, max_length=128)
+def texts(length: int = 128) -> TaskConfig:
+    """Tokens of the vocabulary of the released BERT models; AG News' classes."""
+    data = DataConfig("ag_news", num_classes=4, max_length=length)
     return TaskConfig(data, "bert", settings=(("vocab_size", 30522), ("max_position_embeddings", 512)))
 
 
 LADDERS = {
     "vit": Ladder(images(), Form(320, 4, 8), Form(384, 6, 8), 64),
     "bert": Ladder(texts(), Form(320, 4, 8), Form(384, 6, 8), 32),
+    "minilm": Ladder(texts(32), Form(384, 6, 12, mlp=1536), Form(384, 8, 12, mlp=1536), 16),
     "bert-small-base": Ladder(texts(), Form(512, 6, 8, mlp=2048), Form(768, 12, 12, mlp=3072), 32),
 }
 
 
-def pairwise(operator: Operator, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
+def pairwise(operator: Any, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
     """`W'[k] = sum_l w[k, l] B W[l] A^T`, every term computed apart: L1 x L2 widenings a role."""
     grown: Tree = {}
     for name, spec in operator.large_parts.items():
@@ -109,12 +112,16 @@ def example(task: Task, size: int, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def start_of(ladder: Ladder, variant: Variant, device: torch.device) -> tuple[Task, Operator, Tree, Tree]:
-    """The operator of a variant, its tensors and the small weights it grows."""
+def rank_of(variant: Variant) -> int | None:
+    return int(variant[0].removeprefix(RANK)) if variant[0].startswith(RANK) else None
+
+
+def start_of(ladder: Ladder, variant: Variant, device: torch.device) -> tuple[Task, Operator | LowRank, Tree, State]:
+    """The operator of a variant, its tensors and the small model it grows."""
     task = Task(ladder.config)
-    operator = operator_between(variant[1], task, ladder.small, ladder.large)
-    stacked = to(operator.stack(task.fresh(ladder.small, 0)), device)
-    return task, operator, to(operator.init(generator(0, "global")), device), stacked
+    operator = of_rank(rank_of(variant), variant[1], task, ladder.small, ladder.large)
+    small = operator.prepared(operator.stack(task.fresh(ladder.small, 0)), generator(0, "global"))
+    return task, operator, to(operator.init(generator(0, "global")), device), to(small, device)
 
 
 def step_of(ladder: Ladder, variant: Variant, device: torch.device, bf16: bool, compiled: bool) -> Step:
@@ -125,7 +132,8 @@ def step_of(ladder: Ladder, variant: Variant, device: torch.device, bf16: bool, 
         forward = lambda tree, batch: task.forward(ladder.large, tree, batch)  # noqa: E731
     else:
         task, operator, tensors, stacked = start_of(ladder, variant, device)
-        grown = GrownLoss(task, variant[1], ladder.small, ladder.large, checkpoint=variant[0] == "recomputed")
+        again = variant[0] == "recomputed"
+        grown = GrownLoss(task, variant[1], ladder.small, ladder.large, again, rank_of(variant))
         forward = lambda tree, batch: grown.logits(tree, stacked, batch)  # noqa: E731
         if variant[0] == "pairwise":
             forward = lambda tree, batch: task.forward(ladder.large, pairwise(operator, tree, stacked), batch)  # noqa: E731
@@ -189,7 +197,7 @@ def seconds(taken: Mapping[Variant, Step], steps: int) -> dict[Variant, float]:
 
 def peak_bytes(ladder_name: str, variant: Variant, options: dict, threads: int) -> int:
     """Memory of one variant's step, measured in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         return pool.apply(_peak_bytes_here, (ladder_name, variant, options, threads))
 
 
@@ -227,11 +235,12 @@ def measured(
         except ValueError as error:
             print(f"{name}: {preset} left out: {error}", file=sys.stderr)
             continue
-        variants += [(path, preset) for path in paths if path == "planned" or preset == "paper"]
+        variants += [(path, preset) for path in paths if preset == "paper" or path not in ("recomputed", "pairwise")]
+    # Before this process has grown: a process counts what the one that started it held as its own high-water mark.
+    memory_of = {variant: peak_bytes(name, variant, options, torch.get_num_threads()) for variant in variants}
     time_of = seconds({variant: step_of(ladder, variant, **options) for variant in variants}, steps)
     grown = [variant for variant in variants if variant not in (PLAIN, ("recomputed", "paper"))]
     growth_time_of = seconds({variant: growth_of(ladder, variant, **options) for variant in grown}, steps)
-    memory_of = {variant: peak_bytes(name, variant, options, torch.get_num_threads()) for variant in variants}
     return [
         {
             "ladder": name,
@@ -252,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ladder", nargs="+", choices=[*LADDERS], default=[*LADDERS])
     parser.add_argument("--preset", nargs="+", choices=[*PRESETS], default=[*PRESETS])
     parser.add_argument("--path", nargs="+", choices=PATHS, default=[*PATHS])
+    parser.add_argument("--rank", nargs="+", type=int, default=[], help="maps of these ranks, too")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
     parser.add_argument("--threads", type=int, default=0, help="threads on a CPU; 0: as many as torch takes")
     parser.add_argument("--device", default="cpu")
@@ -265,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(chosen: argparse.Namespace) -> int:
     check_numbers(chosen, "steps", least=1)
     check_numbers(chosen, "threads", least=0, most=1024)
+    paths = [*chosen.path, *(f"{RANK}{rank}" for rank in chosen.rank)]
     check_json(chosen)
     device = device_of(chosen.device)
     if chosen.threads:
@@ -272,7 +283,7 @@ def measure(chosen: argparse.Namespace) -> int:
     options = {"device": device, "bf16": chosen.bf16, "compiled": chosen.compile}
     rows = []
     for name in chosen.ladder:
-        rows += measured(name, chosen.preset, chosen.path, chosen.steps, options)
+        rows += measured(name, chosen.preset, paths, chosen.steps, options)
     table = Table("ladder", "path", "preset", "seconds", "time", "growth, s", "MB", "memory")
     for column in table.columns:
         column.no_wrap = True

@@ -40,6 +40,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 DIGITS = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
+    "fedgrow_lowrank preserving": 1e-3,
     "fedgrow_joint preserving": 3e-4,
     "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-4,
@@ -130,6 +131,7 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
     methods: list[Algorithm] = [
         FedGrow(preset="paper", **staged),
         FedGrow(preset="preserving", **staged),
+        FedGrow(preset="preserving", rank=8, **staged),
         FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
         FedGrow(preset="paper", federate=False, **staged),
         FedGrow(preset="preserving", federate=False, **staged),

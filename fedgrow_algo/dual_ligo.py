@@ -10,15 +10,17 @@ forward pass, and the operator is applied once a step, not once an example.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from fedgrow_algo.ligo import Operator
+from fedgrow_algo.low_rank import LowRank
 from fedgrow_algo.presets import by_name
-from fedsim.core.tree import Tree
+from fedsim.core.tree import PATH, Tree, flat
 from fedsim.learning.objectives import Frozen
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form, get_family
@@ -28,7 +30,7 @@ USUAL_BATCH = 64  # texts
 
 
 def operator_between(preset: str, task: Task, small: Form, large: Form) -> Operator:
-    """The LiGO operator from one form of the task's family to another.
+    """The LiGO operator, of full maps, from one form of the task's family to another.
 
     **Raises:** `ValueError` if the preset cannot map `small` into `large`; both forms are named.
     """
@@ -46,12 +48,19 @@ def _operator(preset: str, task: Task, small: Form, large: Form) -> Operator:
         raise ValueError(f"growing {small} into {large}: {error} ({told})") from error
 
 
+def of_rank(rank: int | None, preset: str, task: Task, small: Form, large: Form) -> Operator | LowRank:
+    """The same with maps of this rank; None: full ones. **Raises:** as `operator_between` does."""
+    full = operator_between(preset, task, small, large)
+    return full if rank is None else LowRank(full, rank)
+
+
 @dataclasses.dataclass(frozen=True)
 class GrownLoss:
     """The task's loss of the model of form `large` grown from one of form `small`; trained are the operator's tensors.
 
     - `checkpoint`: keep nothing of what lies between small and grown weights; grow again in the backward pass.
-    - `frozen["small"]`: the small model's weights as `Operator.stack` returns them.
+    - `rank`: of the maps; None: full ones.
+    - `frozen["small"]`: the small model as `prepared` returns it.
     """
 
     task: Task
@@ -59,32 +68,47 @@ class GrownLoss:
     small: Form
     large: Form
     checkpoint: bool = False
+    rank: int | None = None
 
     def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
         return self.task.loss(self.logits(parameters, frozen["small"], batch).float(), batch)
 
-    def logits(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Logits of the grown model; gradients reach the operator's `tensors`, and `stacked`."""
+    def logits(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tensor:
+        """Logits of the grown model; gradients reach the operator's `tensors`, and `small`, prepared."""
         if self.checkpoint:
-            tree = recomputed(self._grow, tensors, stacked, batch, use_reentrant=False, preserve_rng_state=False)
+            tree = recomputed(self._grow, tensors, small, batch, use_reentrant=False, preserve_rng_state=False)
         else:
-            tree = self._grow(tensors, stacked, batch)
+            tree = self._grow(tensors, small, batch)
         return self.task.forward(self.large, tree, batch)
 
-    def _grow(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor], batch: Batch) -> Tree:
+    def _grow(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tree:
         """The grown weights; of a large table of tokens only the rows that the batch uses."""
-        operator = operator_between(self.preset, self.task, self.small, self.large)
-        table = looked_up(self.task, operator, stacked)
+        operator = of_rank(self.rank, self.preset, self.task, self.small, self.large)
+        full = operator if isinstance(operator, Operator) else operator.full
+        table = looked_up(self.task, full, small)
         if table is None:
-            return operator.grow(tensors, stacked)
-        ids, rows = batch["input_ids"].flatten(), stacked[table]
-        used = rows[ids] * first_of_each(ids, len(rows))[:, None]
-        tree = operator.grow(tensors, {**stacked, table: used})
-        grown_rows = tree[table].new_zeros(len(rows), tree[table].shape[-1])
-        return tree | {table: grown_rows.index_add(0, ids, tree[table])}
+            return operator.grow(tensors, small)
+        ids, size = batch["input_ids"].flatten(), _rows(small, table)
+        first = first_of_each(ids, size)[:, None]
+        tree = operator.grow(tensors, _at(table, small, lambda rows: rows[ids] * first))
+        grown_rows = tree[table].new_zeros(size, tree[table].shape[-1])
+        return tree | {table: grown_rows.index_add_(0, ids, tree[table])}
 
 
-def looked_up(task: Task, operator: Operator, stacked: Mapping[str, Tensor]) -> str | None:
+def _at(name: str, tree: Mapping[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The same tree with the tensors of one name, at any level, changed."""
+    return {
+        key: _at(name, value, function) if isinstance(value, Mapping) else function(value) if key == name else value
+        for key, value in tree.items()
+    }
+
+
+def _rows(tree: Mapping[str, Any], name: str) -> int:
+    """How many rows the tensors of a name have, at any level."""
+    return next(len(value) for path, value in flat(tree).items() if path.split(PATH)[-1] == name)
+
+
+def looked_up(task: Task, operator: Operator, small: Mapping[str, Any]) -> str | None:
     """The table of tokens of which a step needs only the rows of the tokens in its batch: one that no head reads.
 
     None where a usual batch could use every row: growing all of them is then as cheap.
@@ -94,7 +118,7 @@ def looked_up(task: Task, operator: Operator, stacked: Mapping[str, Tensor]) -> 
         return None
     (table,) = tables
     assert task.inputs.max_length
-    return table if len(stacked[table]) > USUAL_BATCH * task.inputs.max_length else None
+    return table if _rows(small, table) > USUAL_BATCH * task.inputs.max_length else None
 
 
 def first_of_each(ids: Tensor, size: int) -> Tensor:
@@ -104,6 +128,6 @@ def first_of_each(ids: Tensor, size: int) -> Tensor:
     return first[ids] == places
 
 
-def grown(operator: Operator, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
-    """The grown weights as a tree of their own, detached."""
-    return {name: tensor.detach().clone() for name, tensor in operator.grow(tensors, stacked).items()}
+def grown(operator: Operator | LowRank, tensors: Mapping[str, Tensor], small: Mapping[str, Any]) -> Tree:
+    """The weights grown from a prepared small model, as a tree of their own, detached."""
+    return {name: tensor.detach().clone() for name, tensor in operator.grow(tensors, small).items()}

@@ -27,17 +27,17 @@ from typing import Any
 
 from torch import nn
 
-from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
+from fedgrow_algo.dual_ligo import GrownLoss, grown, of_rank
 from fedgrow_algo.presets import by_name
 from fedgrow_algo.pretrain import Init, check_init, trained_on_own_shard
 from fedgrow_algo.rounds import (
     FINETUNE,
     aggregated,
-    as_stored,
     check_growth,
     combined,
     fine_tuned,
     first_global,
+    global_stream,
     local_stream,
     own_target,
     payloads,
@@ -45,6 +45,7 @@ from fedgrow_algo.rounds import (
     stage_of,
 )
 from fedsim.algorithm import (
+    LATER,
     ClientContext,
     ClientInfo,
     ClientUpdate,
@@ -77,26 +78,28 @@ def intermediate_model(
     local_lr: float,
     local_epochs: int,
     checkpoint_growth: bool,
+    rank: int | None = None,
     **settings: Any,
-) -> Steps[Tree]:
+) -> Steps[State]:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
 
-    - `init`: whose the random starts of S_i and Local_i are. - `settings`: of `Training`, for both.
+    - `init`: whose the random starts of S_i and Local_i are. - `rank`: of both operators' maps; None: full ones.
+    - `settings`: of `Training`, for both.
 
-    **Returns:** M_i's weights, stacked as Global takes them.
+    **Returns:** M_i, prepared as Global takes it.
     """
     small = yield from trained_on_own_shard(ctx, init=init, **settings | {"lr": small_lr, "epochs": small_epochs})
-    local = operator_between(preset, ctx.task, ctx.info.form, ctx.intermediate)
-    stacked = local.stack(small)
+    local = of_rank(rank, preset, ctx.task, ctx.info.form, ctx.intermediate)
+    prepared = local.prepared(local.stack(small), local_stream(init, ctx))
     trained = yield Training(
-        GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth),
+        GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth, rank),
         to(local.init(local_stream(init, ctx)), ctx.device),
-        {"small": stacked},
+        {"small": prepared},
         purpose="local",
         **settings | {"lr": local_lr, "epochs": local_epochs},
     )
-    shared = operator_between(preset, ctx.task, ctx.intermediate, ctx.target)
-    return as_stored(shared.stack(grown(local, trained.parameters, stacked)))
+    shared = of_rank(rank, preset, ctx.task, ctx.intermediate, ctx.target)
+    return shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,7 @@ class FedGrow(LocalTraining):
       never. - `finetune_lr`, `finetune_epochs`: of T_i, in every such round.
     - `server`: what the server makes of the mean.
     - `checkpoint_growth`: keep nothing of the growth for the backward pass but grow again: less memory, more time.
+    - `rank`: of what is trained of a map, the project's own form (`fedgrow_algo.low_rank`); None: whole maps.
     """
 
     preset: str = "paper"
@@ -127,19 +131,22 @@ class FedGrow(LocalTraining):
     finetune_epochs: int = 1
     server: ServerOptimizer = AVERAGE
     checkpoint_growth: bool = False
+    rank: int | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         by_name(self.preset)
         check_range(self, "algorithm", "local_lr", "small_lr", "finetune_lr", least=0)
         check_range(self, "algorithm", "finetune_epochs", least=1)
+        check_range(self, "algorithm", "rank", least=1)
         check_range(self, "algorithm", "local_epochs", "small_epochs", "finetune_after", least=0)
         if not self.federate and self.server.kind != "average":
             refuse("algorithm.server.kind", self.server.kind, "'average' where algorithm.federate=False")
 
     @property
     def name(self) -> str:
-        return "fedgrow" if self.federate else "fedgrow_no_federation"
+        low_rank = "" if self.rank is None else "_lowrank"
+        return f"fedgrow{'' if self.federate else '_no_federation'}{low_rank}"
 
     @property
     def leaves(self) -> Leaves:
@@ -158,7 +165,7 @@ class FedGrow(LocalTraining):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        return server_state(self.preset, self.server, self.finetune_after, ctx) if self.federate else {}
+        return server_state(self.preset, self.server, self.finetune_after, ctx, self.rank) if self.federate else {}
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
@@ -181,18 +188,19 @@ class FedGrow(LocalTraining):
             local_lr=self.local_lr,
             local_epochs=self.local_epochs,
             checkpoint_growth=self.checkpoint_growth,
+            rank=self.rank,
             **self.settings(),
         )
         if self.federate:
             return {MIDDLE: middle}
-        return {MIDDLE: middle, GLOBAL: to(first_global(self.preset, ctx), ctx.device)}
+        return {MIDDLE: middle, GLOBAL: to(first_global(self.preset, ctx, self.rank), ctx.device)}
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
             settings = self.settings(lr=self.finetune_lr, epochs=self.finetune_epochs)
             return (yield from fine_tuned(ctx, self._target(payload, state, ctx), **settings))
         trained = yield Training(
-            GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth),
+            GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth, self.rank),
             self._global(payload, state),
             {"small": state[MIDDLE]},
             purpose="global",
@@ -210,7 +218,7 @@ class FedGrow(LocalTraining):
 
     def _target(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(M_i)."""
-        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
+        shared = of_rank(self.rank, self.preset, ctx.task, ctx.intermediate, ctx.target)
         return own_target(state) or grown(shared, self._global(payload, state), state[MIDDLE])
 
 

@@ -178,10 +178,11 @@ class Operator:
         tables: dict[str, bool] = {}
         for spec in self.roles.values():
             writes = any(dim.mode == "write" and dim.group in self.residual for dim in spec.parsed)
-            tables[self._table(spec)] = tables.get(self._table(spec), False) or writes
+            tables[self.table(spec)] = tables.get(self.table(spec), False) or writes
         return tables
 
-    def _table(self, spec: ParamSpec) -> str:
+    def table(self, spec: ParamSpec) -> str:
+        """The depth table that mixes a parameter."""
         return spec.module if self.preset.depth_by == "module" else spec.role
 
     @cached_property
@@ -230,6 +231,10 @@ class Operator:
         sizes = [dim.size(self.small_axes) or 1 for dim in spec.parsed]
         return like.new_full(sizes, float(spec.parsed[0].mode == "gain"))
 
+    def prepared(self, stacked: Tree, generator: torch.Generator) -> Tree:
+        """What `grow` takes of a small model, made once (`fedgrow_algo.low_rank`): here `stacked` itself."""
+        return stacked
+
     def grow(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Tree:
         """The large weights, by name: `stacked` from `stack`, `tensors` as `init` returns them."""
         maps = {dim: self.matrix(tensors, dim) for dim in self.dims}
@@ -241,16 +246,16 @@ class Operator:
                 tensor = stacked[name][None]
                 for position, dim in enumerate(spec.parsed):
                     if dim.axes:
-                        tensor = self._widened(tensor, maps[dim], dim, position)
+                        tensor = self.widened(tensor, maps[dim], dim, position)
                 grown[name] = tensor[0]
                 continue
             if spec.role not in blocks:
                 tensor = begun.get(spec.role, stacked[spec.role])
                 for step in self.plans[spec.role][spec.role in begun :]:
                     if step == MIX:
-                        tensor = mix(tensors[f"depth.{self._table(spec)}"], tensor)
+                        tensor = mix(tensors[f"depth.{self.table(spec)}"], tensor)
                     else:
-                        tensor = self._widened_block(tensors, maps, tensor, spec.parsed[step], step)
+                        tensor = self.widened_block(tensors, maps, tensor, spec.parsed[step], step)
                 blocks[spec.role] = tensor.unbind()  # one gradient of the stack, not one a block
             grown[name] = blocks[spec.role][spec.layer]
         return join_fused(grown, self.large)
@@ -260,7 +265,12 @@ class Operator:
         return self.grow(tensors, self.stack(small))
 
     def matrix(self, tensors: Mapping[str, Tensor], dim: Dim) -> Tensor:
-        """The map a dimension is grown with, `(D2, D1)` of `mapped` or one a block; under `fixed_top` its lower part.
+        """The map a dimension grows with, `(D2, D1)` of `mapped` or one a block; under `fixed_top` its lower part."""
+        matrix, scale = self.tensor(tensors, dim), self.preset.scale(self, dim)
+        return matrix if scale is None else scale.to(matrix)[:, None] * matrix
+
+    def tensor(self, tensors: Mapping[str, Tensor], dim: Dim) -> Tensor:
+        """The same without the preset's factors on its rows.
 
         Where blocks write from the block above as well, the sum of both maps: what everything else sees.
         """
@@ -268,8 +278,7 @@ class Operator:
         matrix = tensors[f"width.{dim.group}{READ if own else ''}"]
         if f"width.{dim.group}{NEXT}" in tensors:
             matrix = matrix + tensors[f"width.{dim.group}{NEXT}"]
-        scale = self.preset.scale(self, dim)
-        return matrix if scale is None else scale.to(matrix)[:, None] * matrix
+        return matrix
 
     def _read_gain(self, dim: Dim) -> bool:
         """A gain alone (RMSNorm's) before blocks goes with their readers: coordinates written as 0 must not lose it."""
@@ -344,35 +353,53 @@ class Operator:
                 begun[role] = part.reshape(*part.shape[:2], *tensor.shape[2:]).movedim(1, position)
         return begun
 
-    def _widened_block(
+    def widened_block(
         self, tensors: Mapping[str, Tensor], maps: Mapping[Dim, Tensor], blocks: Tensor, dim: Dim, position: int
     ) -> Tensor:
         """One dimension of all blocks, `(L, ...)`."""
         if not (self.preset.own_next and dim.mode == "write"):
-            return self._widened(blocks, maps[dim], dim, position)
+            return self.widened(blocks, maps[dim], dim, position)
         own, next_ = tensors[f"width.{dim.group}"], tensors[f"width.{dim.group}{NEXT}"]
         scale = self.preset.scale(self, dim)
         if scale is not None:
             own, next_ = (scale.to(matrix)[:, None] * matrix for matrix in (own, next_))
-        above = torch.arange(1, len(blocks) + 1).clamp(max=len(blocks) - 1).to(blocks.device)  # the last has none
-        return self._widened(blocks, own, dim, position) + self._widened(blocks[above], next_, dim, position)
+        return self.widened(blocks, own, dim, position) + self.widened(self.above(blocks), next_, dim, position)
 
-    def _widened(self, blocks: Tensor, B: Tensor, dim: Dim, position: int) -> Tensor:
+    def above(self, blocks: Tensor) -> Tensor:
+        """In each block's place the block above; the last one has none, and stays."""
+        return blocks[torch.arange(1, len(blocks) + 1).clamp(max=len(blocks) - 1).to(blocks.device)]
+
+    def widened(self, blocks: Tensor, B: Tensor, dim: Dim, position: int) -> Tensor:
         """One dimension of some blocks, `(L, ...)`, factor by factor; `position` does not count the blocks."""
+        if {factor.kind for factor in self.factors(dim)} == {"map"}:
+            return self._with_top(blocks, B, position + 1)
+        return self.together(self._with_top(self.apart(blocks, dim, position), B, position + 1), dim, position)
+
+    def apart(self, blocks: Tensor, dim: Dim, position: int) -> Tensor:
+        """A dimension as two: what its map spans, D1, and what it does not, flat; what is copied is copied here."""
         factors, at = self.factors(dim), position + 1
-        if {factor.kind for factor in factors} == {"map"}:
-            return self._with_top(blocks, B, at)
         blocks = blocks.unflatten(at, [factor.old for factor in factors])
         for i, factor in enumerate(factors):
             if factor.kind == "copy" and factor.new != factor.old:
                 blocks = blocks.index_select(at + i, copies(factor.old, factor.new).to(blocks.device))
                 share = self.preset.share(factor.old, factor.new).to(blocks)
                 blocks = blocks * share.reshape(-1, *[1] * (blocks.ndim - at - i - 1))
-        spanned = [at + i for i, factor in enumerate(factors) if factor.kind == "map"]
-        together = list(range(at, at + len(spanned)))
-        moved = blocks.movedim(spanned, together).flatten(at, together[-1])
-        grown = self._with_top(moved, B, at).unflatten(at, [f.new for f in factors if f.kind == "map"])
-        return grown.movedim(together, spanned).flatten(at, at + len(factors) - 1)
+        spanned, _ = self._spanned(factors, at)
+        moved = blocks.movedim(spanned, [*range(at, at + len(spanned))])
+        return moved.reshape(*moved.shape[:at], self.mapped(dim)[0], -1, *moved.shape[at + len(factors) :])
+
+    def together(self, blocks: Tensor, dim: Dim, position: int) -> Tensor:
+        """The inverse of `apart`, once the map has made D2 of D1."""
+        factors, at = self.factors(dim), position + 1
+        spanned, rest = self._spanned(factors, at)
+        sizes = [factors[i - at].new for i in (*spanned, *rest)]
+        blocks = blocks.reshape(*blocks.shape[:at], *sizes, *blocks.shape[at + 2 :])
+        return blocks.movedim([*range(at, at + len(spanned))], spanned).flatten(at, at + len(factors) - 1)
+
+    def _spanned(self, factors: list[Factor], at: int) -> tuple[list[int], list[int]]:
+        """Where the factors are that a map spans, and the others, if the first is at `at`."""
+        kinds = [factor.kind == "map" for factor in factors]
+        return [at + i for i, is_ in enumerate(kinds) if is_], [at + i for i, is_ in enumerate(kinds) if not is_]
 
     def _with_top(self, blocks: Tensor, B: Tensor, position: int) -> Tensor:
         """`widen`, or, where the matrix is `[I ; B]`, the blocks themselves on top of it."""

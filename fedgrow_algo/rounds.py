@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedgrow_algo.dual_ligo import operator_between
+from fedgrow_algo.dual_ligo import of_rank, operator_between
 from fedgrow_algo.pretrain import Init
 from fedsim.algorithm import (
     ClientContext,
@@ -55,9 +55,17 @@ def check_growth(preset: str, task: Task, forms: Sequence[Form], intermediate: F
     return intermediate
 
 
-def first_global(preset: str, ctx: ServerContext | ClientContext) -> Tree:
-    """Global before round 1: one draw for the whole run, so a participant can make it without being sent it."""
-    return operator_between(preset, ctx.task, ctx.intermediate, ctx.target).init(generator(ctx.seed, "global"))
+def first_global(preset: str, ctx: ServerContext | ClientContext, rank: int | None = None) -> Tree:
+    """Global before round 1: one draw for the whole run, so a participant can make it without being sent it.
+
+    - `rank`: of its maps; None: full ones.
+    """
+    return of_rank(rank, preset, ctx.task, ctx.intermediate, ctx.target).init(global_stream(ctx))
+
+
+def global_stream(ctx: ServerContext | ClientContext) -> torch.Generator:
+    """The random stream that Global starts from, and with it what of Global is the same for all and never trained."""
+    return generator(ctx.seed, "global")
 
 
 def local_stream(init: Init, ctx: ClientContext) -> torch.Generator:
@@ -73,9 +81,11 @@ def as_stored(tree: Tree) -> Tree:
 # at the aggregator ----------------------------------------------------------------------------------------------------
 
 
-def server_state(preset: str, server: ServerOptimizer, finetune_after: int | None, ctx: ServerContext) -> State:
+def server_state(
+    preset: str, server: ServerOptimizer, finetune_after: int | None, ctx: ServerContext, rank: int | None = None
+) -> State:
     """Global before round 1 and, where targets will be fine-tuned, that nobody has made its own."""
-    state = server.start(first_global(preset, ctx))
+    state = server.start(first_global(preset, ctx, rank))
     return state if finetune_after is None else state | {GROWN: torch.zeros(len(ctx.clients), dtype=torch.bool)}
 
 
