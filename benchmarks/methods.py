@@ -94,7 +94,7 @@ CIFAR = {
     "fedavg_small": 1e-3,
     "fedavg_mid": 3e-4,
     "heterofl_clean": 1e-2,
-    "fedbrb_like": 3e-2,
+    "fedbrb_like": 3e-3,
     "fedit": 1e-3,
 }
 # Of the methods in `text`, chosen on `text_grid`: sentences (SST-2; untried on AG News) and next tokens (pydoc).
