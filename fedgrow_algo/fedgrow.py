@@ -33,6 +33,7 @@ from fedgrow_algo.pretrain import Init, check_init, trained_on_own_shard
 from fedgrow_algo.rounds import (
     FINETUNE,
     aggregated,
+    as_stored,
     check_growth,
     combined,
     fine_tuned,
@@ -99,7 +100,7 @@ def intermediate_model(
         **settings | {"lr": local_lr, "epochs": local_epochs},
     )
     shared = of_rank(rank, preset, ctx.task, ctx.intermediate, ctx.target)
-    return shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx))
+    return as_stored(shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import refuse
 from fedsim.core.seeding import generator
-from fedsim.core.tree import State, Tree
+from fedsim.core.tree import State, Tree, mapped
 from fedsim.learning.server_opt import ServerOptimizer, model_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
@@ -73,9 +73,9 @@ def local_stream(init: Init, ctx: ClientContext) -> torch.Generator:
     return generator(ctx.seed, "local") if init == "common" else ctx.generator("local")
 
 
-def as_stored(tree: Tree) -> Tree:
-    """The tree as a checkpoint gives it back: strides, which files forget, may decide how a sum is rounded."""
-    return {name: tensor.contiguous() for name, tensor in tree.items()}
+def as_stored(state: State) -> State:
+    """The state as a checkpoint gives it back: strides, which files forget, may decide how a sum is rounded."""
+    return mapped(torch.Tensor.contiguous, state)
 
 
 # at the aggregator ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fedsim.learning.steps
-from fedgrow_algo.dual_ligo import operator_between
+from fedgrow_algo.dual_ligo import of_rank
 from fedsim.algorithm import ClientContext, ClientUpdate
 from fedsim.core.tree import State, Tree, clone, flat, nbytes, numel, sha256, tensors
 from fedsim.data.dataset import Split
@@ -276,7 +276,8 @@ def expected_update(case: Case) -> dict[str, tuple[int, ...]]:
     if case.row.uploads == "nothing":
         return {}
     target = case.shapes("target")
-    operator = operator_between(case.algorithm.preset_name, case.task, case.setting.forms[1], case.target)
+    preset, rank = case.algorithm.preset_name, getattr(case.algorithm, "rank", None)
+    operator = of_rank(rank, preset, case.task, case.setting.forms[1], case.target)
     if case.row.uploads == "operator":
         return operator.shapes
     middle = operator.stack(case.task.fresh(case.setting.forms[1], 0))

@@ -131,6 +131,7 @@ PROTOTYPES: dict[str, Any] = {"uploads": "more", "deploys": "small", "combines":
 METHODS = {
     "fedgrow-paper": Row(FedGrow(preset="paper", **GROWTH), "operator", rounds=SLOW),
     "fedgrow-preserving": Row(FedGrow(preset="preserving", **GROWTH), "operator", rounds=SLOW),
+    "fedgrow_lowrank-preserving": Row(FedGrow(preset="preserving", rank=2, **GROWTH), "operator", rounds=SLOW),
     "fedgrow_joint-paper": Row(FedGrowJoint(preset="paper", **ROUNDS), "operator", rounds=SLOW),
     "fedgrow_no_federation-paper": Row(
         fedgrow_no_federation(preset="paper", **GROWTH), "nothing", combines=False, rounds=SLOW
@@ -193,6 +194,7 @@ OTHER_FAMILIES = {
 TABLE = [(method, task) for task in TASKS for method in OTHER_FAMILIES.get(task, METHODS)]
 PROMISED_NAMES = {
     "fedgrow",
+    "fedgrow_lowrank",
     "fedgrow_joint",
     "fedgrow_no_federation",
     "fedgrow_released_code",
