@@ -40,7 +40,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 DIGITS = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
-    "fedgrow_lowrank preserving": 1e-3,
+    "fedgrow_lowrank preserving": 1e-2,
     "fedgrow_joint preserving": 3e-4,
     "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-4,
