@@ -40,6 +40,9 @@ from fedsim.models import Form
 __all__ = ["ablations", "ablations_grid"]
 
 
+AS_BROUGHT = {"small_epochs": 0, "local_epochs": 0}  # small models stay as they are brought
+
+
 def quick() -> list[Experiment]:
     """The demo, on digits, in two regimes: everyone begins at random, or with one small public model.
 
@@ -50,11 +53,18 @@ def quick() -> list[Experiment]:
     grown = ("fedgrow paper", "fedgrow preserving", "fedgrow_no_federation preserving")
     names = (*grown, "fedavg", "heterofl", "fedbrb_like")
     public = from_public(on_digits())
-    as_brought = {"small_epochs": 0, "local_epochs": 0}
     return [
         *each_of(replace(public, start=None), methods({name: DIGITS[name] for name in names})),
-        *each_of(public, [_with(method, as_brought) for method in methods(PUBLIC_DIGITS)]),
+        *each_of(public, [_with(method, AS_BROUGHT) for method in methods(PUBLIC_DIGITS)]),
     ]
+
+
+def quick_grid() -> list[Experiment]:
+    """The learning rates tried for the second regime of `quick`, as `baselines_grid`."""
+    base = replace(from_public(on_digits()), chunk=6)
+    rates = (3e-5, *GRID[:-1])
+    tried = [method for lr in rates for method in methods(dict.fromkeys(PUBLIC_DIGITS, lr))]
+    return [replace(base, algorithm=_with(method, AS_BROUGHT)) for method in tried]
 
 
 def baselines() -> list[Experiment]:
