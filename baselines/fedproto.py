@@ -8,8 +8,7 @@ Models are the clients' own, of any form; features z are what their head reads (
 
 Differs from the paper: as in the released code, each example's features are drawn to a prototype, not their mean, and
 by the mean square over features; the released code averages prototypes without n_k,c, and the paper divides the sum
-once more by the number of clients. A class that nobody in the cohort has keeps its prototype. Clients deploy their own
-head; the authors also look for the nearest prototype. AdamW.
+once more by the number of clients. A class that nobody in the cohort has keeps its prototype. AdamW.
 """
 
 import dataclasses

@@ -9,8 +9,7 @@ its own clients' than it would be for classification alone.
 
 Differs from the paper: the margin is the released code's, the largest distance of a class from its nearest; so are the
 server's SGD, its epochs and its batches, as large as clients'. In clients' training, distances are mean squares over
-features, of each example, as in FedProto's code. Clients train with AdamW and deploy their own head, where the authors
-score by the nearest prototype of the server.
+features, of each example, as in FedProto's code. Clients train with AdamW.
 """
 
 import dataclasses

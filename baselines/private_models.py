@@ -10,17 +10,22 @@ bias, trained by its client alone. Deployed, it is multiplied into the head: a m
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedgrow_algo.pretrain import untrained
 from fedsim.algorithm import ClientContext, ClientInfo, Leaves, LocalTraining, Payload, ServerContext, Steps, Training
 from fedsim.core.fields import check_range
 from fedsim.core.seeding import generator
 from fedsim.core.tree import State, Tree
-from fedsim.learning.features import PrototypeLoss, check_classes, plain, prototypes, width_of, with_features
+from fedsim.learning.features import PrototypeLoss, check_classes, head_of, plain, prototypes, width_of, with_features
 from fedsim.learning.task import Task
 from fedsim.models import Form
+
+
+NEVER = -1e9  # a logit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +66,13 @@ class Prototypes(PrivateModels):
     """Clients that are drawn to prototypes of the server's, `{"prototypes": (C, F), "known": (C,)}`, and send theirs.
 
     - `weight`: of the distance to them, the papers' lambda.
+    - `predict`: what clients deploy: the nearest of the server's "prototypes", as the authors score, or their own
+      "head". A class without a prototype is never the nearest; where there is none at all, or the head has no bias to
+      write distances with (GPT-2, Llama), it is the own head.
     """
 
     weight: float = dataclasses.field(default=1.0, kw_only=True)
+    predict: Literal["prototypes", "head"] = dataclasses.field(default="prototypes", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,4 +106,14 @@ class Prototypes(PrivateModels):
         return trained.parameters, *found
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
-        return plain(ctx.task, ctx.info.form, state)
+        names = {name.rpartition(".")[2]: name for name in head_of(ctx.task, ctx.info.form)}
+        if self.predict == "head" or "bias" not in names or not payload["known"].any():
+            return plain(ctx.task, ctx.info.form, state)
+        nearest = nearest_head(payload["prototypes"], payload["known"])
+        return plain(ctx.task, ctx.info.form, state | {names[part]: tensor for part, tensor in nearest.items()})
+
+
+def nearest_head(prototypes_CF: Tensor, known_C: Tensor) -> Tree:
+    """A linear layer whose largest output is that of the nearest prototype: -|z - p|^2, without what all share."""
+    bias = -prototypes_CF.square().sum(-1)
+    return {"weight": 2 * prototypes_CF, "bias": torch.where(known_C, bias, NEVER)}

@@ -17,6 +17,7 @@ from baselines.fedproto import FedProto
 from baselines.fedtgp import FedTGP, contrastive, generated, widest_gap
 from baselines.lg_fedavg import LGFedAvg
 from baselines.local_only import LocalOnly
+from baselines.private_models import nearest_head
 from fedsim.algorithm import Algorithm, ClientUpdate
 from fedsim.core.tree import Tree, clone, flat, nbytes, sha256
 from fedsim.data.config import DataConfig, pydoc
@@ -180,7 +181,7 @@ def test_a_client_is_drawn_to_the_prototypes() -> None:
 
 
 def test_without_weight_everyone_is_alone_and_with_it_from_the_second_round_on_nobody() -> None:
-    algorithms = FedProto(**LOCAL, weight=0.0), FedProto(**LOCAL), LocalOnly(**LOCAL)
+    algorithms = FedProto(**LOCAL, weight=0.0, predict="head"), FedProto(**LOCAL), LocalOnly(**LOCAL)
     zero, one, alone = (Federation(algorithm, AS_WIDE) for algorithm in algorithms)
     for client in range(3):  # who is alone begins with a model of its own
         assert sha256(alone.state(client)) != sha256(zero.state(client))
@@ -193,6 +194,41 @@ def test_without_weight_everyone_is_alone_and_with_it_from_the_second_round_on_n
             drawn = sha256(one.state(client)) != sha256(alone.state(client))
             assert drawn == (round > 1), "before the first round nobody knows a prototype"
             assert_same_bits(weights_of(zero.deployed(round, client)), weights_of(alone.deployed(round, client)))
+
+
+def test_the_nearest_prototype_by_hand() -> None:
+    """z = (1, 1) lies 1 from (1, 2), 2 from (1, -1); what nobody knows is never near, though it lies at z itself."""
+    prototypes, known = torch.tensor([[1.0, 2.0], [1.0, -1.0], [1.0, 1.0]]), torch.tensor([True, True, False])
+    head = nearest_head(prototypes, known)
+    z = torch.tensor([1.0, 1.0])
+    logits = head["weight"] @ z + head["bias"]
+    assert float(logits[0] - logits[1]) == pytest.approx(-1.0 + 4.0)
+    assert int(logits.argmax()) == 0 and float(logits[2]) < -1e8
+
+
+@pytest.mark.parametrize("algorithm", [FedProto, FedTGP])
+@pytest.mark.parametrize("forms", [AS_WIDE, UNLIKE], ids=["as wide", "unlike"])
+def test_what_is_deployed_is_the_nearest_prototype(algorithm: type[FedProto | FedTGP], forms: Sequence[Form]) -> None:
+    federation = Federation(algorithm(**LOCAL), forms)
+    federation.run(1)
+    sent = federation.payload(2, 0)
+    for client in range(3):
+        form, batch = federation.clients[client].form, {"pixel_values": federation.pixels}
+        _, z = logits_and_features(federation.task, form, federation.state(client), batch)
+        distances = torch.cdist(z.double(), sent["prototypes"].double())
+        distances[:, ~sent["known"]] = torch.inf
+        said = federation.deployed(2, client).eval()(federation.pixels).logits
+        assert torch.equal(said.argmax(-1), distances.argmin(-1))
+        own = algorithm(**LOCAL, predict="head")
+        deployed = own.client_model(sent, federation.state(client), federation.at_client(2, client))
+        assert not torch.allclose(deployed.eval()(federation.pixels).logits, said)
+
+
+def test_without_a_bias_or_any_prototype_it_is_the_own_head() -> None:
+    federation = Federation(FedProto(**LOCAL))
+    own = weights_of(federation.deployed(1, 0))
+    state = federation.state(0)
+    assert all(torch.equal(own[name], state[name]) for name in head_of(federation.task, federation.clients[0].form))
 
 
 def test_bytes_of_prototypes() -> None:
