@@ -27,6 +27,7 @@ from benchmarks.federations import (
     scaled,
 )
 from benchmarks.methods import CIFAR, DIGITS, GRID, PUBLIC_DIGITS, RATE, SENTENCES, TOKENS, methods
+from benchmarks.study import gates
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
@@ -37,7 +38,7 @@ from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 
 
-__all__ = ["ablations", "ablations_grid"]
+__all__ = ["ablations", "ablations_grid", "gates"]
 
 
 AS_BROUGHT = {"small_epochs": 0, "local_epochs": 0}  # small models stay as they are brought

@@ -154,6 +154,10 @@ def test_every_method_begins_with_real_checkpoints(monkeypatch: pytest.MonkeyPat
     assert first.rounds == 1 and first.task.data.limit == 60
     for experiment in smoke:
         assert cost_of(experiment, {}).mean("upload_params") >= 0
+    minute = suites.checkpoints(0.001)
+    assert minute[0].task == first.task and {each.algorithm.leaves for each in minute} == {
+        each.algorithm.leaves for each in smoke
+    }, "one method of each class"
     whole = suites.checkpoints()[0]
     assert whole.target.depth == 12 and whole.rounds == 20 and whole.task.data.limit is None
 
