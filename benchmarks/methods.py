@@ -76,14 +76,14 @@ DIGITS = {
     "fedkd": 1e-3,
     "fedmrl": 1e-3,
 }
-# Where everyone begins with the public digits-24x1 (`federations.from_public`), chosen in the same way on one seed
+# Where everyone begins with the public digits-24x1 (`federations.from_public`), chosen on `quick_grid`
 # (`LOG.md`, 2026-11-30). Fed-Grow's small models stay as they are brought, so that intermediate models are the same.
 PUBLIC_DIGITS = {
     "fedgrow preserving": 1e-3,
     "fedgrow_no_federation preserving": 1e-3,
     "fedavg": 3e-4,
-    "heterofl": 1e-3,
-    "fedit": 1e-3,
+    "heterofl": 3e-3,
+    "fedit": 1e-2,
     "local_only": 3e-4,
 }
 # Of every method in `cifar_subset`, chosen on `cifar_subset_grid`.
