@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotation
 from transformers.models.modernbert import modeling_modernbert
 
-from fedgrow_algo.ligo import Operator, Preset
+from fedgrow_algo.ligo import Operator
+from fedgrow_algo.preset import Preset
 from fedgrow_algo.presets import by_name
 from fedsim.core.tree import Tree
 from fedsim.models import Form, Inputs, get_family
