@@ -50,8 +50,8 @@ from fedsim.models import Form
 class FedBRBLike(SubModels):
     """The reconstruction of FedBRB, of the target.
 
-    - `rates`: as of all sub-models, but by default "powers_of_two", whose blocks lie in one another's: those of "fitting",
-      larger ones that cut across each other's borders, scored 12 points less on validation (`LOG.md`).
+    - `rates`: by default "powers_of_two", whose blocks lie in one another's: those of "fitting", larger ones that cut
+      across each other's borders, scored 12 points less on validation (`LOG.md`).
     - `clock`: all participants of a rate train the same block ("together"), or each begins at another ("spread").
     - `broadcast`: lam; 0: none. - `decay`: rounds after which lam_t is half of it; None: constant.
     - `mode`: what is broadcast: the trained blocks themselves ("parameters"), or how they changed ("changes").
