@@ -2,8 +2,9 @@
 
     psi_i(x) = (f(x), 1)         f: what the head of T_i = Global(M_i) reads; 1: for the bias
     participant i, once          S_i, Local_i and M_i as in Fed-Grow (`fedgrow_algo.fedgrow`); all three stay
-    round r, participant i       receive Global and W; train Global_i through the task loss of T_i with W for its head
-                                 G_i = sum_x psi_i^T psi_i / n_i,  H_i = sum_x psi_i^T onehot(y) / n_i,  under Global
+    round r, participant i       receive Global and W
+                                 G_i = sum_x psi_i^T psi_i / n_i,  H_i = sum_x psi_i^T onehot(y) / n_i,  of that Global
+                                 train Global_i, from it, through the task loss of T_i with the head W, frozen
                                  send Global_i, G_i, H_i
     round r, server              Global <- sum_i n_i Global_i / n;  W <- (G + gamma I)^{-1} H,
                                  G = sum_i n_i G_i / n, H = sum_i n_i H_i / n, n = sum_i n_i over the cohort

@@ -91,6 +91,10 @@ class FedGrowCore(Averaging):
     def preset_name(self) -> str:
         return self.preset
 
+    @property
+    def updates_vary(self) -> bool:
+        return self.warm_rounds > 0  # M at first, and then the core
+
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_rank(task, target, self.rank)
         if forms:
@@ -108,7 +112,7 @@ class FedGrowCore(Averaging):
         return self.server.after(self._current(state, ctx), updates)
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
-        return self._model(self._current(state, ctx), {}, ctx)
+        return self._model(model_of(self._current(state, ctx)), {}, ctx)
 
     def _current(self, state: State, ctx: ServerContext) -> State:
         """What a round starts from: M while it is averaged, and then the core."""
@@ -152,7 +156,7 @@ class FedGrowCore(Averaging):
     def _model(self, sent: Payload, held: State, ctx: ServerContext | ClientContext) -> nn.Module:
         """M, or G(M) with the core, heads and norms. - `held`: nothing, where it has to be made."""
         if self._warm(ctx):
-            return ctx.task.module(_form(ctx), model_of({**sent}))
+            return ctx.task.module(_form(ctx), {**sent})
         held = held or self._held(sent[SMALL] if self.warm_rounds else _first(ctx), ctx)
         factors = {A: held[A], B: with_inner(held[B], sent[R])}
         merged = applied(held[MODEL], factors, adapted(ctx.task, ctx.target), 1.0)

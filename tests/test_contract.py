@@ -13,7 +13,7 @@ import fedsim.learning.steps
 from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.dual_ligo import of_rank
 from fedsim.algorithm import ClientContext, ClientUpdate
-from fedsim.core.tree import State, Tree, clone, flat, nbytes, numel, sha256, tensors
+from fedsim.core.tree import State, clone, flat, nbytes, numel, sha256, tensors
 from fedsim.data.dataset import Split
 from fedsim.engine.cost import cost_of
 from fedsim.learning.meter import StepCost
