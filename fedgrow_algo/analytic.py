@@ -11,7 +11,8 @@
     result                       T_i = Global(M_i) with W for its head, one for each participant
 
 n_i G_i is a plain sum over examples: sums add up, in any order, to what one place would have computed, so W is that of
-all examples of the cohort however they are dealt; and a secure sum would do. Means are sent so that gamma means the
+all examples of the cohort however they are dealt; and a secure sum would do. Without one, the sums of a participant
+that has few examples tell much of each. Means are sent so that gamma means the
 same whatever the size of a cohort. The head that T_i grew from S_i's is what is trained against until there is a W, in
 round 1; then W replaces it.
 

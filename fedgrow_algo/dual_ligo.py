@@ -10,7 +10,6 @@ forward pass, and the operator is applied once a step, not once an example.
 
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,7 +73,7 @@ class GrownLoss:
     rank: int | None = None
 
     def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        logits = self.logits(parameters, frozen["small"], batch, frozen.get(HEAD, {}))
+        logits = self.logits(parameters, frozen["small"], batch, frozen.get(HEAD))
         return self.task.loss(logits.float(), batch)
 
     def logits(
@@ -82,7 +81,7 @@ class GrownLoss:
         tensors: Mapping[str, Tensor],
         small: Mapping[str, Any],
         batch: Batch,
-        head: Frozen = types.MappingProxyType({}),
+        head: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits of the grown model, with `head` in its place; gradients reach the operator's `tensors`, and `small`,
         prepared."""
@@ -90,7 +89,7 @@ class GrownLoss:
             tree = recomputed(self._grow, tensors, small, batch, use_reentrant=False, preserve_rng_state=False)
         else:
             tree = self._grow(tensors, small, batch)
-        return self.task.forward(self.large, {**tree, **head}, batch)
+        return self.task.forward(self.large, {**tree, **(head or {})}, batch)
 
     def _grow(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tree:
         """The grown weights; of a large table of tokens only the rows that the batch uses."""

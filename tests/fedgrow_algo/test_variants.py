@@ -1,4 +1,4 @@
-"""The project's own variants of Fed-Grow in whole runs: what is on disk, and that a cut run goes on to the same bits."""
+"""The project's own variants of Fed-Grow in whole runs: one that is cut goes on to the same bits."""
 
 import dataclasses
 from pathlib import Path
