@@ -27,6 +27,7 @@ from fedsim.models import Form, get_family
 
 
 USUAL_BATCH = 64  # texts
+HEAD = "head"  # part of what is frozen: parameters that stand in the place of grown ones
 
 
 def operator_between(preset: str, task: Task, small: Form, large: Form) -> Operator:
@@ -60,7 +61,8 @@ class GrownLoss:
 
     - `checkpoint`: keep nothing of what lies between small and grown weights; grow again in the backward pass.
     - `rank`: of the maps; None: full ones.
-    - `frozen["small"]`: the small model as `prepared` returns it.
+    - `frozen["small"]`: the small model as `prepared` returns it. - `frozen["head"]`: what stands in the place of
+      grown parameters; nothing if all are grown.
     """
 
     task: Task
@@ -71,15 +73,23 @@ class GrownLoss:
     rank: int | None = None
 
     def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        return self.task.loss(self.logits(parameters, frozen["small"], batch).float(), batch)
+        logits = self.logits(parameters, frozen["small"], batch, frozen.get(HEAD))
+        return self.task.loss(logits.float(), batch)
 
-    def logits(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tensor:
-        """Logits of the grown model; gradients reach the operator's `tensors`, and `small`, prepared."""
+    def logits(
+        self,
+        tensors: Mapping[str, Tensor],
+        small: Mapping[str, Any],
+        batch: Batch,
+        head: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits of the grown model, with `head` in its place; gradients reach the operator's `tensors`, and `small`,
+        prepared."""
         if self.checkpoint:
             tree = recomputed(self._grow, tensors, small, batch, use_reentrant=False, preserve_rng_state=False)
         else:
             tree = self._grow(tensors, small, batch)
-        return self.task.forward(self.large, tree, batch)
+        return self.task.forward(self.large, {**tree, **(head or {})}, batch)
 
     def _grow(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tree:
         """The grown weights; of a large table of tokens only the rows that the batch uses."""

@@ -50,6 +50,7 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Frozen,
     Leaves,
     LocalTraining,
     Partial,
@@ -81,13 +82,13 @@ def intermediate_model(
     checkpoint_growth: bool,
     rank: int | None = None,
     **settings: Any,
-) -> Steps[State]:
+) -> Steps[tuple[Tree, State]]:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
 
     - `init`: whose the random starts of S_i and Local_i are. - `rank`: of both operators' maps; None: full ones.
     - `settings`: of `Training`, for both.
 
-    **Returns:** M_i, prepared as Global takes it.
+    **Returns:** S_i, and M_i, prepared as Global takes it.
     """
     small = yield from trained_on_own_shard(ctx, init=init, **settings | {"lr": small_lr, "epochs": small_epochs})
     local = of_rank(rank, preset, ctx.task, ctx.info.form, ctx.intermediate)
@@ -100,7 +101,8 @@ def intermediate_model(
         **settings | {"lr": local_lr, "epochs": local_epochs},
     )
     shared = of_rank(rank, preset, ctx.task, ctx.intermediate, ctx.target)
-    return as_stored(shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx)))
+    middle = shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx))
+    return small, as_stored(middle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ class FedGrow(LocalTraining):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> Steps[State]:
-        middle = yield from intermediate_model(
+        small, middle = yield from intermediate_model(
             ctx,
             self.preset,
             self.init,
@@ -192,9 +194,8 @@ class FedGrow(LocalTraining):
             rank=self.rank,
             **self.settings(),
         )
-        if self.federate:
-            return {MIDDLE: middle}
-        return {MIDDLE: middle, GLOBAL: to(first_global(self.preset, ctx, self.rank), ctx.device)}
+        state = {MIDDLE: middle, **self._kept(small, ctx)}
+        return state if self.federate else state | {GLOBAL: to(first_global(self.preset, ctx, self.rank), ctx.device)}
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
@@ -203,7 +204,7 @@ class FedGrow(LocalTraining):
         trained = yield Training(
             GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth, self.rank),
             self._global(payload, state),
-            {"small": state[MIDDLE]},
+            self._frozen(payload, state),
             purpose="global",
             **self.settings(),
         )
@@ -214,8 +215,16 @@ class FedGrow(LocalTraining):
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
 
+    def _kept(self, small: Tree, ctx: ClientContext) -> State:
+        """What stays with M_i: nothing of S_i, once it is grown."""
+        return {}
+
     def _global(self, payload: Payload, state: State) -> Tree:
         return dict(payload) if self.federate else state[GLOBAL]
+
+    def _frozen(self, payload: Payload, state: State) -> Frozen:
+        """What Global is trained beside."""
+        return {"small": state[MIDDLE]}
 
     def _target(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(M_i)."""
