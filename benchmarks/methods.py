@@ -30,6 +30,7 @@ from baselines.scaffold import Scaffold
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm
 
 
@@ -41,6 +42,7 @@ DIGITS = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
     "fedgrow_lowrank preserving": 1e-2,
+    "fedgrow_residual preserving": 1e-3,
     "fedgrow_joint preserving": 3e-4,
     "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-4,
@@ -132,6 +134,7 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         FedGrow(preset="paper", **staged),
         FedGrow(preset="preserving", **staged),
         FedGrow(preset="preserving", rank=8, **staged),
+        FedGrowResidual(preset="preserving", **staged),
         FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
         FedGrow(preset="paper", federate=False, **staged),
         FedGrow(preset="preserving", federate=False, **staged),

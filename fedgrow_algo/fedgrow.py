@@ -66,7 +66,7 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-MIDDLE, GLOBAL = "middle", "global"  # parts of a participant's private state: M_i, and Global where nobody averages it
+MIDDLE, GLOBAL = "middle", "global"  # parts of a participant's private state: M_i, and what of Global is its own
 
 
 def intermediate_model(
@@ -146,8 +146,12 @@ class FedGrow(LocalTraining):
 
     @property
     def name(self) -> str:
-        low_rank = "" if self.rank is None else "_lowrank"
-        return f"fedgrow{'' if self.federate else '_no_federation'}{low_rank}"
+        return self.variant if self.rank is None else f"{self.variant}_lowrank"
+
+    @property
+    def variant(self) -> str:
+        """The name where maps are full ones."""
+        return "fedgrow" if self.federate else "fedgrow_no_federation"
 
     @property
     def leaves(self) -> Leaves:
@@ -163,10 +167,15 @@ class FedGrow(LocalTraining):
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
 
+    def split(self, operator: Tree, ctx: ServerContext | ClientContext) -> tuple[Tree, Tree]:
+        """What of Global is averaged, and what of it each participant keeps for itself."""
+        return (operator, {}) if self.federate else ({}, operator)
+
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        return server_state(self.preset, self.server, self.finetune_after, ctx, self.rank) if self.federate else {}
+        shared, _ = self.split(first_global(self.preset, ctx, self.rank), ctx)
+        return server_state(shared, self.server, self.finetune_after, ctx) if shared else {}
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
@@ -192,9 +201,8 @@ class FedGrow(LocalTraining):
             rank=self.rank,
             **self.settings(),
         )
-        if self.federate:
-            return {MIDDLE: middle}
-        return {MIDDLE: middle, GLOBAL: to(first_global(self.preset, ctx, self.rank), ctx.device)}
+        _, own = self.split(first_global(self.preset, ctx, self.rank), ctx)
+        return {MIDDLE: middle} | ({GLOBAL: to(own, ctx.device)} if own else {})
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
@@ -207,15 +215,14 @@ class FedGrow(LocalTraining):
             purpose="global",
             **self.settings(),
         )
-        if self.federate:
-            return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
-        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | {GLOBAL: trained.parameters}
+        shared, own = self.split(trained.parameters, ctx)
+        return ClientUpdate(ctx.info.id, shared, ctx.info.num_examples), state | ({GLOBAL: own} if own else {})
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
 
     def _global(self, payload: Payload, state: State) -> Tree:
-        return dict(payload) if self.federate else state[GLOBAL]
+        return {**payload, **state.get(GLOBAL, {})}
 
     def _target(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(M_i)."""
