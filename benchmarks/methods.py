@@ -27,8 +27,10 @@ from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
 from baselines.scaffold import Scaffold
+from fedgrow_algo.anchored import FedGrowAnchored
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm
@@ -43,6 +45,8 @@ DIGITS = {
     "fedgrow preserving": 1e-3,
     "fedgrow_lowrank preserving": 1e-2,
     "fedgrow_residual preserving": 1e-3,
+    "fedgrow_anchored preserving": 3e-4,
+    "fedgrow_matched preserving": 1e-3,
     "fedgrow_joint preserving": 3e-4,
     "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-4,
@@ -135,6 +139,8 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         FedGrow(preset="preserving", **staged),
         FedGrow(preset="preserving", rank=8, **staged),
         FedGrowResidual(preset="preserving", **staged),
+        FedGrowAnchored(preset="preserving", **local, **small, local_lr=1e-3),
+        FedGrowMatched(preset="preserving", **staged),
         FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
         FedGrow(preset="paper", federate=False, **staged),
         FedGrow(preset="preserving", federate=False, **staged),

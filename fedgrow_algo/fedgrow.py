@@ -22,7 +22,7 @@ pooler (a classifier of BERT's) reads it by the map that the pooler is written w
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,8 +50,10 @@ from fedsim.algorithm import (
     ClientContext,
     ClientInfo,
     ClientUpdate,
+    Frozen,
     Leaves,
     LocalTraining,
+    Objective,
     Partial,
     Payload,
     ServerContext,
@@ -69,6 +71,15 @@ from fedsim.models import Form
 MIDDLE, GLOBAL = "middle", "global"  # parts of a participant's private state: M_i, and what of Global is its own
 
 
+# S_i as Local_i grows it, what Local_i minimises of M_i (None: the task's loss), and what that reads.
+Begun = tuple[Tree, Objective | None, Frozen]
+
+
+def as_it_is(small: Tree, ctx: ClientContext) -> Begun:
+    """S_i, and the task's loss of M_i."""
+    return small, None, {}
+
+
 def intermediate_model(
     ctx: ClientContext,
     preset: str,
@@ -80,6 +91,7 @@ def intermediate_model(
     local_epochs: int,
     checkpoint_growth: bool,
     rank: int | None = None,
+    begun: Callable[[Tree, ClientContext], Begun] = as_it_is,
     **settings: Any,
 ) -> Steps[State]:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
@@ -90,12 +102,13 @@ def intermediate_model(
     **Returns:** M_i, prepared as Global takes it.
     """
     small = yield from trained_on_own_shard(ctx, init=init, **settings | {"lr": small_lr, "epochs": small_epochs})
+    small, objective, frozen = begun(small, ctx)
     local = of_rank(rank, preset, ctx.task, ctx.info.form, ctx.intermediate)
     prepared = local.prepared(local.stack(small), local_stream(init, ctx))
     trained = yield Training(
-        GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth, rank),
+        GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth, rank, objective),
         to(local.init(local_stream(init, ctx)), ctx.device),
-        {"small": prepared},
+        {"small": prepared, **frozen},
         purpose="local",
         **settings | {"lr": local_lr, "epochs": local_epochs},
     )
@@ -167,6 +180,10 @@ class FedGrow(LocalTraining):
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
 
+    def begun(self, small: Tree, ctx: ClientContext) -> Begun:
+        """What is made of S_i before Local_i is trained."""
+        return as_it_is(small, ctx)
+
     def split(self, operator: Tree, ctx: ServerContext | ClientContext) -> tuple[Tree, Tree]:
         """What of Global is averaged, and what of it each participant keeps for itself."""
         return (operator, {}) if self.federate else ({}, operator)
@@ -199,6 +216,7 @@ class FedGrow(LocalTraining):
             local_epochs=self.local_epochs,
             checkpoint_growth=self.checkpoint_growth,
             rank=self.rank,
+            begun=self.begun,
             **self.settings(),
         )
         _, own = self.split(first_global(self.preset, ctx, self.rank), ctx)

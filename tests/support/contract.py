@@ -33,6 +33,7 @@ from baselines.scaffold import Scaffold
 from fedgrow_algo.anchored import FedGrowAnchored
 from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
 from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
@@ -139,6 +140,7 @@ METHODS = {
     "fedgrow_anchored-paper": Row(
         FedGrowAnchored(preset="paper", **ROUNDS), "operator and class means", fixed_point=False, rounds=SLOW
     ),
+    "fedgrow_matched-paper": Row(FedGrowMatched(preset="paper", **GROWTH), "operator", rounds=SLOW),
     "fedgrow_joint-paper": Row(FedGrowJoint(preset="paper", **ROUNDS), "operator", rounds=SLOW),
     "fedgrow_no_federation-paper": Row(
         fedgrow_no_federation(preset="paper", **GROWTH), "nothing", combines=False, rounds=SLOW
@@ -207,6 +209,7 @@ PROMISED_NAMES = {
     "fedgrow_lowrank",
     "fedgrow_residual",
     "fedgrow_anchored",
+    "fedgrow_matched",
     "fedgrow_joint",
     "fedgrow_no_federation",
     "fedgrow_released_code",
