@@ -20,6 +20,7 @@ from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate
 from fedsim.core.tree import Tree, clone, flat
@@ -77,6 +78,7 @@ BATCHED: dict[str, tuple[Algorithm, Sequence[Form], int]] = {
     "fedit": (fedit(**SLOW, rank=2), UNLIKE, 3),
     "ffa_lora": (ffa_lora(**SLOW, rank=2), UNLIKE, 3),
     "fedgrow": (FedGrow(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
+    "fedgrow_matched": (FedGrowMatched(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
     "fedgrow_residual": (FedGrowResidual(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
     "fedgrow_joint": (FedGrowJoint(**GROWN, small_epochs=1), ALIKE, 6),
 }
