@@ -18,11 +18,12 @@ from fedsim.core.seeding import derive
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import Tree, clone, sha256
 from fedsim.learning.objectives import Proximal
+from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
 from fedsim.models.checkpoint import Checkpoint
 from fedsim.testing import MIDDLE, SMALL
 from tests.support.exported import logits_of_the_reloaded, random_model
-from tests.support.family_rows import ROWS, Row, examples
+from tests.support.family_rows import ROWS, TEXTS, Row, examples
 from tests.support.procedures import ROUND, TARGET, Federation, assert_equal, staged
 from tests.support.small_federation import assert_close, mean, weights_of
 
@@ -124,6 +125,16 @@ def test_local_is_trained_on_the_matched_model_near_the_references() -> None:
     assert distance > 1
     found = float(loss(tensors, {"small": stacked, **frozen}, batch))
     assert found == pytest.approx(float(plain(tensors, {"small": stacked}, batch)) + 0.25 * distance, rel=1e-5)
+
+
+def test_a_table_of_which_a_step_grows_a_few_rows_has_no_distance() -> None:
+    """Rows that a batch does not use are zeros then, which are no part of M_i."""
+    federation = Federation(matching())
+    for length, left_out in ((12, set()), (2, {"bert.embeddings.word_embeddings.weight"})):  # 257 rows, of a batch 128
+        task = Task(TaskConfig(dataclasses.replace(TEXTS, max_length=length), "bert"))
+        context = dataclasses.replace(federation.at_client(0, 0), task=task)
+        _, _, frozen = federation.algorithm.begun(task.fresh(SMALL, 3), context)  # type: ignore[attr-defined]
+        assert task.specs(MIDDLE).keys() - frozen["anchor"].keys() == left_out
 
 
 def test_the_term_keeps_what_grows_near_the_reference() -> None:
