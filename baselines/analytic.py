@@ -34,10 +34,10 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import check_range, check_types, refuse
 from fedsim.core.seeding import generator
-from fedsim.core.tree import State, Tree, mapped, to
-from fedsim.learning.features import check_classes, feature_size, features, head
+from fedsim.core.tree import State, Tree, to
+from fedsim.learning.features import check_classes, feature_size, head
 from fedsim.learning.rates import smallest
-from fedsim.learning.ridge import in_double, linear, random_relu, ridge, sums
+from fedsim.learning.ridge import linear, random_relu, ridge, sums_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
@@ -111,17 +111,10 @@ class Analytic(Algorithm):
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> tuple[ClientUpdate, State]:
         if payload["counted"]:
             return ClientUpdate(ctx.info.id, {}, 0), state
-        model, random = mapped(in_double, state), self._random(ctx).to(ctx.device, torch.float64)
-        d, classes = payload["w"].shape
-        total = {name: torch.zeros(d, size, dtype=torch.float64) for name, size in (("g", d), ("h", classes))}
-        for start in range(0, len(ctx.train.labels), self.batch_size):
-            index = torch.arange(start, min(start + self.batch_size, len(ctx.train.labels)))
-            batch = mapped(in_double, ctx.task.batch(ctx.train, index, ctx.device))
-            with torch.no_grad():
-                f = random(features(ctx.task, self._form(ctx), model, batch))
-            g, h = sums(f, batch["labels"], classes)
-            total = {"g": total["g"] + g.cpu(), "h": total["h"] + h.cpu()}
-        return ClientUpdate(ctx.info.id, total, ctx.info.num_examples), state  # a sum, which its weight does not scale
+        random, size = self._random(ctx).to(ctx.device, torch.float64), len(payload["w"])
+        g, h = sums_of(ctx.task, self._form(ctx), state, ctx.train, self.batch_size, ctx.device, size=size, then=random)
+        # Sums, which the weight does not scale.
+        return ClientUpdate(ctx.info.id, {"g": g, "h": h}, ctx.info.num_examples), state
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return self._model(state, payload["w"], ctx)

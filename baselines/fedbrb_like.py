@@ -41,7 +41,7 @@ from fedsim.core.fields import check_range, refuse
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import State
 from fedsim.learning.coverage import MODEL, averaged, everywhere, model_of
-from fedsim.learning.rates import FITTING, cut_axes, rate_of, sub_form, window
+from fedsim.learning.rates import FITTING, Rates, cut_axes, rate_of, sub_form, window
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
@@ -50,11 +50,14 @@ from fedsim.models import Form
 class FedBRBLike(SubModels):
     """The reconstruction of FedBRB, of the target.
 
+    - `rates`: by default "powers_of_two", whose blocks lie in one another's: those of "fitting", larger ones that cut
+      across each other's borders, scored 12 points less on validation (`LOG.md`).
     - `clock`: all participants of a rate train the same block ("together"), or each begins at another ("spread").
     - `broadcast`: lam; 0: none. - `decay`: rounds after which lam_t is half of it; None: constant.
     - `mode`: what is broadcast: the trained blocks themselves ("parameters"), or how they changed ("changes").
     """
 
+    rates: Rates = dataclasses.field(default="powers_of_two", kw_only=True)
     clock: Literal["together", "spread"] = "together"
     broadcast: float = 1.0
     decay: float | None = None

@@ -17,14 +17,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.algorithm import (
     Averaging,
-    Batch,
     ClientContext,
     ClientUpdate,
-    Frozen,
     Leaves,
     Payload,
     ServerContext,
@@ -33,17 +31,26 @@ from fedsim.algorithm import (
 )
 from fedsim.core.fields import check_range
 from fedsim.core.seeding import generator
-from fedsim.core.tree import State, Tree, to
-from fedsim.learning.adapters import HEAD, A, B, adapted, applied, check_rank, logits_beside
+from fedsim.core.tree import State, to
+from fedsim.learning.adapters import (
+    HEAD,
+    MODEL,
+    A,
+    B,
+    InnerLoss,
+    R,
+    adapted,
+    applied,
+    check_rank,
+    outer_factors,
+    with_inner,
+)
 from fedsim.learning.exits import tail
 from fedsim.learning.server_opt import model_of
 from fedsim.learning.starts import start_of
 from fedsim.learning.task import Task
 from fedsim.models import Form
 from fedsim.models.checkpoint import Checkpoint
-
-
-R, MODEL = "r", "model"  # beside `HEAD`, what is sent; beside A and B, what is held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,37 +112,3 @@ class FedSB(Averaging):
         return ctx.task.module(
             ctx.target, applied(held[MODEL], factors, adapted(ctx.task, ctx.target), 1.0) | sent[HEAD]
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class InnerLoss:
-    """The task's loss of a model with adapters B R A; trained are R and, under `HEAD`, what comes after the blocks.
-
-    - `frozen["model"]`: W0. - `frozen["a"]`, `frozen["b"]`: A and B of each matrix.
-    """
-
-    task: Task
-    form: Form
-
-    def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
-        factors = {A: frozen[A], B: with_inner(frozen[B], parameters[R])}
-        model = {**frozen[MODEL], **parameters[HEAD]}
-        logits = logits_beside(self.task, self.form, model, factors, 1.0, batch)
-        return self.task.loss(logits.float(), batch)
-
-
-def with_inner(b: Tree, r: Tree) -> Tree:
-    """B R of each matrix, `(out, r)`."""
-    return {name: b[name] @ r[name] for name in b}
-
-
-def outer_factors(matrices: Tree, writes: dict[str, int], rank: int, generator: torch.Generator) -> State:
-    """B of orthonormal columns, `(out, rank)`, and A of orthonormal rows, `(rank, in)`, of each matrix."""
-    a, b = dict[str, Tensor](), dict[str, Tensor]()
-    for name, position in sorted(writes.items()):
-        out, in_ = matrices[name].shape[position], matrices[name].shape[1 - position]
-        for part, size in ((b, out), (a, in_)):
-            drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64)
-            part[name] = torch.linalg.qr(drawn).Q.float()
-        a[name] = a[name].T.contiguous()
-    return {A: a, B: b}

@@ -27,8 +27,11 @@ from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
 from baselines.scaffold import Scaffold
+from fedgrow_algo.analytic import FedGrowAnalytic
 from fedgrow_algo.anchored import FedGrowAnchored
+from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.fused import FedGrowFused
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.released_code import FedGrowReleasedCode
@@ -51,6 +54,10 @@ DIGITS = {
     "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-4,
     "fedgrow_released_code paper": 1e-2,
+    "fedgrow_analytic preserving": 1e-3,  # these four provisional: no grid was run
+    "fedgrow_core preserving": 1e-2,
+    "fedgrow_core_warm preserving": 1e-2,
+    "fedgrow_fused preserving": 1e-2,
     "fedavg": 3e-3,
     "fedavg_small": 3e-2,
     "fedavg_mid": 3e-3,
@@ -145,6 +152,10 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         FedGrow(preset="paper", federate=False, **staged),
         FedGrow(preset="preserving", federate=False, **staged),
         FedGrowReleasedCode(preset="paper", **staged),
+        FedGrowAnalytic(preset="preserving", rank=8, **staged),
+        FedGrowCore(preset="preserving", **local),
+        FedGrowCore(preset="preserving", warm_rounds=5, **local),
+        FedGrowFused(preset="preserving", rank=8, **staged),
         FedAvg(**local),
         fedavg_small(**local),
         fedavg_mid(**local),

@@ -27,6 +27,7 @@ from fedsim.models import Form, get_family
 
 
 USUAL_BATCH = 64  # texts
+HEAD = "head"  # part of what is frozen: parameters that stand in the place of grown ones
 
 
 def operator_between(preset: str, task: Task, small: Form, large: Form) -> Operator:
@@ -61,7 +62,8 @@ class GrownLoss:
     - `checkpoint`: keep nothing of what lies between small and grown weights; grow again in the backward pass.
     - `rank`: of the maps; None: full ones.
     - `objective`: another loss of the grown model. Of a table that `looked_up` names it sees the rows of the batch.
-    - `frozen["small"]`: the small model as `prepared` returns it; the rest is the objective's.
+    - `frozen["small"]`: the small model as `prepared` returns it. - `frozen["head"]`: what stands in the place of
+      grown parameters; nothing if all are grown. The rest is the objective's.
     """
 
     task: Task
@@ -74,7 +76,8 @@ class GrownLoss:
 
     def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
         objective = self.objective or TaskLoss(self.task, self.large)
-        return objective(self.weights(parameters, frozen["small"], batch), frozen, batch)
+        weights = {**self.weights(parameters, frozen["small"], batch), **frozen.get(HEAD, {})}
+        return objective(weights, frozen, batch)
 
     def logits(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tensor:
         """Logits of the grown model; gradients reach the operator's `tensors`, and `small`, prepared."""

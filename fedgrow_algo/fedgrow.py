@@ -93,13 +93,13 @@ def intermediate_model(
     rank: int | None = None,
     begun: Callable[[Tree, ClientContext], Begun] = as_it_is,
     **settings: Any,
-) -> Steps[State]:
+) -> Steps[tuple[Tree, State]]:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
 
     - `init`: whose the random starts of S_i and Local_i are. - `rank`: of both operators' maps; None: full ones.
     - `settings`: of `Training`, for both.
 
-    **Returns:** M_i, prepared as Global takes it.
+    **Returns:** S_i, and M_i, prepared as Global takes it.
     """
     small = yield from trained_on_own_shard(ctx, init=init, **settings | {"lr": small_lr, "epochs": small_epochs})
     small, objective, frozen = begun(small, ctx)
@@ -113,7 +113,8 @@ def intermediate_model(
         **settings | {"lr": local_lr, "epochs": local_epochs},
     )
     shared = of_rank(rank, preset, ctx.task, ctx.intermediate, ctx.target)
-    return as_stored(shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx)))
+    middle = shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx))
+    return small, as_stored(middle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +207,7 @@ class FedGrow(LocalTraining):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> Steps[State]:
-        middle = yield from intermediate_model(
+        small, middle = yield from intermediate_model(
             ctx,
             self.preset,
             self.init,
@@ -220,7 +221,8 @@ class FedGrow(LocalTraining):
             **self.settings(),
         )
         _, own = self.split(first_global(self.preset, ctx, self.rank), ctx)
-        return {MIDDLE: middle} | ({GLOBAL: to(own, ctx.device)} if own else {})
+        state = {MIDDLE: middle, **self._kept(small, ctx)}
+        return state | ({GLOBAL: to(own, ctx.device)} if own else {})
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
@@ -229,7 +231,7 @@ class FedGrow(LocalTraining):
         trained = yield Training(
             GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth, self.rank),
             self._global(payload, state),
-            {"small": state[MIDDLE]},
+            self._frozen(payload, state),
             purpose="global",
             **self.settings(),
         )
@@ -239,8 +241,16 @@ class FedGrow(LocalTraining):
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
 
+    def _kept(self, small: Tree, ctx: ClientContext) -> State:
+        """What stays with M_i: nothing of S_i, once it is grown."""
+        return {}
+
     def _global(self, payload: Payload, state: State) -> Tree:
         return {**payload, **state.get(GLOBAL, {})}
+
+    def _frozen(self, payload: Payload, state: State) -> Frozen:
+        """What Global is trained beside."""
+        return {"small": state[MIDDLE]}
 
     def _target(self, payload: Payload, state: State, ctx: ClientContext) -> Tree:
         """T_i: as it was fine-tuned, or else Global(M_i)."""

@@ -107,7 +107,7 @@ class FedGrowReleasedCode(LocalTraining):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> Steps[State]:
-        middle = yield from intermediate_model(
+        _, middle = yield from intermediate_model(
             ctx,
             self.preset,
             "independent",

@@ -128,12 +128,14 @@ COMMON = ("baselines.sub_models", "baselines.private_models")  # what some have 
 @pytest.mark.parametrize("module", below("baselines"))
 def test_baselines_do_not_know_each_other(module: str) -> None:
     assert {*reaching(module, ["baselines"])} <= {module, *COMMON}
-    operators = tuple(f"fedgrow_algo.{name}" for name in ("ligo", "presets", "dual_ligo", "pretrain"))
+    operators = tuple(f"fedgrow_algo.{name}" for name in ("ligo", "low_rank", "presets", "dual_ligo", "pretrain"))
     growth = reaching(module, ["fedgrow_algo"])
     assert all(name.startswith(operators) for name in growth), "growth operators, no algorithm"
 
 
-@pytest.mark.parametrize("module", ["fedgrow_algo.ligo", "fedgrow_algo.presets"])
+@pytest.mark.parametrize(
+    "module", ["fedgrow_algo.ligo", "fedgrow_algo.sizes", "fedgrow_algo.low_rank", "fedgrow_algo.presets"]
+)
 def test_the_growth_operator_knows_named_axes_and_trees_only(module: str) -> None:
     assert reaching(module, ["fedsim"]) <= {"fedsim.core.submodel", "fedsim.core.tree"}
 
@@ -166,7 +168,7 @@ def test_nothing_is_decorated_as_an_actor(path: Path) -> None:
 def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
     text = path.read_text()
     lines = len(text.splitlines())
-    assert lines <= (380 if path.name == "ligo.py" else 350)  # ligo.py is one class, the operator
+    assert lines <= 350
     if path.parent.name == "baselines":
         assert lines < 150
     if path.name == "inline.py":
@@ -214,16 +216,10 @@ def test_algorithms_are_frozen_and_set_nothing_on_themselves(module: str) -> Non
         if isinstance(node, ast.ClassDef):
             assert is_frozen_dataclass(node), node.name
             bases = [ast.unparse(base) for base in node.bases]
-            abstract = ([], ["Algorithm"], ["LocalTraining"], ["Averaging"], ["Start"])
-            shared = (
-                ["SubModels"],
-                ["PrivateModels"],
-                ["Prototypes"],
-                ["Sizes"],
-                ["FedGrow"],
-                ["FedGrowJoint"],
-            )  # what some have in common
-            assert bases in abstract + shared, node.name
+            abstract = ([], ["Algorithm"], ["LocalTraining"], ["Averaging"], ["Start"], ["Sizes"])
+            shared = (["SubModels"], ["PrivateModels"], ["Prototypes"])  # what some baselines have in common
+            variants = (["FedGrow"], ["FedGrowJoint"])  # of the project's own: Fed-Grow but for what they say
+            assert bases in abstract + shared + variants, node.name
             for inner in ast.walk(node):
                 targets = getattr(inner, "targets", [getattr(inner, "target", None)])
                 assert not any(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fedsim.learning.steps
+from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.dual_ligo import of_rank
 from fedsim.algorithm import ClientContext, ClientUpdate
 from fedsim.core.tree import State, clone, flat, nbytes, numel, sha256, tensors
@@ -218,7 +219,11 @@ def test_zero_learning_rate_is_a_fixed_point(case: Case) -> None:
 
 def fixed_part(case: Case, state: State) -> State:
     """The server's state without what is made anew in every round from the rest of it, and notes of what was done."""
-    made_anew = {"everything": ("target",), "adapters": ("stack", "since")}.get(case.row.uploads, ())
+    made_anew = {
+        "everything": ("target",),
+        "adapters": ("stack", "since"),
+        "operator and sums": ("head", "g", "h"),
+    }.get(case.row.uploads, ())
     return {name: part for name, part in state.items() if name not in (*made_anew, "covered")}
 
 
@@ -287,6 +292,9 @@ def expected_update(case: Case) -> dict[str, tuple[int, ...]]:
     if case.row.uploads == "residual operator":
         own = "width.query", "width.key", "width.value", "width.mlp", "width.pooled"
         return {name: shape for name, shape in operator.shapes.items() if name not in own}
+    if case.row.uploads == "operator and sums":
+        d, classes = 1 + case.target.width, case.task.inputs.num_classes
+        return {**operator.shapes, "g": (d, d), "h": (d, classes)}
     middle = operator.stack(case.task.fresh(case.setting.forms[1], 0))
     parts = {"middle": {name: tuple(t.shape) for name, t in middle.items()}, "target": target}
     parts["global"] = operator.shapes
@@ -301,7 +309,8 @@ def test_an_update_holds_exactly_what_the_method_says(case: Case) -> None:
         return
     sent = flat(update.tree, ".")
     assert {name: tuple(tensor.shape) for name, tensor in sent.items()} == expected_update(case)
-    assert all(tensor.dtype == torch.float32 for tensor in sent.values())
+    dtypes = {name: torch.float64 if name in ("g", "h") else torch.float32 for name in sent}
+    assert {name: tensor.dtype for name, tensor in sent.items()} == dtypes
 
 
 def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +327,7 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fedsim.learning.steps, "train", recorded)
     state = client_init(case.algorithm, case.client(round=0))
-    if not case.algorithm.name.startswith("fedgrow"):
+    if not case.algorithm.name.startswith("fedgrow") or isinstance(case.algorithm, FedGrowCore):
         update, kept = client_update(case.algorithm, case.payload(), state, case.client())
         data = case.shard(0)
         held = [*([] if case.row.reveals else [state, kept]), data.inputs, {"labels": data.labels}]
@@ -329,9 +338,12 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
     assert set(trained) == ({"pretrain"} if joint else {"pretrain", "local"})
 
     update, kept = client_update(case.algorithm, case.payload(), state, case.client())
-    shared = trained["joint"]["global"] if joint else trained["global"]
+    rounds: State = trained["joint" if joint else "global"]
+    shared = rounds.get("global", rounds)  # alone, or beside what else is trained
     local = trained["joint"]["local"] if joint else trained["local"]
-    target = dict(case.algorithm.client_model(update.tree, kept, case.client()).named_parameters())
+    target = dict(
+        case.algorithm.client_model({**case.payload(), **update.tree}, kept, case.client()).named_parameters()
+    )
     data = case.shard(0)
     trees = [trained["pretrain"], local, state, kept, target, data.inputs, {"labels": data.labels}]
     private = {content(tensor) for tree in trees for tensor in tensors(tree)}
@@ -342,15 +354,17 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
         assert {f"target.{name}" for name in target} <= found
         return
     assert not found, "private tensors, by name or by value"
-    operator = update.tree.get("global", update.tree)  # class means may stand beside it
-    named = {name.removeprefix("global.") for name in expected_update(case)} - {"sums", "shares"}
-    assert sorted(map(content, tensors(operator))) == sorted(content(shared[name]) for name in named)
+    operator = update.tree.get("global", update.tree)  # class means may stand beside it, or sums in it
+    assert not {"g", "h"} & shared.keys()
+    named = {name.removeprefix("global.") for name in expected_update(case)} - {"sums", "shares", "g", "h"}
+    sent = [content(tensor) for name, tensor in operator.items() if name not in ("g", "h")]
+    assert sorted(sent) == sorted(content(shared[name]) for name in named)
 
 
 @pytest.mark.parametrize("case", [row for row in TABLE if row[0].startswith("fedgrow")], ids="-".join, indirect=True)
 def test_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
     _, state = case.first
-    frozen = {"middle", "small"}
+    frozen = {"middle", "small"} | ({"model", "a", "b"} if isinstance(case.algorithm, FedGrowCore) else set())
     before, after = ({name: part for name, part in one.items() if name in frozen} for one in (case.private[0], state))
     if case.row.first_mean:
         assert state == {}, "all a participant holds is what the server sends"
@@ -361,6 +375,7 @@ def test_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
         "fedgrow_residual": "global",
         "fedgrow_joint": "local",
         "fedgrow_anchored": "local",
+        "fedgrow_fused": "gate",
     }
     own = parts.get(case.algorithm.name)
     trained = state[own] if own else {}

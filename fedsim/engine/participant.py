@@ -237,6 +237,7 @@ class Participant:
             "accuracy": nullable(test.accuracy),
             "accuracy_local": nullable(local),
             "accuracy_val": nullable(validation.accuracy),
+            "accuracy_val_even": nullable(validation.accuracy_under(np.ones(len(validation.count)))),
             "loss": nullable(test.loss),
             "num_test_examples": len(dataset.test.labels),
             "precision": nullable(test.precision),

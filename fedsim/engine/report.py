@@ -42,6 +42,7 @@ class ClientReport:
     accuracy: float | None = None
     accuracy_local: float | None = None
     accuracy_val: float | None = None
+    accuracy_val_even: float | None = None
     loss: float | None = None
     num_test_examples: int | None = None
     precision: float | None = None

@@ -1,5 +1,7 @@
 """Low-rank adapters on the matrices of a model's blocks (LoRA, Hu et al., ICLR 2022): W = W0 + scale B A.
 
+Where B and A are given, R between them may be all that is trained: B R A (Fed-SB, 2025).
+
 In training they stand beside their matrices, W0 x + scale B (A x): neither B A nor a gradient of its size is formed.
 """
 
@@ -22,6 +24,7 @@ from fedsim.models import Form, get_family
 
 A, B = "a", "b"  # parts of adapters, under the names of the matrices
 HEAD = "head"  # beside them: what comes after the blocks
+R, MODEL = "r", "model"  # of adapters B R A, the inner factor; beside A and B that nobody trains, W0
 
 
 def adapted(task: Task, form: Form) -> dict[str, int]:
@@ -124,6 +127,40 @@ class AdapterLoss:
         adapters = {**frozen.get("adapters", {}), **parameters}
         logits = logits_beside(self.task, self.form, model, adapters, self.scale, batch)
         return self.task.loss(logits.float(), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoss:
+    """The task's loss of a model with adapters B R A; trained are R and, under `HEAD`, parameters of the model.
+
+    - `frozen["model"]`: W0. - `frozen["a"]`, `frozen["b"]`: A and B of each matrix.
+    """
+
+    task: Task
+    form: Form
+
+    def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
+        factors = {A: frozen[A], B: with_inner(frozen[B], parameters[R])}
+        model = {**frozen[MODEL], **parameters[HEAD]}
+        logits = logits_beside(self.task, self.form, model, factors, 1.0, batch)
+        return self.task.loss(logits.float(), batch)
+
+
+def with_inner(b: Tree, r: Tree) -> Tree:
+    """B R of each matrix, `(out, r)`."""
+    return {name: b[name] @ r[name] for name in b}
+
+
+def outer_factors(matrices: Tree, writes: dict[str, int], rank: int, generator: torch.Generator) -> State:
+    """B of orthonormal columns, `(out, rank)`, and A of orthonormal rows, `(rank, in)`, of each matrix."""
+    a, b = dict[str, Tensor](), dict[str, Tensor]()
+    for name, position in sorted(writes.items()):
+        out, in_ = matrices[name].shape[position], matrices[name].shape[1 - position]
+        for part, size in ((b, out), (a, in_)):
+            drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+            part[name] = torch.linalg.qr(drawn).Q.float()
+        a[name] = a[name].T.contiguous()
+    return {A: a, B: b}
 
 
 def norm(adapters: State, writes: Mapping[str, int]) -> float:

@@ -30,3 +30,15 @@ class Spliced(nn.Module):
     def forward(self, **batch: Tensor) -> types.SimpleNamespace:
         features = torch.cat([self.common(**batch).logits, self.own(**batch).logits], 1)
         return types.SimpleNamespace(logits=self.head(self.projection(features)))
+
+
+class Gated(nn.Module):
+    """The logits of one model, and a gate, a scalar, times those of another."""
+
+    def __init__(self, shared: nn.Module, own: nn.Module, gate: Tensor) -> None:
+        super().__init__()
+        self.shared, self.own, self.gate = shared, own, nn.Parameter(gate.clone(), False)
+
+    def forward(self, **batch: Tensor) -> types.SimpleNamespace:
+        logits = self.shared(**batch).logits + self.gate * self.own(**batch).logits
+        return types.SimpleNamespace(logits=logits)

@@ -144,6 +144,12 @@ ROUNDS = (
     PRESET,
     METHOD,
     Column("bytes_once", "int?", "bytes_once", "public models, downloaded by those who then began", "bytes"),
+    Column(
+        "accuracy_val_even_mean",
+        "float?",
+        "scores.accuracy_val_even.mean",
+        "accuracy_val with the participant's classes weighted evenly: for tuning of accuracy_mean",
+    ),
 )
 
 CLIENTS = (
@@ -184,6 +190,7 @@ CLIENTS = (
     METHOD,
     Column("error", "str?", "report.error", "the traceback's last line, where it raised and the run went on"),
     Column("bytes_once", "int?", "report.bytes_once", "of the public models it began with, where it did", "bytes"),
+    Column("accuracy_val_even", "float?", "report.accuracy_val_even", "accuracy_val, its classes weighted evenly"),
 )  # fmt: skip
 
 PROFILE = (

@@ -21,7 +21,10 @@ from fedsim.runtime.base import PHASES
 
 
 Row = dict[str, Any]
-SCORES = ("accuracy", "accuracy_local", "accuracy_val", "loss", "train_loss", "precision", "recall", "f1")
+SCORES = (
+    *("accuracy", "accuracy_local", "accuracy_val", "accuracy_val_even", "loss", "train_loss"),
+    *("precision", "recall", "f1"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

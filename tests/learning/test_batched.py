@@ -18,7 +18,9 @@ from baselines.fjord import FjORD
 from baselines.heterofl import HeteroFL, heterofl_clean
 from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora
+from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.fedgrow import FedGrow
+from fedgrow_algo.fused import FedGrowFused
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.residual import FedGrowResidual
@@ -81,6 +83,9 @@ BATCHED: dict[str, tuple[Algorithm, Sequence[Form], int]] = {
     "fedgrow_matched": (FedGrowMatched(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
     "fedgrow_residual": (FedGrowResidual(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
     "fedgrow_joint": (FedGrowJoint(**GROWN, small_epochs=1), ALIKE, 6),
+    "fedgrow_fused": (FedGrowFused(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
+    # By SGD: where growth only copied, gradients are rounding, which AdamW scales up.
+    "fedgrow_core": (FedGrowCore(**dict(SLOW, lr=0.1), optimizer="sgd", rank=2), UNLIKE, 3),
 }
 
 

@@ -33,7 +33,7 @@ COLUMNS = {
         seam_bytes_up int64, seam_bytes_down int64, accuracy_val_std double, accuracy_val_min double, failed int64,
         precision_mean double, recall_mean double, f1_mean double, coverage double, coverage_min double,
         simulated_seconds double, late int64, dropped_out int64, excluded int64, metrics string,
-        preset string, method string, bytes_once int64
+        preset string, method string, bytes_once int64, accuracy_val_even_mean double
     """,
     "clients": """
         run_id string, algorithm string, seed int64, round int64, client int64, tier string, num_examples int64,
@@ -42,7 +42,7 @@ COLUMNS = {
         peak_memory_bytes int64, host string, node string, retries int64, stage string, model string,
         trainable_params int64, upload_params int64, precision double, recall double, f1 double, small_sha256 string,
         simulated_seconds double, outcome string, metrics string, preset string, method string, error string,
-        bytes_once int64
+        bytes_once int64, accuracy_val_even double
     """,
 }
 SAMPLE = {"string": "x", "int64": 1, "double": 0.5}

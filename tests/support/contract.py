@@ -30,8 +30,11 @@ from baselines.local_only import LocalOnly
 from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
 from baselines.scaffold import Scaffold
+from fedgrow_algo.analytic import FedGrowAnalytic
 from fedgrow_algo.anchored import FedGrowAnchored
+from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
+from fedgrow_algo.fused import FedGrowFused
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.released_code import FedGrowReleasedCode
@@ -84,8 +87,8 @@ class Row:
     """A method, what it uploads, and what else tells it from others.
 
     - `uploads`: "model" (the one that is deployed), "operator", "residual operator" (its maps of that axis alone),
-        "operator and class means", "everything", "nothing", "adapters", or "more": the deployed model and what comes on
-        top, which the method's own tests look at.
+        "operator and class means", "operator and sums", "everything", "nothing", "adapters", or "more": the deployed
+        model and what comes on top, which the method's own tests look at.
     - `deploys`, `serves`: the forms of a participant's model, and of the server's; None: none.
     - `drawn`: whether the server's first state depends on the seed; prototypes that nobody has sent yet do not.
     - `first_mean`: before round 1 there is nothing to send; the first round averages what each client made alone.
@@ -151,6 +154,18 @@ METHODS = {
     "fedgrow_released_code-paper": Row(
         FedGrowReleasedCode(preset="paper", **GROWTH), "everything", serves="target", first_mean=True, rounds=SLOW
     ),
+    "fedgrow_analytic-preserving": Row(
+        FedGrowAnalytic(preset="preserving", rank=2, **GROWTH), "operator and sums", rounds=SLOW
+    ),
+    "fedgrow_core-preserving": Row(
+        FedGrowCore(preset="preserving", rank=2, **LOCAL), "adapters", serves="target", same_start=True, rounds=SLOW
+    ),
+    "fedgrow_core_warm-preserving": Row(
+        FedGrowCore(preset="preserving", rank=2, warm_rounds=2, **LOCAL), "model", deploys="small", serves="small"
+    ),
+    "fedgrow_fused-preserving": Row(
+        FedGrowFused(preset="preserving", rank=2, **GROWTH), "operator", deploys="gated", rounds=SLOW
+    ),
     "fedavg": Row(FedAvg(**LOCAL), "model", serves="target"),
     "fedavg_small": Row(fedavg_small(**LOCAL), "model", deploys="small", serves="small"),
     "fedavg_mid": Row(fedavg_mid(**LOCAL), "model", deploys="intermediate", serves="intermediate"),
@@ -193,10 +208,14 @@ METHODS = {
 }
 ALSO = {"fedgrow_joint-preserving": Row(FedGrowJoint(preset="preserving", **ROUNDS), "operator")}  # not in every family
 BASELINES = tuple(name for name in METHODS if not name.startswith("fedgrow"))
+CLASSES_ONLY = "fedgrow_analytic-preserving", "fedgrow_anchored-paper"
 OTHER_FAMILIES = {
     "gpt2/pydoc": (
-        *(name for name in METHODS if name not in (*BASELINES, "fedgrow_anchored-paper")),  # tokens have no class
-        *("fedavg", "heterofl", "fedbrb_like", "flora"),
+        *(name for name in METHODS if name not in {*BASELINES, *CLASSES_ONLY}),
+        "fedavg",
+        "heterofl",
+        "fedbrb_like",
+        "flora",
     ),
     "bert/pydoc": ("fedgrow-paper", "fedavg", "fedrolex", "fjord", "depthfl", "fedit", "ensemble_small", "fedsb"),
     "llama/pydoc": (
@@ -213,6 +232,10 @@ PROMISED_NAMES = {
     "fedgrow_joint",
     "fedgrow_no_federation",
     "fedgrow_released_code",
+    "fedgrow_analytic",
+    "fedgrow_core",
+    "fedgrow_core_warm",
+    "fedgrow_fused",
     "fedavg",
     "fedavg_small",
     "fedavg_mid",
@@ -282,6 +305,9 @@ class Case:
         """Names and shapes of a model of one of `forms`, or of several of them."""
         if of == "2 small":
             return {f"members.{m}.{name}": shape for m in (0, 1) for name, shape in self.shapes("small").items()}
+        if of == "gated":
+            parts = {"shared": self.shapes("target"), "own": self.shapes("small")}
+            return {f"{part}.{n}": shape for part, tree in parts.items() for n, shape in tree.items()} | {"gate": ()}
         if of == "spliced":  # two bodies, one head
             small = self.shapes("small")
             body = {name: shape for name, shape in small.items() if not name.startswith("classifier")}
