@@ -28,11 +28,14 @@ from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
 from baselines.scaffold import Scaffold
 from fedgrow_algo.analytic import FedGrowAnalytic
+from fedgrow_algo.anchored import FedGrowAnchored
 from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.fused import FedGrowFused
 from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm
 
 
@@ -44,6 +47,9 @@ DIGITS = {
     "fedgrow paper": 1e-2,
     "fedgrow preserving": 1e-3,
     "fedgrow_lowrank preserving": 1e-2,
+    "fedgrow_residual preserving": 1e-3,
+    "fedgrow_anchored preserving": 3e-4,
+    "fedgrow_matched preserving": 1e-3,
     "fedgrow_joint preserving": 3e-4,
     "fedgrow_no_federation paper": 1e-3,
     "fedgrow_no_federation preserving": 1e-4,
@@ -139,6 +145,9 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         FedGrow(preset="paper", **staged),
         FedGrow(preset="preserving", **staged),
         FedGrow(preset="preserving", rank=8, **staged),
+        FedGrowResidual(preset="preserving", **staged),
+        FedGrowAnchored(preset="preserving", **local, **small, local_lr=1e-3),
+        FedGrowMatched(preset="preserving", **staged),
         FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
         FedGrow(preset="paper", federate=False, **staged),
         FedGrow(preset="preserving", federate=False, **staged),

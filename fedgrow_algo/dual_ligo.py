@@ -21,7 +21,7 @@ from fedgrow_algo.ligo import Operator
 from fedgrow_algo.low_rank import LowRank
 from fedgrow_algo.presets import by_name
 from fedsim.core.tree import PATH, Tree, flat
-from fedsim.learning.objectives import Frozen
+from fedsim.learning.objectives import Frozen, Objective, TaskLoss
 from fedsim.learning.task import Batch, Task
 from fedsim.models import Form, get_family
 
@@ -61,8 +61,9 @@ class GrownLoss:
 
     - `checkpoint`: keep nothing of what lies between small and grown weights; grow again in the backward pass.
     - `rank`: of the maps; None: full ones.
+    - `objective`: another loss of the grown model. Of a table that `looked_up` names it sees the rows of the batch.
     - `frozen["small"]`: the small model as `prepared` returns it. - `frozen["head"]`: what stands in the place of
-      grown parameters; nothing if all are grown.
+      grown parameters; nothing if all are grown. The rest is the objective's.
     """
 
     task: Task
@@ -71,25 +72,22 @@ class GrownLoss:
     large: Form
     checkpoint: bool = False
     rank: int | None = None
+    objective: Objective | None = None
 
     def __call__(self, parameters: Tree, frozen: Frozen, batch: Batch) -> Tensor:
-        logits = self.logits(parameters, frozen["small"], batch, frozen.get(HEAD))
-        return self.task.loss(logits.float(), batch)
+        objective = self.objective or TaskLoss(self.task, self.large)
+        weights = {**self.weights(parameters, frozen["small"], batch), **frozen.get(HEAD, {})}
+        return objective(weights, frozen, batch)
 
-    def logits(
-        self,
-        tensors: Mapping[str, Tensor],
-        small: Mapping[str, Any],
-        batch: Batch,
-        head: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Logits of the grown model, with `head` in its place; gradients reach the operator's `tensors`, and `small`,
-        prepared."""
+    def logits(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tensor:
+        """Logits of the grown model; gradients reach the operator's `tensors`, and `small`, prepared."""
+        return self.task.forward(self.large, self.weights(tensors, small, batch), batch)
+
+    def weights(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tree:
+        """The weights of the grown model, likewise."""
         if self.checkpoint:
-            tree = recomputed(self._grow, tensors, small, batch, use_reentrant=False, preserve_rng_state=False)
-        else:
-            tree = self._grow(tensors, small, batch)
-        return self.task.forward(self.large, {**tree, **(head or {})}, batch)
+            return recomputed(self._grow, tensors, small, batch, use_reentrant=False, preserve_rng_state=False)
+        return self._grow(tensors, small, batch)
 
     def _grow(self, tensors: Mapping[str, Tensor], small: Mapping[str, Any], batch: Batch) -> Tree:
         """The grown weights; of a large table of tokens only the rows that the batch uses."""

@@ -22,7 +22,7 @@ pooler (a classifier of BERT's) reads it by the map that the pooler is written w
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,7 @@ from fedsim.algorithm import (
     Frozen,
     Leaves,
     LocalTraining,
+    Objective,
     Partial,
     Payload,
     ServerContext,
@@ -67,7 +68,16 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-MIDDLE, GLOBAL = "middle", "global"  # parts of a participant's private state: M_i, and Global where nobody averages it
+MIDDLE, GLOBAL = "middle", "global"  # parts of a participant's private state: M_i, and what of Global is its own
+
+
+# S_i as Local_i grows it, what Local_i minimises of M_i (None: the task's loss), and what that reads.
+Begun = tuple[Tree, Objective | None, Frozen]
+
+
+def as_it_is(small: Tree, ctx: ClientContext) -> Begun:
+    """S_i, and the task's loss of M_i."""
+    return small, None, {}
 
 
 def intermediate_model(
@@ -81,6 +91,7 @@ def intermediate_model(
     local_epochs: int,
     checkpoint_growth: bool,
     rank: int | None = None,
+    begun: Callable[[Tree, ClientContext], Begun] = as_it_is,
     **settings: Any,
 ) -> Steps[tuple[Tree, State]]:
     """M_i = Local_i(S_i): S_i is brought along or trained, and frozen; then Local_i is trained through M_i's task loss.
@@ -91,12 +102,13 @@ def intermediate_model(
     **Returns:** S_i, and M_i, prepared as Global takes it.
     """
     small = yield from trained_on_own_shard(ctx, init=init, **settings | {"lr": small_lr, "epochs": small_epochs})
+    small, objective, frozen = begun(small, ctx)
     local = of_rank(rank, preset, ctx.task, ctx.info.form, ctx.intermediate)
     prepared = local.prepared(local.stack(small), local_stream(init, ctx))
     trained = yield Training(
-        GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth, rank),
+        GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth, rank, objective),
         to(local.init(local_stream(init, ctx)), ctx.device),
-        {"small": prepared},
+        {"small": prepared, **frozen},
         purpose="local",
         **settings | {"lr": local_lr, "epochs": local_epochs},
     )
@@ -148,8 +160,12 @@ class FedGrow(LocalTraining):
 
     @property
     def name(self) -> str:
-        low_rank = "" if self.rank is None else "_lowrank"
-        return f"fedgrow{'' if self.federate else '_no_federation'}{low_rank}"
+        return self.variant if self.rank is None else f"{self.variant}_lowrank"
+
+    @property
+    def variant(self) -> str:
+        """The name where maps are full ones."""
+        return "fedgrow" if self.federate else "fedgrow_no_federation"
 
     @property
     def leaves(self) -> Leaves:
@@ -165,10 +181,19 @@ class FedGrow(LocalTraining):
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
 
+    def begun(self, small: Tree, ctx: ClientContext) -> Begun:
+        """What is made of S_i before Local_i is trained."""
+        return as_it_is(small, ctx)
+
+    def split(self, operator: Tree, ctx: ServerContext | ClientContext) -> tuple[Tree, Tree]:
+        """What of Global is averaged, and what of it each participant keeps for itself."""
+        return (operator, {}) if self.federate else ({}, operator)
+
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        return server_state(self.preset, self.server, self.finetune_after, ctx, self.rank) if self.federate else {}
+        shared, _ = self.split(first_global(self.preset, ctx, self.rank), ctx)
+        return server_state(shared, self.server, self.finetune_after, ctx) if shared else {}
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
@@ -192,10 +217,12 @@ class FedGrow(LocalTraining):
             local_epochs=self.local_epochs,
             checkpoint_growth=self.checkpoint_growth,
             rank=self.rank,
+            begun=self.begun,
             **self.settings(),
         )
+        _, own = self.split(first_global(self.preset, ctx, self.rank), ctx)
         state = {MIDDLE: middle, **self._kept(small, ctx)}
-        return state if self.federate else state | {GLOBAL: to(first_global(self.preset, ctx, self.rank), ctx.device)}
+        return state | ({GLOBAL: to(own, ctx.device)} if own else {})
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
@@ -208,9 +235,8 @@ class FedGrow(LocalTraining):
             purpose="global",
             **self.settings(),
         )
-        if self.federate:
-            return ClientUpdate(ctx.info.id, trained.parameters, ctx.info.num_examples), state
-        return ClientUpdate(ctx.info.id, {}, ctx.info.num_examples), state | {GLOBAL: trained.parameters}
+        shared, own = self.split(trained.parameters, ctx)
+        return ClientUpdate(ctx.info.id, shared, ctx.info.num_examples), state | ({GLOBAL: own} if own else {})
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, self._target(payload, state, ctx))
@@ -220,7 +246,7 @@ class FedGrow(LocalTraining):
         return {}
 
     def _global(self, payload: Payload, state: State) -> Tree:
-        return dict(payload) if self.federate else state[GLOBAL]
+        return {**payload, **state.get(GLOBAL, {})}
 
     def _frozen(self, payload: Payload, state: State) -> Frozen:
         """What Global is trained beside."""

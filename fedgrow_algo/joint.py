@@ -31,6 +31,7 @@ from fedgrow_algo.rounds import (
     check_growth,
     combined,
     fine_tuned,
+    first_global,
     local_stream,
     own_target,
     payloads,
@@ -52,7 +53,7 @@ from fedsim.algorithm import (
 from fedsim.core.canonical import written_as
 from fedsim.core.fields import check_range
 from fedsim.core.tree import State, Tree, to
-from fedsim.learning.objectives import Frozen
+from fedsim.learning.objectives import Frozen, Objective
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer
 from fedsim.learning.starts import load_small
 from fedsim.learning.task import Batch, Task
@@ -115,10 +116,18 @@ class FedGrowJoint(LocalTraining):
     def stage(self, round: int) -> str:
         return stage_of(round, self.finetune_after)
 
+    def objective(self, ctx: ClientContext) -> Objective | None:
+        """What both operators minimise, of the grown model; None: the task's loss."""
+        return None
+
+    def received(self, payload: Payload) -> tuple[Payload, Frozen]:
+        """Global, and what comes with it for the objective."""
+        return payload, {}
+
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        return server_state(self.preset, self.server, self.finetune_after, ctx)
+        return server_state(first_global(self.preset, ctx), self.server, self.finetune_after, ctx)
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
@@ -144,11 +153,14 @@ class FedGrowJoint(LocalTraining):
         if self.stage(ctx.round) == FINETUNE:
             settings = self.settings(lr=self.finetune_lr, epochs=self.finetune_epochs)
             return (yield from fine_tuned(ctx, self._target(payload, state, ctx), **settings))
-        growth = GrownLoss(ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth)
+        shared, frozen = self.received(payload)
+        growth = GrownLoss(
+            ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth, objective=self.objective(ctx)
+        )
         trained = yield Training(
             JointLoss(growth, ctx.info.form),
-            {LOCAL: state[LOCAL], GLOBAL: payload},
-            {"small": self._small(state, ctx)},
+            {LOCAL: state[LOCAL], GLOBAL: shared},
+            {"small": self._small(state, ctx), **frozen},
             purpose="joint",
             lr_of={LOCAL: self.local_lr},
             **self.settings(),
@@ -166,7 +178,7 @@ class FedGrowJoint(LocalTraining):
             return target
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
         shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        return grown(shared, payload, shared.stack(local.grow(state[LOCAL], self._small(state, ctx))))
+        return grown(shared, self.received(payload)[0], shared.stack(local.grow(state[LOCAL], self._small(state, ctx))))
 
     def _small(self, state: State, ctx: ClientContext) -> Tree:
         """S_i, stacked as Local_i takes it."""
@@ -185,7 +197,8 @@ class FedGrowJoint(LocalTraining):
 class JointLoss:
     """The task's loss of T = Global(Local(S)); trained are both operators' tensors, under `LOCAL` and `GLOBAL`.
 
-    - `growth`: from M to T. - `form`: of S. - `frozen["small"]`: S, stacked as Local takes it.
+    - `growth`: from M to T. - `form`: of S.
+    - `frozen["small"]`: S, stacked as Local takes it; the rest is what `growth` reads.
     """
 
     growth: GrownLoss
@@ -196,4 +209,4 @@ class JointLoss:
         local = operator_between(preset, task, self.form, middle)
         shared = operator_between(preset, task, middle, self.growth.large)
         stacked = shared.stack(local.grow(parameters[LOCAL], frozen["small"]))
-        return self.growth(parameters[GLOBAL], {"small": stacked}, batch)
+        return self.growth(parameters[GLOBAL], {**frozen, "small": stacked}, batch)

@@ -72,10 +72,15 @@ def common_start(task: Task, form: Form, largest: Form, seed: int) -> Tree:
 
 def check_init(init: Init, forms: Sequence[Form], largest: Form) -> None:
     """**Raises:** `ValueError` if a small form is not a corner of the largest, and one draw for all is asked for."""
-    for form in forms if init == "common" else ():
+    if init == "common" and (why := no_corner(forms, largest)):
+        refuse("algorithm.init", init, f"'independent' where {why}")
+
+
+def no_corner(forms: Sequence[Form], largest: Form) -> str | None:
+    """Which of some forms has no `common_start`, and why; None where all have."""
+    for form in forms:
         over = [axis for axis, size in form.axes.items() if size > largest.axes[axis]]
         if over or form.depth > largest.depth:
             what = f"axis {over[0]!r} is larger" if over else "depth is larger"
-            refuse(
-                "algorithm.init", init, f"'independent' where a small form ({form}) is no corner of {largest}: {what}"
-            )
+            return f"a small form ({form}) is no corner of {largest}: {what}"
+    return None

@@ -81,11 +81,9 @@ def as_stored(state: State) -> State:
 # at the aggregator ----------------------------------------------------------------------------------------------------
 
 
-def server_state(
-    preset: str, server: ServerOptimizer, finetune_after: int | None, ctx: ServerContext, rank: int | None = None
-) -> State:
-    """Global before round 1 and, where targets will be fine-tuned, that nobody has made its own."""
-    state = server.start(first_global(preset, ctx, rank))
+def server_state(start: State, server: ServerOptimizer, finetune_after: int | None, ctx: ServerContext) -> State:
+    """Global before round 1, `start`, and, where targets will be fine-tuned, that nobody has made its own."""
+    state = server.start(start)
     return state if finetune_after is None else state | {GROWN: torch.zeros(len(ctx.clients), dtype=torch.bool)}
 
 

@@ -251,7 +251,7 @@ def test_a_client_without_data_trains_nothing(case: Case) -> None:
     nothing = Split({}, torch.zeros(0, dtype=torch.long))
     context = case.client(train=nothing)
     update, state = client_update(case.algorithm, case.payload(), case.private[0], context)
-    if case.row.uploads not in ("adapters", "more"):
+    if case.row.uploads not in ("adapters", "more", "operator and class means"):
         assert sha256(fixed_part(case, update.tree)) == sha256(fixed_part(case, case.payload()))
     assert sha256(state) == sha256(case.private[0] if not case.row.first_mean else {})
     assert context.meter.flops == 0 and context.meter.loss is None
@@ -285,6 +285,13 @@ def expected_update(case: Case) -> dict[str, tuple[int, ...]]:
     operator = of_rank(rank, preset, case.task, case.setting.forms[1], case.target)
     if case.row.uploads == "operator":
         return operator.shapes
+    if case.row.uploads == "operator and class means":
+        classes, width = case.task.inputs.num_classes, case.target.width
+        maps = {f"global.{name}": shape for name, shape in operator.shapes.items()}
+        return maps | {"sums": (classes, width), "shares": (classes,)}
+    if case.row.uploads == "residual operator":
+        own = "width.query", "width.key", "width.value", "width.mlp", "width.pooled"
+        return {name: shape for name, shape in operator.shapes.items() if name not in own}
     if case.row.uploads == "operator and sums":
         d, classes = 1 + case.target.width, case.task.inputs.num_classes
         return {**operator.shapes, "g": (d, d), "h": (d, classes)}
@@ -327,7 +334,7 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
         private = {content(tensor) for tree in held for tensor in tensors(tree) if tensor.any()}
         assert private.isdisjoint(content(tensor) for tensor in tensors(update.tree) if tensor.any())
         return
-    joint = case.algorithm.name == "fedgrow_joint"
+    joint = case.algorithm.name in ("fedgrow_joint", "fedgrow_anchored")
     assert set(trained) == ({"pretrain"} if joint else {"pretrain", "local"})
 
     update, kept = client_update(case.algorithm, case.payload(), state, case.client())
@@ -347,9 +354,11 @@ def test_nothing_private_is_in_an_update(case: Case, monkeypatch: pytest.MonkeyP
         assert {f"target.{name}" for name in target} <= found
         return
     assert not found, "private tensors, by name or by value"
+    operator = update.tree.get("global", update.tree)  # class means may stand beside it, or sums in it
     assert not {"g", "h"} & shared.keys()
-    sent = sorted(content(tensor) for name, tensor in update.tree.items() if name not in ("g", "h"))
-    assert sent == (sorted(map(content, shared.values())) if case.row.uploads.startswith("operator") else [])
+    named = {name.removeprefix("global.") for name in expected_update(case)} - {"sums", "shares", "g", "h"}
+    sent = [content(tensor) for name, tensor in operator.items() if name not in ("g", "h")]
+    assert sorted(sent) == sorted(content(shared[name]) for name in named)
 
 
 @pytest.mark.parametrize("case", [row for row in TABLE if row[0].startswith("fedgrow")], ids="-".join, indirect=True)
@@ -361,9 +370,14 @@ def test_growth_keeps_what_is_private_as_it_is(case: Case) -> None:
         assert state == {}, "all a participant holds is what the server sends"
         return
     assert sha256(before) == sha256(after)
-    own = {"fedgrow_no_federation": "global", "fedgrow_joint": "local", "fedgrow_fused": "gate"}.get(
-        case.algorithm.name
-    )
+    parts = {
+        "fedgrow_no_federation": "global",
+        "fedgrow_residual": "global",
+        "fedgrow_joint": "local",
+        "fedgrow_anchored": "local",
+        "fedgrow_fused": "gate",
+    }
+    own = parts.get(case.algorithm.name)
     trained = state[own] if own else {}
     assert set(state) == set(after) | ({own} if own else set())
     assert bool(trained) == (own is not None)

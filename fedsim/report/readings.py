@@ -26,11 +26,11 @@ from fedsim.results.tables import Results
 
 MEGABYTE = 10**6
 METHOD_ORDER = (
-    "fedgrow fedgrow_lowrank fedgrow_joint fedgrow_no_federation fedgrow_released_code "
-    "fedgrow_analytic fedgrow_core fedgrow_core_warm fedgrow_fused fedavg fedavg_small "
+    "fedgrow fedgrow_lowrank fedgrow_residual fedgrow_anchored fedgrow_matched fedgrow_joint fedgrow_no_federation "
+    "fedgrow_released_code fedgrow_analytic fedgrow_core fedgrow_core_warm fedgrow_fused fedavg fedavg_small "
     "fedavg_mid fedprox heterofl heterofl_clean fedrolex fjord federated_dropout fedbrb_like depthfl progfed "
-    "grow_then_fedavg exclusive ensemble_small local_only fedit ffa_lora flora hetlora fedsb analytic fedproto "
-    "fedtgp fedgh lg_fedavg fedkd fedmrl"
+    "grow_then_fedavg exclusive ensemble_small local_only fedit ffa_lora flora hetlora fedsb analytic fedproto fedtgp "
+    "fedgh lg_fedavg fedkd fedmrl"
 )
 RANK = {name: place for place, name in enumerate(METHOD_ORDER.split())}
 LEAVES = {what: place for place, what in enumerate(typing.get_args(Leaves))}

@@ -24,7 +24,7 @@ from fedsim.learning.task import Task
 from fedsim.testing import SMALL
 from tests.support.clients import client_update
 from tests.support.inline_runs import Cut, Interrupted, inline
-from tests.support.procedures import TARGET, Federation, assert_equal, joint, staged
+from tests.support.procedures import TARGET, Federation, assert_equal, joint, residual, staged
 from tests.support.small_federation import assert_close
 
 
@@ -36,6 +36,7 @@ PROCEDURES = {
     "fedgrow": (staged(**FINETUNED), {"middle"}),
     "fedgrow_joint": (joint(**FINETUNED), {"small", "local"}),
     "fedgrow_no_federation": (staged(**FINETUNED, federate=False), {"middle", "global"}),
+    "fedgrow_residual": (residual(**FINETUNED), {"middle", "global"}),
 }
 
 

@@ -8,8 +8,11 @@ import pytest
 
 from benchmarks.suites import tiny
 from fedgrow_algo.analytic import FedGrowAnalytic
+from fedgrow_algo.anchored import FedGrowAnchored
 from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.fused import FedGrowFused
+from fedgrow_algo.matched import FedGrowMatched
+from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm
 from fedsim.experiment import with_settings
 from tests.support.inline_runs import Cut, Interrupted, inline
@@ -18,6 +21,9 @@ from tests.support.inline_runs import Cut, Interrupted, inline
 pytestmark = pytest.mark.usefixtures("one_thread", "uncounted")
 
 VARIANTS = [
+    FedGrowResidual(preset="preserving", small_epochs=1, local_epochs=1, lr=1e-3),
+    FedGrowAnchored(preset="preserving", small_epochs=1, lr=1e-3),
+    FedGrowMatched(preset="preserving", rank=2, small_epochs=1, local_epochs=1, lr=1e-3),
     FedGrowAnalytic(preset="preserving", rank=2, small_epochs=1, local_epochs=1, lr=1e-3),
     FedGrowCore(rank=2, lr=1e-3),
     FedGrowCore(rank=2, lr=1e-3, warm_rounds=2),

@@ -22,6 +22,8 @@ from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.fused import FedGrowFused
 from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.matched import FedGrowMatched
+from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate
 from fedsim.core.tree import Tree, clone, flat
 from fedsim.data.config import pydoc
@@ -78,6 +80,8 @@ BATCHED: dict[str, tuple[Algorithm, Sequence[Form], int]] = {
     "fedit": (fedit(**SLOW, rank=2), UNLIKE, 3),
     "ffa_lora": (ffa_lora(**SLOW, rank=2), UNLIKE, 3),
     "fedgrow": (FedGrow(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
+    "fedgrow_matched": (FedGrowMatched(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
+    "fedgrow_residual": (FedGrowResidual(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
     "fedgrow_joint": (FedGrowJoint(**GROWN, small_epochs=1), ALIKE, 6),
     "fedgrow_fused": (FedGrowFused(**GROWN, small_epochs=1, local_epochs=1), ALIKE, 9),
     # By SGD: where growth only copied, gradients are rounding, which AdamW scales up.

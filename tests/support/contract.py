@@ -31,11 +31,14 @@ from baselines.lora import fedit, ffa_lora, hetlora
 from baselines.progfed import ProgFed
 from baselines.scaffold import Scaffold
 from fedgrow_algo.analytic import FedGrowAnalytic
+from fedgrow_algo.anchored import FedGrowAnchored
 from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.fedgrow import FedGrow, fedgrow_no_federation
 from fedgrow_algo.fused import FedGrowFused
 from fedgrow_algo.joint import FedGrowJoint
+from fedgrow_algo.matched import FedGrowMatched
 from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
 from fedsim.core.tree import State, clone
 from fedsim.data.config import digits, pydoc
@@ -83,8 +86,9 @@ SLOW = 16  # rounds: an operator's gradients are small at first, and which way i
 class Row:
     """A method, what it uploads, and what else tells it from others.
 
-    - `uploads`: "model" (the one that is deployed), "operator", "operator and sums", "everything", "nothing",
-        "adapters", or "more": the deployed model and what comes on top, which the method's own tests look at.
+    - `uploads`: "model" (the one that is deployed), "operator", "residual operator" (its maps of that axis alone),
+        "operator and class means", "operator and sums", "everything", "nothing", "adapters", or "more": the deployed
+        model and what comes on top, which the method's own tests look at.
     - `deploys`, `serves`: the forms of a participant's model, and of the server's; None: none.
     - `drawn`: whether the server's first state depends on the seed; prototypes that nobody has sent yet do not.
     - `first_mean`: before round 1 there is nothing to send; the first round averages what each client made alone.
@@ -135,6 +139,11 @@ METHODS = {
     "fedgrow-paper": Row(FedGrow(preset="paper", **GROWTH), "operator", rounds=SLOW),
     "fedgrow-preserving": Row(FedGrow(preset="preserving", **GROWTH), "operator", rounds=SLOW),
     "fedgrow_lowrank-preserving": Row(FedGrow(preset="preserving", rank=2, **GROWTH), "operator", rounds=SLOW),
+    "fedgrow_residual-paper": Row(FedGrowResidual(preset="paper", **GROWTH), "residual operator", rounds=SLOW),
+    "fedgrow_anchored-paper": Row(
+        FedGrowAnchored(preset="paper", **ROUNDS), "operator and class means", fixed_point=False, rounds=SLOW
+    ),
+    "fedgrow_matched-paper": Row(FedGrowMatched(preset="paper", **GROWTH), "operator", rounds=SLOW),
     "fedgrow_joint-paper": Row(FedGrowJoint(preset="paper", **ROUNDS), "operator", rounds=SLOW),
     "fedgrow_no_federation-paper": Row(
         fedgrow_no_federation(preset="paper", **GROWTH), "nothing", combines=False, rounds=SLOW
@@ -199,10 +208,10 @@ METHODS = {
 }
 ALSO = {"fedgrow_joint-preserving": Row(FedGrowJoint(preset="preserving", **ROUNDS), "operator")}  # not in every family
 BASELINES = tuple(name for name in METHODS if not name.startswith("fedgrow"))
-CLASSES_ONLY = "fedgrow_analytic-preserving"
+CLASSES_ONLY = "fedgrow_analytic-preserving", "fedgrow_anchored-paper"
 OTHER_FAMILIES = {
     "gpt2/pydoc": (
-        *(name for name in METHODS if name not in {*BASELINES, CLASSES_ONLY}),
+        *(name for name in METHODS if name not in {*BASELINES, *CLASSES_ONLY}),
         "fedavg",
         "heterofl",
         "fedbrb_like",
@@ -217,6 +226,9 @@ TABLE = [(method, task) for task in TASKS for method in OTHER_FAMILIES.get(task,
 PROMISED_NAMES = {
     "fedgrow",
     "fedgrow_lowrank",
+    "fedgrow_residual",
+    "fedgrow_anchored",
+    "fedgrow_matched",
     "fedgrow_joint",
     "fedgrow_no_federation",
     "fedgrow_released_code",

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from fedsim.data.config import DataConfig, digits
@@ -32,6 +33,13 @@ def written(config: TaskConfig, to: Path, readme: str = "") -> Any:
     model = random_model(Row(config))
     export.write(model, config.data, readme, to)
     return model
+
+
+def logits_of_the_reloaded(model: Any, config: TaskConfig, pixels: Tensor, to: Path) -> Tensor:
+    """Export a model of images, load it with plain `transformers`, and ask it."""
+    export.write(model, config.data, "", to)
+    with torch.no_grad():
+        return transformers.AutoModelForImageClassification.from_pretrained(to)(pixels).logits
 
 
 def task_of(data: DataConfig) -> TaskConfig:

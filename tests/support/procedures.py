@@ -10,6 +10,7 @@ from fedgrow_algo.dual_ligo import operator_between
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint
 from fedgrow_algo.released_code import FedGrowReleasedCode
+from fedgrow_algo.residual import FedGrowResidual
 from fedsim.algorithm import Algorithm
 from fedsim.core.tree import Tree, sha256
 from fedsim.learning.task import Task
@@ -24,6 +25,11 @@ ROUND: dict[str, Any] = {"lr": 1e-2, "small_lr": 1e-2, "small_epochs": 1, "local
 def staged(**changes: Any) -> FedGrow:
     settings: dict[str, Any] = ROUND | {"local_epochs": 1} | changes
     return FedGrow(**settings)
+
+
+def residual(**changes: Any) -> FedGrowResidual:
+    settings: dict[str, Any] = ROUND | {"local_epochs": 1} | changes
+    return FedGrowResidual(**settings)
 
 
 def joint(**changes: Any) -> FedGrowJoint:
