@@ -66,5 +66,5 @@ def gates() -> list[Experiment]:
             for method in (FedAvg(), fedavg_small())
         ]
         found += [replace(alone, algorithm=method) for method in trained]
-        found += [replace(alone, algorithm=Analytic(of="target", gamma=gamma), rounds=1) for gamma in (0.1, 1.0, 10.0)]
+        found += [replace(alone, algorithm=Analytic(of="target", gamma=gamma)) for gamma in (0.1, 1.0, 10.0)]
     return found
