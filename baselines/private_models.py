@@ -25,7 +25,7 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-NEVER = -1e9  # a logit
+FAR = 20.0  # how much less a logit without a prototype is than another's: e^-20 as likely
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Prototypes(PrivateModels):
 
     - `weight`: of the distance to them, the papers' lambda.
     - `predict`: what clients deploy: the nearest of the server's "prototypes", as the authors score, or their own
-      "head". A class without a prototype is never the nearest; where there is none at all, or the head has no bias to
-      write distances with (GPT-2, Llama), it is the own head.
+      "head". A class without a prototype is never the nearest (FedTGP's server has one for each); where there is none
+      at all, or the head has no bias to write distances with (GPT-2, Llama), it is the own head.
     """
 
     weight: float = dataclasses.field(default=1.0, kw_only=True)
@@ -114,6 +114,11 @@ class Prototypes(PrivateModels):
 
 
 def nearest_head(prototypes_CF: Tensor, known_C: Tensor) -> Tree:
-    """A linear layer whose largest output is that of the nearest prototype: -|z - p|^2, without what all share."""
-    bias = -prototypes_CF.square().sum(-1)
-    return {"weight": 2 * prototypes_CF, "bias": torch.where(known_C, bias, NEVER)}
+    """A linear layer whose largest output is that of the nearest prototype: -|z - p|^2, without what all share.
+
+    A class that is not known goes with one that is, a little less likely. Such outputs are not made for cross-entropy:
+    losses are not to be compared with those of heads.
+    """
+    instead = prototypes_CF[known_C][:1]
+    p = torch.where(known_C[:, None], prototypes_CF, instead)
+    return {"weight": 2 * p, "bias": -p.square().sum(-1) - FAR * (~known_C)}

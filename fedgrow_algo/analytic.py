@@ -23,7 +23,7 @@ and are counted as no FLOPs; both halves of the symmetric G are sent.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,17 @@ from torch import Tensor
 from fedgrow_algo.dual_ligo import HEAD, of_rank
 from fedgrow_algo.fedgrow import MIDDLE, FedGrow
 from fedgrow_algo.rounds import FINETUNE, own_target
-from fedsim.algorithm import ClientContext, ClientUpdate, Frozen, Partial, Payload, ServerContext, Steps, whole_sum
+from fedsim.algorithm import (
+    ClientContext,
+    ClientInfo,
+    ClientUpdate,
+    Frozen,
+    Partial,
+    Payload,
+    ServerContext,
+    Steps,
+    whole_sum,
+)
 from fedsim.core.fields import check_range, refuse
 from fedsim.core.tree import State, Tree, mapped
 from fedsim.learning.features import check_classes, feature_size, head_of
@@ -71,6 +81,9 @@ class FedGrowAnalytic(FedGrow):
     def server_init(self, ctx: ServerContext) -> State:
         nothing = torch.zeros(_size(ctx.task, ctx.target), ctx.task.inputs.num_classes, dtype=torch.float64)
         return super().server_init(ctx) | {HEAD: _head(ctx.task, ctx.target, nothing)}
+
+    def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
+        return super().server_broadcast({**state, HEAD: mapped(Tensor.float, state[HEAD])}, cohort, ctx)
 
     def server_aggregate(self, state: State, updates: Iterable[ClientUpdate | Partial], ctx: ServerContext) -> State:
         if self.stage(ctx.round) == FINETUNE:
@@ -125,4 +138,4 @@ def _head(task: Task, form: Form, W: Tensor) -> Tree:
 
 def _solved(payload: Payload) -> Tree:
     """The head that came; nothing while nobody has solved one."""
-    return mapped(Tensor.float, payload[HEAD]) if any(tensor.any() for tensor in payload[HEAD].values()) else {}
+    return payload[HEAD] if any(tensor.any() for tensor in payload[HEAD].values()) else {}

@@ -37,10 +37,7 @@ from fedsim.learning.task import Task
 from fedsim.models import Form
 
 
-PROTOTYPES, KNOWN = (
-    "prototypes",
-    "known",
-)  # of the server's state, beside Global: `(C, F)`, and of which classes, `(C,)`
+PROTOTYPES, KNOWN = "prototypes", "known"  # of the server's state: `(C, F)`, and of which classes, `(C,)`
 SUMS, SHARES = "sums", "shares"  # of an update: class means times shares, `(C, F)`, and the classes' shares, `(C,)`
 
 

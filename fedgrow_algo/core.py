@@ -66,7 +66,7 @@ class FedGrowCore(Averaging):
     """Adapters U R V of a grown model, of which R is trained, sent and averaged, with heads and norms.
 
     - `preset`: the growth operator; see `fedgrow_algo.presets`. - `rank`: r.
-    - `warm_rounds`: how many rounds M is averaged for before it is grown.
+    - `warm_rounds`: how many rounds M is averaged for before it is grown; with no fewer than the run has, it never is.
     """
 
     preset: str = "preserving"

@@ -160,12 +160,8 @@ class FedGrow(LocalTraining):
 
     @property
     def name(self) -> str:
-        return self.variant if self.rank is None else f"{self.variant}_lowrank"
-
-    @property
-    def variant(self) -> str:
-        """The name where maps are full ones."""
-        return "fedgrow" if self.federate else "fedgrow_no_federation"
+        low_rank = "" if self.rank is None else "_lowrank"
+        return f"fedgrow{'' if self.federate else '_no_federation'}{low_rank}"
 
     @property
     def leaves(self) -> Leaves:

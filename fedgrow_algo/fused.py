@@ -36,7 +36,7 @@ class FedGrowFused(FedGrow):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.federate:
-            refuse("algorithm.federate", self.federate, "True")
+            refuse("algorithm.federate", self.federate, "True: a gate goes with a Global that is shared")
         if self.finetune_after is not None:
             refuse("algorithm.finetune_after", self.finetune_after, "None: a gate goes with a Global that is shared")
 

@@ -9,7 +9,7 @@ Growing is linear in each map, so a matrix that is written by B0 + U V^T and rea
 
 What stands in brackets, and the first term, knows nothing of U and P: it is made once for a small model. A step then
 costs O(d^2 r) a matrix, where full maps cost O(d^3). Sent are U and the depth tables; V is the same for all, so the
-mean of U V^T is (the mean of U) V^T, exactly. With r = D1, V is the identity and the operator is today's.
+mean of U V^T is (the mean of U) V^T, exactly. With r = D1, V is the identity and the operator that of full maps.
 
 Where maps belong to target blocks, blocks share the start of the first one and all of V, so that mixing them may wait
 until U is known: `ligo`, which draws a start for each block, draws one for all here.
@@ -90,7 +90,10 @@ class LowRank:
 
     def grow(self, tensors: Mapping[str, Tensor], prepared: Mapping[str, Any]) -> Tree:
         """The large weights, by name: `prepared` from `prepared`, `tensors` as `init` returns them."""
-        whole = {name: self._joined(tensors, prepared, name, spec).unbind() for name, spec in self._parameters.items()}
+        with torch.autocast(next(iter(tensors.values())).device.type, enabled=False):  # all of it in one precision
+            whole = {
+                name: self._joined(tensors, prepared, name, spec).unbind() for name, spec in self._parameters.items()
+            }
         grown = {
             name: whole[name][0] if spec.layer is None else whole[spec.role][spec.layer]
             for name, spec in self.full.large_parts.items()

@@ -59,13 +59,17 @@ class FedGrowMatched(FedGrow):
             refuse("algorithm.federate", self.federate, "True: what is matched is so for the mean")
 
     @property
-    def variant(self) -> str:
+    def name(self) -> str:
         return "fedgrow_matched"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         super().check(task, forms, intermediate, target)
         if intermediate is not None and (why := no_corner(forms, intermediate)):
-            refuse("intermediate", intermediate, f"a form that references are corners of: {why}")
+            refuse(
+                "intermediate",
+                intermediate,
+                f"a form of which every small form is a corner, no axis larger and no deeper: {why}",
+            )
 
     def begun(self, small: Tree, ctx: ClientContext) -> Begun:
         local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)

@@ -35,7 +35,7 @@ class FedGrowResidual(FedGrow):
             refuse("algorithm.federate", self.federate, "True: fedgrow_no_federation shares nothing")
 
     @property
-    def variant(self) -> str:
+    def name(self) -> str:
         return "fedgrow_residual"
 
     def split(self, operator: Tree, ctx: ServerContext | ClientContext) -> tuple[Tree, Tree]:

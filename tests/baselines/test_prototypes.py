@@ -203,7 +203,10 @@ def test_the_nearest_prototype_by_hand() -> None:
     z = torch.tensor([1.0, 1.0])
     logits = head["weight"] @ z + head["bias"]
     assert float(logits[0] - logits[1]) == pytest.approx(-1.0 + 4.0)
-    assert int(logits.argmax()) == 0 and float(logits[2]) < -1e8
+    assert int(logits.argmax()) == 0
+    for z in torch.randn(100, 2, generator=torch.Generator().manual_seed(0)) * 30:
+        logits = head["weight"] @ z + head["bias"]
+        assert int(logits.argmax()) < 2 and float(logits[2]) == pytest.approx(float(logits[0]) - 20, abs=1e-3)
 
 
 @pytest.mark.parametrize("algorithm", [FedProto, FedTGP])

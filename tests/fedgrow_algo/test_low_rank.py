@@ -1,14 +1,19 @@
 """Maps of low rank: the algebra of their terms, for every preset and family, against the operator of full maps."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from fedgrow_algo.dual_ligo import GrownLoss, of_rank
 from fedgrow_algo.low_rank import LowRank
 from fedgrow_algo.presets import PRESETS
 from fedsim.core.tree import Tree, mapped
+from fedsim.data.config import digits, pydoc
+from fedsim.learning.task import TaskConfig, load_task
+from fedsim.models import Form
 from tests.support.growing import MAIN, accepted, exact, large, operator_between, random, random_tree, small, start
 
 
@@ -113,3 +118,27 @@ def test_the_mean_of_operators_is_that_of_their_maps() -> None:
         assert_close(maps[name], 0.25 * both[0][name] + 0.75 * both[1][name], rtol=1e-12, atol=1e-12)
     for name, expected in low.full(maps, tree).items():
         assert_close(low.grow(mean, prepared)[name], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "llama"])
+def test_in_bf16_the_model_is_what_is_half_and_growth_is_not(family: str) -> None:
+    """LayerNorm takes no parameters of two precisions, and fp32 parameters are what training in bf16 has."""
+    small_form, large_form = Form(8, 1, heads=2), Form(16, 2, heads=4)  # heads of 4: rotary ones may not grow
+    data = digits(limit=8) if family == "vit" else pydoc(limit=8, max_length=12)
+    if family == "bert":
+        data = dataclasses.replace(data, objective="masked_token")
+    task = load_task(TaskConfig(data, family, patch_size=4), None)
+    assert task.dataset is not None
+    loss = GrownLoss(task, "preserving", small_form, large_form, rank=2)
+    operator = of_rank(2, "preserving", task, small_form, large_form)
+    prepared = operator.prepared(operator.stack(task.fresh(small_form, 0)), generator())
+    batch = task.batch(task.dataset.train, torch.arange(8), torch.device("cpu"), generator(), None)
+    found = []
+    for half in (False, True):
+        tensors = {name: tensor.requires_grad_() for name, tensor in operator.init(generator()).items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            value = loss(tensors, {"small": prepared}, batch)
+        value.backward()
+        assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in tensors.values())
+        found.append(float(value.detach()))
+    assert found[0] != found[1] == pytest.approx(found[0], rel=2e-2)

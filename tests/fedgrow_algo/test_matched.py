@@ -199,9 +199,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"algorithm\.federate=False: must be True"):
         FedGrowMatched(federate=False)
     federation = Federation(matching())
-    with pytest.raises(ValueError, match=r"intermediate=.*corners of.*axis 'head' is larger"):
+    with pytest.raises(ValueError, match=r"intermediate=.*corner, no axis larger.*axis 'head' is larger"):
         federation.algorithm.check(federation.task, [Form(8, 1, heads=4)], MIDDLE, TARGET)
     assert [matching().name, matching(rank=2).name, matching().leaves] == [
-        *("fedgrow_matched", "fedgrow_matched_lowrank"),
+        *("fedgrow_matched", "fedgrow_matched"),
         "operator",
     ]
