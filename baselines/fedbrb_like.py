@@ -41,7 +41,7 @@ from fedsim.core.fields import check_range, refuse
 from fedsim.core.submodel import Cut
 from fedsim.core.tree import State
 from fedsim.learning.coverage import MODEL, averaged, everywhere, model_of
-from fedsim.learning.rates import FITTING, Rates, cut_axes, rate_of, sub_form, window
+from fedsim.learning.rates import FITTING, cut_axes, rate_of, sub_form, window
 from fedsim.learning.task import Task
 from fedsim.models import Form
 
@@ -50,14 +50,11 @@ from fedsim.models import Form
 class FedBRBLike(SubModels):
     """The reconstruction of FedBRB, of the target.
 
-    - `rates`: by default "powers_of_two", whose blocks lie in one another's: those of "fitting", larger ones that cut
-      across each other's borders, scored 12 points less on validation (`LOG.md`).
     - `clock`: all participants of a rate train the same block ("together"), or each begins at another ("spread").
     - `broadcast`: lam; 0: none. - `decay`: rounds after which lam_t is half of it; None: constant.
     - `mode`: what is broadcast: the trained blocks themselves ("parameters"), or how they changed ("changes").
     """
 
-    rates: Rates = dataclasses.field(default="powers_of_two", kw_only=True)
     clock: Literal["together", "spread"] = "together"
     broadcast: float = 1.0
     decay: float | None = None
@@ -80,11 +77,13 @@ class FedBRBLike(SubModels):
                     refuse("algorithm.rates", rate, accepted)
 
     def rate(self, task: Task, form: Form, target: Form) -> float:
-        """The largest 1/n that fits; of "fitting", those whose n divides every axis that is cut."""
+        """The largest 1/n that fits; of "fitting", those whose n divides every axis that is cut, and is a power of two:
+        blocks then lie in one another's."""
         if self.rates != FITTING:
             return rate_of(task, target, form, self.rates)
         sizes = [target.axes[axis] for axis in cut_axes(task.specs(target))]
-        blocks = [n for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes)]
+        powers = (2**power for power in range(min(sizes).bit_length()))
+        blocks = [n for n in powers if not any(size % n for size in sizes)]
         return rate_of(task, target, form, tuple(1 / n for n in blocks))
 
     # at the aggregator ----------------------------------------------------------------------------------------------

@@ -145,10 +145,11 @@ class DataConfig:
         if self.objective != "classes" and images:
             accepted = f"'classes' for images (task.data.name={self.name!r}, task.data.image={self.image!r})"
             refuse("task.data.objective", self.objective, accepted)
-        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+        both = (("image_mean", self.image_mean), ("image_std", self.image_std))
+        for (name, values), (other, _) in zip(both, reversed(both), strict=True):
             fits = len(values) == self.channels and all(-1e6 < value < 1e6 for value in values) and self.kind == "image"
             if (self.image_mean or self.image_std) and (not fits or (name == "image_std" and min(values) <= 0)):
-                accepted = f"a number for each of task.data.channels={self.channels}, together with the other one"
+                accepted = f"a number for each of task.data.channels={self.channels}, together with task.data.{other}"
                 refuse(f"task.data.{name}", values, f"{accepted}; deviations are above 0, and texts have none")
         check_sha256(self, "task.data")
         self._check_classes()
