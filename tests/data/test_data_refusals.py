@@ -220,3 +220,10 @@ def test_settings_that_do_not_fit_together_are_refused():
 def test_settings_travel():
     config = sst2(limit=3)
     assert pickle.loads(pickle.dumps(config)) == config and hash(config) == hash(sst2(limit=3))
+
+
+def test_a_mean_of_pixels_without_a_deviation_is_refused_by_both_names():
+    with pytest.raises(ValueError, match=r"task\.data\.image_std=\(\): .*together with task\.data\.image_mean"):
+        digits(image_mean=(0.0,))
+    with pytest.raises(ValueError, match=r"task\.data\.image_mean=\(\): .*together with task\.data\.image_std"):
+        digits(image_std=(1.0,))
