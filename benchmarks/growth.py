@@ -275,6 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(chosen: argparse.Namespace) -> int:
     check_numbers(chosen, "steps", least=1)
     check_numbers(chosen, "threads", least=0, most=1024)
+    for rank in chosen.rank:
+        if rank < 1:
+            refuse("--rank", rank, "at least 1")
     paths = [*chosen.path, *(f"{RANK}{rank}" for rank in chosen.rank)]
     check_json(chosen)
     device = device_of(chosen.device)
