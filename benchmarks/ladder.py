@@ -1,11 +1,12 @@
-"""Small public ViTs:  python benchmarks/ladder.py --out DIR [--data fashion_mnist] [--seed 0] [--epochs N] [--public N]
+"""Small public models:  python benchmarks/ladder.py --out DIR [--data NAME] [--seed 0] [--epochs N] [--public N]
 
-Trained on the first training images of a data set, which then are public: experiments whose participants start from one
-say so by `skip`, and nobody holds them. Each is saved as a folder that `transformers` loads, with a README. A seed and
-a kind of processor decide all bits.
+Trained on the first training examples of a data set, which then are public: experiments whose participants start from
+one say so by `skip`, and nobody holds them. Each is saved as a folder that `transformers` loads, with a README. A seed
+and a kind of processor decide all bits.
 
-- fashion_mnist: three sizes, on 20,000 images of Fashion-MNIST (`FEDSIM_DATA_DIR/fashion_mnist`).
-- digits: one, the smallest of the demo's forms, on 400 digits; `benchmarks/public` holds what this gave.
+- fashion_mnist: ViTs of two sizes, on 3,000 images of Fashion-MNIST (`FEDSIM_DATA_DIR/fashion_mnist`).
+- pydoc: GPT-2s of two sizes, on 4,000 pieces of CPython's reference text: its first topics.
+- digits: one ViT, the smallest of the demo's forms, on 400 digits; `benchmarks/public` holds what this gave.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from fedsim.core.fields import path_of, refuse  # noqa: E402
 from fedsim.core.seeding import derive  # noqa: E402
 from fedsim.core.terminal import say  # noqa: E402
 from fedsim.core.tree import Tree, numel  # noqa: E402
-from fedsim.data import digits, fashion_mnist, load  # noqa: E402
+from fedsim.data import digits, fashion_mnist, load, pydoc  # noqa: E402
 from fedsim.learning.meter import Meter  # noqa: E402
 from fedsim.learning.objectives import TaskLoss  # noqa: E402
 from fedsim.learning.task import Task, TaskConfig, load_task  # noqa: E402
@@ -59,16 +60,23 @@ class Ladder:
 
 LADDERS = {
     "fashion_mnist": Ladder(
-        {  # heads of 16 and an FFN of twice the width in all: each grows into the next
+        {  # heads of 16 and an FFN of twice the width: each grows into the next
             "vit-32x2": Form(32, 2, heads=2, mlp=64),
             "vit-48x3": Form(48, 3, heads=3, mlp=96),
-            "vit-64x4": Form(64, 4, heads=4, mlp=128),
         },
-        TaskConfig(fashion_mnist(), "vit", patch_size=4),  # crops and flips cost so small and short a training accuracy
-        public=20_000,
-        epochs=10,
+        TaskConfig(fashion_mnist(), "vit", patch_size=7),  # crops and flips cost so small and short a training accuracy
+        public=3000,
+        epochs=30,
         batch_size=64,
         source="Fashion-MNIST (Xiao et al., 2017; MIT licence)",
+    ),
+    "pydoc": Ladder(
+        {"gpt2-32x2": Form(32, 2, heads=2, mlp=64), "gpt2-48x3": Form(48, 3, heads=3, mlp=96)},
+        TaskConfig(pydoc(max_length=32), "gpt2"),
+        public=4000,
+        epochs=10,
+        batch_size=32,
+        source="CPython's reference text, 32 bytes each (PSF licence)",
     ),
     "digits": Ladder(
         {"digits-24x1": Form(24, 1)},
@@ -82,16 +90,17 @@ LADDERS = {
 PROCESSES = 2  # at once, of one thread each
 README = """# {name}
 
-A Vision Transformer, {form}: {parameters:,} parameters, heads of {form.head_size}, FFN {form.inner} wide, patches of 4.
-Trained on the first {public:,} training images of {source}, {epochs} epochs.
-Accuracy on its {tested:,} test images: {accuracy:.2%}.
+A {family}, {form}: {parameters:,} parameters, heads of {form.head_size}, FFN {form.inner} wide{patches}.
+Trained on the first {public:,} training examples of {source}, {epochs} epochs.
+Accuracy on its {tested:,} test examples: {accuracy:.2%}.
 
 Made by `python benchmarks/ladder.py --data {data} --seed {seed} --epochs {epochs} --public {public}`.
 Experiments that start from it leave those images out:
 
-    tier = fedsim.from_pretrained("phone", "vit", "FOLDER/{name}")
-    task = fedsim.TaskConfig(fedsim.data.{data}(skip={public}), "vit", patch_size=4)
+    tier = fedsim.from_pretrained("phone", "{model}", "FOLDER/{name}")
+    task = fedsim.TaskConfig(fedsim.data.{data}({more}skip={public}), "{model}"{size})
 """
+FAMILIES = {"vit": "Vision Transformer", "gpt2": "GPT-2 that reads bytes"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder a model is written below it")
     parser.add_argument("--data", choices=LADDERS, default="fashion_mnist")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the public images")
-    parser.add_argument("--public", type=int, metavar="N", help="train on the first N training images")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the public examples")
+    parser.add_argument("--public", type=int, metavar="N", help="train on the first N training examples")
     options, console = parser.parse_args(arguments), Console()
     return exit_status(lambda: train_all(options, console), console)
 
@@ -114,9 +123,9 @@ def train_all(options: argparse.Namespace, console: Console) -> int:
     check_numbers(options, "epochs", "public", least=1)
     options.out = path_of(options.out, "--out")
     numerics.settle(None, here=False, say=lambda text: say(console, text))
-    images = len(load(ladder.task.data, environment.data_dir()).train)
-    if options.public >= images:
-        refuse("--public", options.public, f"below {images}, or nothing is left for participants")
+    examples = len(load(ladder.task.data, environment.data_dir()).train)
+    if options.public >= examples:
+        refuse("--public", options.public, f"below {examples}, or nothing is left for participants")
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:  # the largest begins first
         for line in pool.map(train_one, [options] * len(ladder.forms), reversed(ladder.forms)):
             say(console, line)
@@ -135,6 +144,10 @@ def train_one(options: argparse.Namespace, name: str) -> str:
     accuracy = task.score(module, task.dataset.test).accuracy
     about = {"name": name, "form": form, "parameters": numel(tree), "accuracy": accuracy}
     about |= {"source": ladder.source, "tested": len(task.dataset.test)}
+    model, patch, length = ladder.task.family, ladder.task.patch_size, ladder.task.data.max_length
+    image = model == "vit"
+    about |= {"model": model, "family": FAMILIES[model], "patches": f", patches of {patch}" if image else ""}
+    about |= {"size": f", patch_size={patch}" if image else "", "more": "" if image else f"max_length={length}, "}
     data = dataclasses.replace(ladder.task.data, class_names=task.dataset.class_names)
     write(module, data, README.format(**about, **vars(options)), options.out / name)
     return f"{name}: test accuracy {accuracy:.2%}, {time.process_time():.0f} s of a core, in {options.out / name}"

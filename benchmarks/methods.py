@@ -151,6 +151,7 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         FedGrowJoint(preset="preserving", **local, **small, local_lr=1e-3),
         FedGrow(preset="paper", federate=False, **staged),
         FedGrow(preset="preserving", federate=False, **staged),
+        FedGrow(preset="preserving", federate=False, rank=8, **staged),
         FedGrowReleasedCode(preset="paper", **staged),
         FedGrowAnalytic(preset="preserving", rank=8, **staged),
         FedGrowCore(preset="preserving", **local),

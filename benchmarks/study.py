@@ -1,57 +1,175 @@
-"""The study of when growing together helps: its tasks, and the gates that a task has to pass before it (`LOG.md`).
+"""The study of when growing together helps: its tasks, the gates a task has to pass, the methods (`LOG.md`).
 
-Public models first: `fedsim models fetch minilm-l3` and `minilm-l6`; `python benchmarks/ladder.py --out CACHE/models`,
-CACHE being FEDSIM_CACHE_DIR, makes the ViTs. Data are looked up in FEDSIM_DATA_DIR.
+For texts, fetch public models first: `fedsim models fetch minilm-l3` and `minilm-l6`; the small ones lie in `public`.
+Data are looked up in FEDSIM_DATA_DIR.
+
+A task comes in two regimes. *Strangers*: two public models of different size, which know nothing of each other; small
+participants own the one, the others the other. *Ancestor*: one public model, and larger forms are grown from it.
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from baselines.analytic import Analytic
 from baselines.fedavg import FedAvg, fedavg_small
 from benchmarks.federations import on_minilm
+from benchmarks.methods import DIGITS, RATE, methods
 from fedgrow_algo.grown import Grown
+from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
-from fedsim.data.source import DataConfig, fashion_mnist
-from fedsim.experiment import Experiment, from_pretrained
+from fedsim.data.source import fashion_mnist, pydoc
+from fedsim.experiment import Experiment, Tier, from_pretrained
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form, Like
 from fedsim.models.checkpoint import Checkpoint
 
 
-PUBLIC_IMAGES = 20_000  # that the ladder of ViTs was trained on
-_NEWS = {"name": "newsgroups", "num_classes": 20}
+PUBLIC_IMAGES, PUBLIC_PIECES = 3000, 4000  # that the ladders were trained on
+_SMALL, _LARGE = Form(32, 2, heads=2, mlp=64), Form(48, 3, heads=3, mlp=96)
+_TARGET = Form(64, 4, heads=4, mlp=128)
 
 
 def on_newsgroups() -> Experiment:
-    """1,200 texts of 20 Newsgroups, 48 tokens of each, among owners of MiniLMs of 3 and 6 blocks; a target of 8."""
+    """600 texts of 20 Newsgroups, 32 tokens of each, among two owners of each MiniLM, of 3 and of 6 blocks."""
     base = on_minilm(1.0)
-    data = replace(base.task.data, max_length=48, limit=1200, **_NEWS)
-    return replace(base, task=replace(base.task, data=data), target=Like(depth=8), rounds=10)
+    data = replace(base.task.data, name="newsgroups", num_classes=20, max_length=32, limit=600)
+    return replace(
+        base,
+        task=replace(base.task, data=data),
+        target=Like(depth=6),
+        partition=Partition("dirichlet", alpha=0.5, min_size=10),
+        participants=4,
+        rounds=5,
+        eval_every=5,
+        chunk=4,
+    )
 
 
-def on_fashion() -> Experiment:
-    """6,000 images of Fashion-MNIST among owners of three public ViTs; the target is wider and deeper than any.
+def on_fashion(ancestor: bool = False) -> Experiment:
+    """12,000 images of Fashion-MNIST among six owners of public ViTs that were trained on 3,000 others."""
+    task = TaskConfig(fashion_mnist(skip=PUBLIC_IMAGES, limit=12_000), "vit", patch_size=7)
+    return _on_ladder(task, Partition("dirichlet", alpha=0.5, min_size=100), ancestor)
 
-    It does not pass its gate (`LOG.md`): the public models have seen too many images.
-    """
-    names = ("vit-32x2", "vit-48x3", "vit-64x4")
-    ladder = tuple(Checkpoint(f"cache:{name}") for name in names)
-    data: DataConfig = fashion_mnist(skip=PUBLIC_IMAGES, limit=6000)
+
+def on_topics(ancestor: bool = False) -> Experiment:
+    """6,000 pieces of CPython's reference text among six owners of whole topics: next byte, by public GPT-2s."""
+    task = TaskConfig(pydoc(max_length=32, skip=PUBLIC_PIECES, limit=6000), "gpt2")
+    return _on_ladder(task, Partition("natural"), ancestor)
+
+
+def _on_ladder(task: TaskConfig, partition: Partition, ancestor: bool) -> Experiment:
+    family = task.family
+    ladder = tuple(Checkpoint(f"benchmarks:public/{family}-{size}") for size in ("32x2", "48x3"))
+    small, large = (from_pretrained(name, family, each) for name, each in zip(("phone", "laptop"), ladder, strict=True))
     return Experiment(
         algorithm=FedAvg(),
-        task=TaskConfig(data, "vit", patch_size=4),
-        tiers=tuple(
-            from_pretrained(tier, "vit", each) for tier, each in zip(("phone", "tablet", "laptop"), ladder, strict=True)
-        ),
-        intermediate=Form(64, 4, heads=4, mlp=128),
-        target=Form(96, 6, heads=6, mlp=192),
-        partition=Partition("dirichlet", alpha=0.5, min_size=100),
+        task=task,
+        tiers=(small, Tier("laptop", _LARGE) if ancestor else large),
+        intermediate=_LARGE,
+        target=_TARGET,
+        partition=partition,
         participants=6,
         rounds=10,
-        eval_every=5,
+        eval_every=2,
         chunk=6,
-        start=Grown(ladder),
+        start=Grown(ladder[:1] if ancestor else ladder),
     )
+
+
+PRIVATE = (  # no model of a participant leaves it
+    "fedgrow_lowrank preserving",
+    "fedgrow_no_federation_lowrank preserving",
+    "fedgrow preserving",
+    "fedgrow_residual preserving",
+    "fedgrow_matched preserving",
+    "fedgrow_fused preserving",
+    "fedgrow_core preserving",
+    "local_only",
+    "fedkd",
+    "fedmrl",
+    "fedit",
+    "fedsb",
+)
+WITH_CLASSES = (
+    "fedgrow_analytic preserving",
+    "fedgrow_anchored preserving",
+    "lg_fedavg",
+    "fedproto",
+    "fedtgp",
+    "fedgh",
+    "analytic",
+)
+OPEN = ("fedavg", "fedavg_mid", "fedavg_small", "heterofl")
+# On the costly task: the project's forms that can be afforded there, and who was ahead of its kind on digits.
+FEW = (
+    "fedgrow_lowrank preserving",
+    "fedgrow_no_federation_lowrank preserving",
+    "fedgrow_analytic preserving",
+    "fedgrow_core preserving",
+    "local_only",
+    "fedproto",
+    "fedit",
+    "analytic",
+    "fedavg",
+    "fedavg_small",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task in one regime: what is compared there, and at which rates.
+
+    - `tried`: of `study_grid`. - `rates`: chosen on it by validation with classes weighted evenly.
+    - `batch_size`: of every method.
+    """
+
+    base: Callable[[], Experiment]
+    names: tuple[str, ...]
+    tried: tuple[float, ...]
+    rates: Mapping[str, float]
+    batch_size: int = 32
+
+    def compared(self, rates: Mapping[str, float]) -> list[Experiment]:
+        """Small models as they are brought, one epoch a round."""
+        base = self.base()
+        changes = {"small_epochs": 0, "local_epochs": 0, "epochs": 1, "batch_size": self.batch_size}
+        return [replace(base, algorithm=changed(method, changes)) for method in methods(dict(rates))]
+
+    def grid(self) -> list[Experiment]:
+        """Half as many rounds, scored after the last."""
+        found = [self.compared({name: rate}) for name in self.names for rate in self._tried(name)]
+        return [replace(each, rounds=5, eval_every=5) for part in found for each in part]
+
+    def _tried(self, name: str) -> tuple[float, ...]:
+        return (0.01, 0.1, 1.0, 10.0) if name in RATE else self.tried
+
+
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+PARTS = {
+    "fashion_strangers": Part(on_fashion, PRIVATE + WITH_CLASSES + OPEN, GRID, {}),
+    "fashion_ancestor": Part(lambda: on_fashion(ancestor=True), PRIVATE + WITH_CLASSES + OPEN, GRID, {}),
+    "topics_strangers": Part(on_topics, PRIVATE + OPEN, GRID, {}),
+    "topics_ancestor": Part(lambda: on_topics(ancestor=True), PRIVATE + OPEN, GRID, {}),
+    "newsgroups": Part(on_newsgroups, FEW, (1e-4, 3e-4, 1e-3, 3e-3), {}, batch_size=16),
+}
+
+
+def study() -> list[Experiment]:
+    """Every part of the study at its rates."""
+    return [each for part in PARTS.values() for each in part.compared(part.rates)]
+
+
+def study_grid() -> list[Experiment]:
+    """The rates tried for `study`; run it on other seeds."""
+    return [each for part in PARTS.values() for each in part.grid()]
+
+
+def changed(algorithm: Algorithm, changes: Mapping[str, Any]) -> Algorithm:
+    """The algorithm with those of the changes that it has fields for."""
+    concrete: Any = algorithm
+    names = {field.name for field in fields(concrete)}
+    return replace(concrete, **{name: value for name, value in changes.items() if name in names})
 
 
 def gates() -> list[Experiment]:
@@ -61,13 +179,14 @@ def gates() -> list[Experiment]:
     of the grown public model by more than two; else the task decides nothing.
     """
     found = []
-    for base in (on_newsgroups(), on_fashion()):
-        alone = replace(base, participants=1, tiers=base.tiers[:1], partition=Partition("iid"), eval_every=2)
+    for part, base in ((PARTS[name], PARTS[name].base()) for name in ("newsgroups", "fashion_strangers", "topics_strangers")):
+        alone = replace(base, participants=1, tiers=base.tiers[:1], partition=Partition("iid"), eval_every=base.rounds)
         trained = [
-            replace(method, lr=lr, epochs=1, batch_size=16)
-            for lr in (1e-4, 3e-4, 1e-3)
+            replace(method, lr=lr, epochs=1, batch_size=part.batch_size)
+            for lr in part.tried[:3]
             for method in (FedAvg(), fedavg_small())
         ]
         found += [replace(alone, algorithm=method) for method in trained]
-        found += [replace(alone, algorithm=Analytic(of="target", gamma=gamma)) for gamma in (0.1, 1.0, 10.0)]
+        if "analytic" in part.names:
+            found += [replace(alone, algorithm=Analytic(of="target", gamma=gamma)) for gamma in (0.1, 1.0, 10.0)]
     return found

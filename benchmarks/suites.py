@@ -5,7 +5,7 @@ returns a single Experiment is for `fedsim run` and `fedsim inspect`. A suite th
 (`--scale`). Methods that are compared share everything but the algorithm, so all of them meet the same federation.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from baselines.fedavg import FedAvg, fedavg_small
@@ -27,7 +27,7 @@ from benchmarks.federations import (
     scaled,
 )
 from benchmarks.methods import CIFAR, DIGITS, GRID, PUBLIC_DIGITS, RATE, SENTENCES, TOKENS, methods
-from benchmarks.study import gates
+from benchmarks.study import changed, gates, study, study_grid
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
@@ -38,7 +38,7 @@ from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 
 
-__all__ = ["ablations", "ablations_grid", "gates"]
+__all__ = ["ablations", "ablations_grid", "gates", "study", "study_grid"]
 
 
 AS_BROUGHT = {"small_epochs": 0, "local_epochs": 0}  # small models stay as they are brought
@@ -56,7 +56,7 @@ def quick() -> list[Experiment]:
     public = from_public(on_digits())
     return [
         *each_of(replace(public, start=None), methods({name: DIGITS[name] for name in names})),
-        *each_of(public, [_with(method, AS_BROUGHT) for method in methods(PUBLIC_DIGITS)]),
+        *each_of(public, [changed(method, AS_BROUGHT) for method in methods(PUBLIC_DIGITS)]),
     ]
 
 
@@ -65,7 +65,7 @@ def quick_grid() -> list[Experiment]:
     base = replace(from_public(on_digits()), chunk=6)
     rates = (3e-5, *GRID[:-1])
     tried = [method for lr in rates for method in methods(dict.fromkeys(PUBLIC_DIGITS, lr))]
-    return [replace(base, algorithm=_with(method, AS_BROUGHT)) for method in tried]
+    return [replace(base, algorithm=changed(method, AS_BROUGHT)) for method in tried]
 
 
 def baselines() -> list[Experiment]:
@@ -117,14 +117,7 @@ def checkpoints(scale: float = 1.0) -> list[Experiment]:
     given = methods({name: DIGITS[name] for name in chosen})
     rates = {name: 1e-3 if method.leaves in light else 1e-4 for name, method in zip(chosen, given, strict=True)}
     pretrained = {"small_epochs": 0, "local_epochs": 1, "epochs": 1}
-    return [replace(base, algorithm=_with(method, pretrained)) for method in methods(rates)]
-
-
-def _with(algorithm: Algorithm, changes: dict[str, Any]) -> Algorithm:
-    """The algorithm with those of the changes that it has fields for."""
-    concrete: Any = algorithm
-    names = {field.name for field in fields(concrete)}
-    return replace(concrete, **{name: value for name, value in changes.items() if name in names})
+    return [replace(base, algorithm=changed(method, pretrained)) for method in methods(rates)]
 
 
 def cifar_subset() -> list[Experiment]:
