@@ -60,9 +60,9 @@ class Ladder:
 
 LADDERS = {
     "fashion_mnist": Ladder(
-        {  # heads of 16 and an FFN of twice the width: each grows into the next
-            "vit-32x2": Form(32, 2, heads=2, mlp=64),
-            "vit-48x3": Form(48, 3, heads=3, mlp=96),
+        {  # heads of 8 and an FFN of twice the width: each grows into the next
+            "vit-24x1": Form(24, 1, heads=3, mlp=48),
+            "vit-32x2": Form(32, 2, heads=4, mlp=64),
         },
         TaskConfig(fashion_mnist(), "vit", patch_size=7),  # crops and flips cost so small and short a training accuracy
         public=3000,
@@ -71,7 +71,7 @@ LADDERS = {
         source="Fashion-MNIST (Xiao et al., 2017; MIT licence)",
     ),
     "pydoc": Ladder(
-        {"gpt2-32x2": Form(32, 2, heads=2, mlp=64), "gpt2-48x3": Form(48, 3, heads=3, mlp=96)},
+        {"gpt2-24x1": Form(24, 1, heads=3, mlp=48), "gpt2-32x2": Form(32, 2, heads=4, mlp=64)},
         TaskConfig(pydoc(max_length=32), "gpt2"),
         public=4000,
         epochs=10,
