@@ -81,7 +81,7 @@ class Pair:
         return asked
 
     def client(self, update: ClientUpdate, payload: Payload, sent: State, ctx: ClientContext) -> ClientUpdate:
-        """What is sent instead of a method's update. It had received the method's `payload`, and `sent` of this pair."""
+        """What is sent instead of a method's update. The client had received its `payload`, and `sent` of this pair."""
         return update
 
 
@@ -132,7 +132,9 @@ class Around(Algorithm):
         state, own = _split(state)
         payloads = self.method.server_broadcast(state, cohort, ctx)
         sent = {name: found for name, kept in own.items() if (found := self.pairs[int(name)].sent(kept, ctx))}
-        joined = {id(payload): _joined(payload, sent) for payload in payloads.values()}  # one object for those alike
+        joined = {
+            id(payload): _joined(payload, sent) if sent else payload for payload in payloads.values()
+        }  # one for those alike
         return {client: joined[id(payload)] for client, payload in payloads.items()}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
@@ -196,9 +198,9 @@ class Around(Algorithm):
 _METHOD, _PAIRS = "around.method", "around.pairs"  # names that no method's own state has
 
 
-def _joined(state: State, own: dict[str, State]) -> State:
+def _joined(state: Mapping[str, Any], own: dict[str, State]) -> State:
     """A method's state as it is where no pair has one of its own, else both."""
-    return {_METHOD: state, _PAIRS: own} if own else state
+    return {_METHOD: state, _PAIRS: own} if own else dict(state)
 
 
 def _split(state: Mapping[str, Any]) -> tuple[State, dict[str, State]]:
