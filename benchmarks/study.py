@@ -14,7 +14,8 @@ from typing import Any
 from baselines.analytic import Analytic
 from baselines.fedavg import FedAvg, fedavg_small
 from benchmarks.federations import on_minilm
-from benchmarks.methods import DIGITS, RATE, methods
+from benchmarks.methods import RATE, methods
+from fedgrow_algo.core import FedGrowCore
 from fedgrow_algo.grown import Grown
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
@@ -80,25 +81,14 @@ PRIVATE = (  # no model of a participant leaves it
     "fedgrow_lowrank preserving",
     "fedgrow_no_federation_lowrank preserving",
     "fedgrow preserving",
-    "fedgrow_residual preserving",
     "fedgrow_matched preserving",
-    "fedgrow_fused preserving",
     "fedgrow_core preserving",
     "local_only",
-    "fedkd",
     "fedit",
     "fedsb",
 )
-WITH_CLASSES = (
-    "fedgrow_analytic preserving",
-    "fedgrow_anchored preserving",
-    "lg_fedavg",
-    "fedproto",
-    "fedtgp",
-    "fedgh",
-    "fedmrl",
-    "analytic",
-)
+ANY_TARGET = ("fedgrow_residual preserving", "fedgrow_fused preserving", "fedkd")
+WITH_CLASSES = ("fedgrow_analytic preserving", "fedproto", "fedtgp", "analytic")
 OPEN = ("fedavg", "fedavg_mid", "fedavg_small", "heterofl")
 # On the costly task: the project's forms that can be afforded there, and who was ahead of its kind on digits.
 FEW = (
@@ -119,21 +109,24 @@ FEW = (
 class Part:
     """One task in one regime: what is compared there, and at which rates.
 
-    - `tried`: of `study_grid`. - `rates`: chosen on it by validation with classes weighted evenly.
-    - `batch_size`: of every method.
+    - `tried`: rates of `study_grid`; `wider`: more of them, of methods whose best was on an edge.
+    - `rates`: of those that go on, chosen by validation with classes weighted evenly. - `batch_size`: of every method.
     """
 
     base: Callable[[], Experiment]
     names: tuple[str, ...]
     tried: tuple[float, ...]
+    wider: Mapping[str, float]
     rates: Mapping[str, float]
     batch_size: int = 32
 
     def compared(self, rates: Mapping[str, float]) -> list[Experiment]:
-        """Small models as they are brought, one epoch a round."""
+        """Small models as they are brought, one epoch a round; a core grows from the larger of the public models."""
         base = self.base()
         changes = {"small_epochs": 0, "local_epochs": 0, "epochs": 1, "batch_size": self.batch_size}
-        return [replace(base, algorithm=changed(method, changes)) for method in methods(dict(rates))]
+        found = [changed(method, changes) for method in methods(dict(rates))]
+        found = [replace(each, of="intermediate") if isinstance(each, FedGrowCore) else each for each in found]
+        return [replace(base, algorithm=method) for method in found]
 
     def grid(self) -> list[Experiment]:
         """Three rounds, scored after the last."""
@@ -141,16 +134,17 @@ class Part:
         return [replace(each, rounds=3, eval_every=3) for part in found for each in part]
 
     def _tried(self, name: str) -> tuple[float, ...]:
-        return (0.01, 0.1, 1.0) if name in RATE else self.tried
+        more = (self.wider[name],) if name in self.wider else ()
+        return ((0.01, 0.1, 1.0) if name in RATE else self.tried) + more
 
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 PARTS = {
-    "fashion_strangers": Part(on_fashion, PRIVATE + WITH_CLASSES + OPEN, GRID, {}),
-    "fashion_ancestor": Part(lambda: on_fashion(ancestor=True), PRIVATE + WITH_CLASSES + OPEN, GRID, {}),
-    "topics_strangers": Part(on_topics, PRIVATE + OPEN, GRID, {}),
-    "topics_ancestor": Part(lambda: on_topics(ancestor=True), PRIVATE + OPEN, GRID, {}),
-    "newsgroups": Part(on_newsgroups, FEW, (1e-4, 3e-4, 1e-3), {}, batch_size=16),
+    "fashion_strangers": Part(on_fashion, PRIVATE + WITH_CLASSES + OPEN, GRID, {}, {}),
+    "fashion_ancestor": Part(lambda: on_fashion(ancestor=True), PRIVATE + WITH_CLASSES + OPEN, GRID, {}, {}),
+    "topics_strangers": Part(on_topics, PRIVATE + ANY_TARGET + OPEN, GRID, {}, {}),
+    "topics_ancestor": Part(lambda: on_topics(ancestor=True), PRIVATE + ANY_TARGET + OPEN, GRID, {}, {}),
+    "newsgroups": Part(on_newsgroups, FEW, (1e-4, 3e-4, 1e-3), {}, {}, batch_size=16),
 }
 
 
@@ -178,7 +172,9 @@ def gates() -> list[Experiment]:
     of the grown public model by more than two; else the task decides nothing.
     """
     found = []
-    for part, base in ((PARTS[name], PARTS[name].base()) for name in ("newsgroups", "fashion_strangers", "topics_strangers")):
+    for part, base in (
+        (PARTS[name], PARTS[name].base()) for name in ("newsgroups", "fashion_strangers", "topics_strangers")
+    ):
         alone = replace(base, participants=1, tiers=base.tiers[:1], partition=Partition("iid"), eval_every=base.rounds)
         trained = [
             replace(method, lr=lr, epochs=1, batch_size=part.batch_size)

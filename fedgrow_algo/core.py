@@ -1,6 +1,7 @@
 """Growth that is the same for all, and a small core on top of it: a variant of the project's own, of no paper.
 
-    before round 1           M, a model of the smallest form, which all hold; G, a preset's operator, untrained
+    before round 1           M, a model of the smallest form (or the intermediate one), which all hold; G, a preset's
+                             operator, untrained
                              U of out x r and V of r x in: random, orthonormal, the same for all; R = 0, of r x r
     round r, participant k   W' = G(M) + U R V; train R_k, and head and norms of W'; send them
     round r, server          R <- sum_k n_k R_k / sum_k n_k, and so heads and norms
@@ -16,6 +17,7 @@ the same preset), and the blocks' norms trained as well.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,6 +25,7 @@ from torch import nn
 from fedgrow_algo.dual_ligo import grown, operator_between
 from fedgrow_algo.presets import by_name
 from fedsim.algorithm import (
+    LATER,
     Averaging,
     ClientContext,
     ClientInfo,
@@ -35,7 +38,7 @@ from fedsim.algorithm import (
     TaskLoss,
     Training,
 )
-from fedsim.core.fields import check_range
+from fedsim.core.fields import check_range, refuse
 from fedsim.core.seeding import generator
 from fedsim.core.tree import State, Tree, to
 from fedsim.learning.adapters import (
@@ -67,11 +70,14 @@ class FedGrowCore(Averaging):
 
     - `preset`: the growth operator; see `fedgrow_algo.presets`. - `rank`: r.
     - `warm_rounds`: how many rounds M is averaged for before it is grown; with no fewer than the run has, it never is.
+    - `of`: whose form M has: the smallest of the participants' own, or the intermediate, where a larger public model
+      is there to begin with.
     """
 
     preset: str = "preserving"
     rank: int = 16
     warm_rounds: int = 0
+    of: Literal["smallest", "intermediate"] = dataclasses.field(default="smallest", metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,13 +103,17 @@ class FedGrowCore(Averaging):
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         check_rank(task, target, self.rank)
-        if forms:
+        if self.of == "intermediate":
+            if intermediate is None:
+                refuse("intermediate", None, "a form, where algorithm.of='intermediate'")
+            operator_between(self.preset, task, intermediate, target)
+        elif forms:
             operator_between(self.preset, task, smallest(task, forms), target)
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        return self._current(self.server.start(_first(ctx)), ctx)
+        return self._current(self.server.start(self._first(ctx)), ctx)
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return super().server_broadcast(self._current(state, ctx), cohort, ctx)
@@ -127,11 +137,11 @@ class FedGrowCore(Averaging):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> State:
-        return {} if self.warm_rounds else to(self._held(_first(ctx), ctx), ctx.device)
+        return {} if self.warm_rounds else to(self._held(self._first(ctx), ctx), ctx.device)
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self._warm(ctx):
-            loss, start, frozen = TaskLoss(ctx.task, _form(ctx)), payload, {}
+            loss, start, frozen = TaskLoss(ctx.task, self._form(ctx)), payload, {}
         else:
             loss, start = InnerLoss(ctx.task, ctx.target), {R: payload[R], HEAD: payload[HEAD]}
             frozen = state or self._held(payload[SMALL], ctx)
@@ -147,7 +157,7 @@ class FedGrowCore(Averaging):
 
     def _held(self, small: Tree, ctx: ServerContext | ClientContext) -> State:
         """What everyone can make of M: G(M), U and V."""
-        operator = operator_between(self.preset, ctx.task, _form(ctx), ctx.target)
+        operator = operator_between(self.preset, ctx.task, self._form(ctx), ctx.target)
         start = operator.init(generator(ctx.seed, "operator"))
         base = grown(operator, to(start, next(iter(small.values())).device), operator.stack(small))
         factors = outer_factors(base, adapted(ctx.task, ctx.target), self.rank, generator(ctx.seed, "adapters"))
@@ -156,11 +166,19 @@ class FedGrowCore(Averaging):
     def _model(self, sent: Payload, held: State, ctx: ServerContext | ClientContext) -> nn.Module:
         """M, or G(M) with the core, heads and norms. - `held`: nothing, where it has to be made."""
         if self._warm(ctx):
-            return ctx.task.module(_form(ctx), {**sent})
-        held = held or self._held(sent[SMALL] if self.warm_rounds else _first(ctx), ctx)
+            return ctx.task.module(self._form(ctx), {**sent})
+        held = held or self._held(sent[SMALL] if self.warm_rounds else self._first(ctx), ctx)
         factors = {A: held[A], B: with_inner(held[B], sent[R])}
         merged = applied(held[MODEL], factors, adapted(ctx.task, ctx.target), 1.0)
         return ctx.task.module(ctx.target, merged | sent[HEAD])
+
+    def _form(self, ctx: ServerContext | ClientContext) -> Form:
+        """M's."""
+        return smallest(ctx.task, ctx.small_forms) if self.of == "smallest" else ctx.intermediate
+
+    def _first(self, ctx: ServerContext | ClientContext) -> Tree:
+        """M, from the seed or as it is public."""
+        return ctx.initial(self._form(ctx), "small")
 
 
 def heads_and_norms(task: Task, form: Form) -> list[str]:
@@ -168,13 +186,3 @@ def heads_and_norms(task: Task, form: Form) -> list[str]:
     after = tail(task, form)
     norms = (n for n, spec in task.specs(form).items() if all(d.mode in ("gain", "shift") for d in spec.parsed_parts))
     return [*after, *(name for name in norms if name not in after)]
-
-
-def _form(ctx: ServerContext | ClientContext) -> Form:
-    """M's: the smallest form there is."""
-    return smallest(ctx.task, ctx.small_forms)
-
-
-def _first(ctx: ServerContext | ClientContext) -> Tree:
-    """M, from the seed or as it is public."""
-    return ctx.initial(_form(ctx), "small")

@@ -48,6 +48,19 @@ def test_two_clients_on_paper() -> None:
     assert products({A: V, B: with_inner(U, state[R])}, {"w": 0})["w"].tolist() == [[0.0, 3.5], [0.0, 0.0]]
 
 
+def test_of_the_intermediate_form() -> None:
+    """What all hold is then larger, and what is grown of it another model."""
+    small, middle = (Federation(core(of=of), forms=UNLIKE) for of in ("smallest", "intermediate"))
+    task = middle.task
+    operator = operator_between("preserving", task, MIDDLE, TARGET)
+    start = middle.at_client(0, 0).initial(MIDDLE, "small")
+    expected = grown(operator, operator.init(generator(0, "operator")), operator.stack(start))
+    assert_same_bits(middle.state(0)[MODEL], expected)
+    assert any(not torch.equal(small.state(0)[MODEL][name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="intermediate=None"):
+        core(of="intermediate").check(task, UNLIKE, None, TARGET)
+
+
 def test_a_round_is_the_mean_of_models() -> None:
     """Of what participants trained, W'_k = G(M) + U R_k V, in float64: to what sending in float32 rounds."""
     federation = Federation(core(lr=0.05, epochs=3))
