@@ -7,7 +7,7 @@ README's tables and what it says of them; and the tables as Markdown, on standar
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -52,10 +52,10 @@ def write(directory: str, out: Path) -> int:
     return 0
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table of `COMPACT`'s columns."""
-    marks = [":--" if number < 2 else "--:" for number in range(len(COMPACT))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (list(COMPACT), marks, *lines))
+def markdown(lines: Sequence[Sequence[str]], headings: Iterable[str] = COMPACT) -> str:
+    """A table of these columns, the first two of text."""
+    marks = [":--" if number < 2 else "--:" for number, _ in enumerate(headings)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (list(headings), marks, *lines))
 
 
 if __name__ == "__main__":

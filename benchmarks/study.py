@@ -146,6 +146,8 @@ PARTS = {
     "topics_ancestor": Part(lambda: on_topics(ancestor=True), PRIVATE + ANY_TARGET + OPEN, GRID, {}, {}),
     "newsgroups": Part(on_newsgroups, FEW, (1e-4, 3e-4, 1e-3), {}, {}, batch_size=16),
 }
+# The form of Fed-Grow that was best by validation on the tuning seed, by what names the part in the tables.
+FORMS = {"from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)"}
 
 
 def study() -> list[Experiment]:
