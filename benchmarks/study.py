@@ -89,6 +89,12 @@ PRIVATE = (  # no model of a participant leaves it
 )
 ANY_TARGET = ("fedgrow_residual preserving", "fedgrow_fused preserving", "fedkd")
 WITH_CLASSES = ("fedgrow_analytic preserving", "fedproto", "fedtgp", "analytic")
+TRAINED_FIRST = (  # small models, before they grow
+    "fedgrow_lowrank preserving apart",
+    "fedgrow_no_federation_lowrank preserving apart",
+    "fedgrow preserving apart",
+    "fedgrow_residual preserving apart",
+)
 OPEN = ("fedavg", "fedavg_mid", "fedavg_small", "heterofl")
 # On the costly task: the project's forms that can be afforded there, and who was ahead of its kind on digits.
 FEW = (
@@ -103,6 +109,10 @@ FEW = (
     "fedavg",
     "fedavg_small",
 )
+
+
+APART = " apart"
+AS_BROUGHT = {"small_epochs": 0, "local_epochs": 0}  # small models stay as they are brought
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,17 @@ class Part:
     batch_size: int = 32
 
     def compared(self, rates: Mapping[str, float]) -> list[Experiment]:
-        """Small models as they are brought, one epoch a round; a core grows from the larger of the public models."""
+        """One epoch a round; a core grows from the larger of the public models."""
         base = self.base()
-        changes = {"small_epochs": 0, "local_epochs": 0, "epochs": 1, "batch_size": self.batch_size}
-        found = [changed(method, changes) for method in methods(dict(rates))]
-        found = [replace(each, of="intermediate") if isinstance(each, FedGrowCore) else each for each in found]
+        found = [self._set(name, *methods({name.removesuffix(APART): rate})) for name, rate in rates.items()]
         return [replace(base, algorithm=method) for method in found]
+
+    def _set(self, name: str, method: Algorithm) -> Algorithm:
+        """Small models as they are brought; or, `APART`, trained for five epochs, and Local for one."""
+        apart = name.endswith(APART)
+        stages = {"small_epochs": 5, "local_epochs": 1, "small_lr": 3e-3, "local_lr": 1e-3} if apart else AS_BROUGHT
+        method = changed(method, {**stages, "epochs": 1, "batch_size": self.batch_size})
+        return replace(method, of="intermediate") if isinstance(method, FedGrowCore) else method
 
     def grid(self) -> list[Experiment]:
         """Three rounds, scored after the last."""
@@ -140,10 +155,14 @@ class Part:
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 PARTS = {
-    "fashion_strangers": Part(on_fashion, PRIVATE + WITH_CLASSES + OPEN, GRID, {}, {}),
-    "fashion_ancestor": Part(lambda: on_fashion(ancestor=True), PRIVATE + WITH_CLASSES + OPEN, GRID, {}, {}),
-    "topics_strangers": Part(on_topics, PRIVATE + ANY_TARGET + OPEN, GRID, {}, {}),
-    "topics_ancestor": Part(lambda: on_topics(ancestor=True), PRIVATE + ANY_TARGET + OPEN, GRID, {}, {}),
+    "fashion_strangers": Part(on_fashion, PRIVATE + TRAINED_FIRST + WITH_CLASSES + OPEN, GRID, {}, {}),
+    "fashion_ancestor": Part(
+        lambda: on_fashion(ancestor=True), PRIVATE + TRAINED_FIRST + WITH_CLASSES + OPEN, GRID, {}, {}
+    ),
+    "topics_strangers": Part(on_topics, PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN, GRID, {}, {}),
+    "topics_ancestor": Part(
+        lambda: on_topics(ancestor=True), PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN, GRID, {}, {}
+    ),
     "newsgroups": Part(on_newsgroups, FEW, (1e-4, 3e-4, 1e-3), {}, {}, batch_size=16),
 }
 # The form of Fed-Grow that was best by validation on the tuning seed, by what names the part in the tables.

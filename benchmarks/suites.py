@@ -27,7 +27,7 @@ from benchmarks.federations import (
     scaled,
 )
 from benchmarks.methods import CIFAR, DIGITS, GRID, PUBLIC_DIGITS, RATE, SENTENCES, TOKENS, methods
-from benchmarks.study import changed, gates, study, study_grid
+from benchmarks.study import AS_BROUGHT, changed, gates, study, study_grid
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
 from fedsim.data.partition import Partition
@@ -39,9 +39,6 @@ from fedsim.models import Form
 
 
 __all__ = ["ablations", "ablations_grid", "gates", "study", "study_grid"]
-
-
-AS_BROUGHT = {"small_epochs": 0, "local_epochs": 0}  # small models stay as they are brought
 
 
 def quick() -> list[Experiment]:
