@@ -145,10 +145,10 @@ class Part:
 
     def grid(self) -> list[Experiment]:
         """Three rounds, scored after the last."""
-        found = [self.compared({name: rate}) for name in self.names for rate in self._tried(name)]
+        found = [self.compared({name: rate}) for name in self.names for rate in self.tried_for(name)]
         return [replace(each, rounds=3, eval_every=3) for part in found for each in part]
 
-    def _tried(self, name: str) -> tuple[float, ...]:
+    def tried_for(self, name: str) -> tuple[float, ...]:
         more = (self.wider[name],) if name in self.wider else ()
         return ((0.01, 0.1, 1.0) if name in RATE else self.tried) + more
 

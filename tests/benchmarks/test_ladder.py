@@ -60,9 +60,9 @@ def test_a_model_of_the_ladder_is_a_tiers_start(images: Path, tmp_path: Path) ->
 
     tier = from_pretrained("phone", "vit", str(tmp_path / "one" / "vit-32x2"))
     assert dataclasses.replace(tier.form, kv_heads=None, head_dim=None, norm_eps=None) == FORMS["vit-32x2"]
-    task = TaskConfig(fashion_mnist(skip=PUBLIC), "vit", patch_size=4)
+    task = TaskConfig(fashion_mnist(skip=PUBLIC), "vit", patch_size=7)
     experiment = Experiment(FedAvg(), task, (tier,), target=Like(width=64, depth=4))
-    assert (experiment.target.heads, experiment.target.inner) == (4, 128)
+    assert (experiment.target.heads, experiment.target.inner) == (8, 128)
     check_checkpoints(experiment)
     assert f"fashion_mnist(skip={PUBLIC})" in (tmp_path / "one" / "vit-32x2" / "README.md").read_text()
 
@@ -81,5 +81,5 @@ def test_wrong_words(words: list[str], message: str, images: Path, capsys: pytes
 
 def test_each_grows_into_the_next() -> None:
     forms: list[Form] = [*FORMS.values()]
-    assert {form.head_size for form in forms} == {16} and {form.inner / form.width for form in forms} == {2}
+    assert {form.head_size for form in forms} == {8} and {form.inner / form.width for form in forms} == {2}
     assert all(a.width < b.width and a.depth < b.depth for a, b in itertools.pairwise(forms))
