@@ -159,7 +159,20 @@ PARTS = {
     "fashion_ancestor": Part(
         lambda: on_fashion(ancestor=True), PRIVATE + TRAINED_FIRST + WITH_CLASSES + OPEN, GRID, {}, {}
     ),
-    "topics_strangers": Part(on_topics, PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN, GRID, {}, {}),
+    "topics_strangers": Part(
+        on_topics,
+        PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN,
+        GRID,
+        wider={
+            "fedgrow_residual preserving apart": 1e-4,
+            "fedgrow_lowrank preserving apart": 1e-4,
+            "fedgrow preserving apart": 1e-4,
+            "fedgrow_core preserving": 3e-2,
+            "fedsb": 3e-2,
+            "heterofl": 3e-2,
+        },
+        rates={},
+    ),
     "topics_ancestor": Part(
         lambda: on_topics(ancestor=True), PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN, GRID, {}, {}
     ),
