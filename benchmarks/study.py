@@ -171,7 +171,21 @@ PARTS = {
             "fedsb": 3e-2,
             "heterofl": 3e-2,
         },
-        rates={},
+        rates={
+            "fedgrow_residual preserving apart": 3e-4,
+            "fedgrow preserving apart": 1e-4,
+            "fedgrow_lowrank preserving apart": 1e-4,
+            "fedgrow_no_federation_lowrank preserving apart": 1e-3,
+            "fedgrow_core preserving": 1e-2,
+            "local_only": 3e-3,
+            "fedkd": 3e-3,
+            "fedit": 3e-3,
+            "fedsb": 1e-2,
+            "fedavg": 1e-3,
+            "fedavg_mid": 1e-3,
+            "fedavg_small": 3e-3,
+            "heterofl": 1e-2,
+        },
     ),
     "topics_ancestor": Part(
         lambda: on_topics(ancestor=True), PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN, GRID, {}, {}
