@@ -209,7 +209,7 @@ class Around(Algorithm):
         return ctx
 
     def _trained(self, asking: Any, ctx: ClientContext) -> Steps[Any]:
-        """The result of a client's method, whose requests go through the pairs."""
+        """The result of a client's method, whose requests go through the pairs, on the data that they prepared."""
         if not isinstance(asking, Generator):
             return asking
         try:
@@ -218,7 +218,7 @@ class Around(Algorithm):
                 for pair in self.pairs:
                     asked = pair.training(asked, ctx)
                 try:
-                    answer = yield asked
+                    answer = yield ctx, asked
                 except Exception as error:  # of any kind: it belongs to the method
                     asked = asking.throw(error)
                 else:

@@ -8,19 +8,19 @@
 | `median` | of each coordinate; of an even number, the mean of the middle two | no | Yin et al. 2018, Def. 1 |
 | `trimmed_mean` | each coordinate without its `trim` smallest and largest; 2 trim < n | no | Yin et al. 2018, Def. 2 |
 | `krum` | the x_k of the smallest score; n >= 2f + 3 | no | Blanchard et al. 2017, Sec. 4 |
-| `multi_krum` | mean of the `keep` smallest scores, n - f unless given; n >= 2f + 3 | no | the same, Sec. 6 |
-| `bulyan` | see `bulyan`; n >= 4f + 3 | no | El Mhamdi et al. 2018, Alg. 2 |
+| `multi_krum` | mean of those of the `keep` smallest scores, n - f unless given; n >= 2f + 3 | no | the same |
+| `bulyan` | see `bulyan`; n >= 4f + 3 | no | El Mhamdi et al. 2018 |
 | `geometric_median` | RFA: argmin_v sum w abs(v - x), smoothed | yes | Pillutla et al. 2022, Alg. 2 |
-| `norm_bound` | mean of x min(1, bound / norm x) | yes | Sun et al. 2019, Sec. 5 |
+| `norm_bound` | mean of x min(1, bound / norm x) | yes | Sun et al. 2019 |
 | `centered_clipping` | v + mean of (x - v) min(1, bound / norm(x - v)) | yes | Karimireddy et al. 2021, Alg. 2 |
 | `fltrust` | mean of x norm(t) / norm(x), weighted by relu cos(x, t) | no | Cao et al. 2021, Alg. 2 |
 
 A Krum score is the sum of the squared distances to the n - f - 2 nearest others. Rules that count participants, as
 those do whose bounds are numbers of participants, use no weights: a weight is what its owner says. RFA iterates until
-a step is below `TOLERANCE` of the largest distance, at most `ITERATIONS` times; the paper's code stops after 3.
-Centred clipping takes one step from v, as in the paper's experiments.
+a step is below `TOLERANCE` of the largest distance between two vectors, at most `ITERATIONS` times, with distances
+below `SMOOTHING` counted as that. Centred clipping takes one step from v.
 
-The result does not depend on the order of participants: they are put in an order of their own first.
+The result does not depend on the order of participants, not even its last bit.
 """
 
 import dataclasses
@@ -185,12 +185,11 @@ def check_settings(rule: str, settings: Mapping[str, Any], prefix: str = "") -> 
         refuse(dotted(prefix, name), settings[name], f"left out: {rule} has no such setting")
     for name, required in [(each.name, each.default is each.empty) for each in own if each.name in NUMBERS]:
         value, least, kind = settings.get(name), int(name == "keep"), float if name == "bound" else int
-        number = isinstance(value, int | kind) and not isinstance(value, bool) and least <= value < math.inf
-        if name == "bound":
-            number, accepted = number and value > 0, "a finite number above 0"
-        else:
-            accepted = f"a whole number, at least {least}"
-        if not number and (value is not None or required):
+        fits = isinstance(value, int | kind) and not isinstance(value, bool) and least <= value < math.inf
+        accepted = f"a whole number, at least {least}"
+        if kind is float:
+            fits, accepted = fits and value != 0, "a finite number above 0"
+        if not fits and (value is not None or required):
             refuse(dotted(prefix, name), value, f"{accepted}, for {rule}")
 
 

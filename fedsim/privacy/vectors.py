@@ -59,5 +59,6 @@ def _beside(update: ClientUpdate, received: Payload) -> Iterator[tuple[str, Tens
     tree, before = flat(update.tree), flat(received)
     for name in sorted(tree, key=lambda name: name.split(PATH)):
         tensor, origin = tree[name].detach(), before.get(name)
-        alike = origin is not None and origin.shape == tensor.shape
-        yield name, tensor, origin.detach().double() if alike else torch.zeros(tensor.shape, dtype=torch.float64)
+        if origin is None or origin.shape != tensor.shape:
+            origin = torch.zeros_like(tensor)
+        yield name, tensor, origin.detach().double()
