@@ -178,7 +178,9 @@ def gates() -> list[Experiment]:
     of the grown public model by more than two; else the task decides nothing.
     """
     found = []
-    for part, base in ((PARTS[name], PARTS[name].base()) for name in ("newsgroups", "fashion_strangers", "topics_strangers")):
+    for part, base in (
+        (PARTS[name], PARTS[name].base()) for name in ("newsgroups", "fashion_strangers", "topics_strangers")
+    ):
         alone = replace(base, participants=1, tiers=base.tiers[:1], partition=Partition("iid"), eval_every=base.rounds)
         trained = [
             replace(method, lr=lr, epochs=1, batch_size=part.batch_size)
