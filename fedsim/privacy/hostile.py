@@ -39,7 +39,7 @@ from fedsim.core.seeding import generator
 from fedsim.data.config import PER_TOKEN
 from fedsim.data.source import Split
 from fedsim.privacy.pairs import Arriving, Pair
-from fedsim.privacy.vectors import change, changes, with_change
+from fedsim.privacy.vectors import change, changes, squared_distances, with_change
 
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def together(attack: str, honest: Tensor, hostile: int, scale: float | None = No
         return mu  # all alike: nowhere to hide
     # Of p = -sigma, norm(mu + gamma p - x_i)^2 = gamma^2 norm(p)^2 + 2 gamma p (mu - x_i) + norm(mu - x_i)^2.
     apart, along = (mu - honest).square().sum(1), (mu - honest) @ -sigma
-    distances = torch.stack([(honest - one).square().sum(1) for one in honest])
+    distances = squared_distances(honest)
     if attack == "min_sum":
         gamma = ((distances.sum(1).max() - apart.sum()) / (len(honest) * square)).sqrt()
     else:

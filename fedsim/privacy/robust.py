@@ -17,7 +17,7 @@
 
 A Krum score is the sum of the squared distances to the n - f - 2 nearest others. Rules that count participants, as
 those do whose bounds are numbers of participants, use no weights: a weight is what its owner says. RFA iterates until
-a step is below `TOLERANCE` of the largest distance between two vectors, at most `ITERATIONS` times, with distances
+a step is below `TOLERANCE` of the largest distance from the mean, at most `ITERATIONS` times, with distances
 below `SMOOTHING` counted as that. Centred clipping takes one step from v.
 
 The result does not depend on the order of participants, not even its last bit.
@@ -36,7 +36,7 @@ from torch import Tensor
 from fedsim.algorithm import Algorithm, ClientUpdate, Payload, ServerContext, State
 from fedsim.core.fields import check_types, dotted, refuse
 from fedsim.privacy.pairs import Arriving, Pair
-from fedsim.privacy.vectors import changes, with_change
+from fedsim.privacy.vectors import changes, squared_distances, with_change
 
 
 Rule = Literal[
@@ -110,18 +110,18 @@ def trimmed_mean(x: Tensor, w: Tensor, trim: int) -> Tensor:
 
 
 def krum(x: Tensor, w: Tensor, attackers: int) -> Tensor:
-    return x[_scores(_distances(x), attackers).argmin()]
+    return x[_scores(squared_distances(x), attackers).argmin()]
 
 
 def multi_krum(x: Tensor, w: Tensor, attackers: int, keep: int | None = None) -> Tensor:
-    best = _scores(_distances(x), attackers).argsort(stable=True)
+    best = _scores(squared_distances(x), attackers).argsort(stable=True)
     return x[best[: keep or len(x) - attackers]].mean(0)
 
 
 def bulyan(x: Tensor, w: Tensor, attackers: int) -> Tensor:
     """Krum chooses n - 2f, one after another of those that are left; then of each coordinate the mean of the n - 4f
     values nearest to the median. Among m that are left, a score has max(1, m - f - 2) neighbours."""
-    left, distances = list(range(len(x))), _distances(x)
+    left, distances = list(range(len(x))), squared_distances(x)
     chosen = [
         left.pop(int(_scores(distances[left][:, left], attackers).argmin())) for _ in range(len(x) - 2 * attackers)
     ]
@@ -131,7 +131,8 @@ def bulyan(x: Tensor, w: Tensor, attackers: int) -> Tensor:
 
 
 def geometric_median(x: Tensor, w: Tensor) -> Tensor:
-    v, size = mean(x, w), _distances(x).max().sqrt()
+    v = mean(x, w)
+    size = (x - v).norm(dim=1).max()
     for _ in range(ITERATIONS):
         before = v
         v = mean(x, w / (x - v).norm(dim=1).clamp(min=SMOOTHING))
@@ -155,11 +156,6 @@ def fltrust(x: Tensor, w: Tensor, trusted: Tensor) -> Tensor:
     units = x / norms.where(norms > 0, 1.0)[:, None]
     trust = (units @ (t / t.norm())).relu() if t.any() else torch.zeros_like(norms)
     return t.norm() * mean(units, trust) if trust.any() else torch.zeros_like(t)
-
-
-def _distances(x: Tensor) -> Tensor:
-    """Squared distances, `(n, n)`. Not by way of products, which lose small distances between long vectors."""
-    return torch.stack([(x - one).square().sum(1) for one in x])
 
 
 def _scores(distances: Tensor, attackers: int) -> Tensor:

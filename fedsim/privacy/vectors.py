@@ -33,6 +33,11 @@ def changes(updates: Sequence[ClientUpdate], received: Payload) -> Tensor:
     return torch.stack([change(update, received) for update in updates])
 
 
+def squared_distances(x: Tensor) -> Tensor:
+    """Between rows, `(n, n)`. Not by way of products, which lose small distances between long vectors."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
 def check_alike(updates: Sequence[ClientUpdate]) -> None:
     """**Raises:** `ValueError` for updates of different names or shapes, naming one tensor and both participants."""
     if not updates:

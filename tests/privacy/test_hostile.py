@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_nobody_is_hostile_at_a_share_of_0() -> None:
 # what is sent: deltas of four participants, of whom two are hostile ---------------------------------------------------
 
 
-def sent(attack: str, honest=((1.0, 0.0), (3.0, 0.0)), hostile=(2.0, 4.0), **fields) -> list[list[float]]:
+def sent(attack: Any, honest=((1.0, 0.0), (3.0, 0.0)), hostile=(2.0, 4.0), **fields) -> list[list[float]]:
     """What each participant's update changes when it arrives at the pairs in front; the honest ones first."""
     rows = {**dict(zip(GOOD, honest, strict=True)), **dict.fromkeys(BAD, hostile)}
     seen = []
