@@ -109,6 +109,8 @@ class Around(Algorithm):
         check_types(self, "algorithm")
         if not self.pairs:
             refuse("algorithm.pairs", self.pairs, "at least one pair")
+        if isinstance(self.method, Around):
+            refuse("algorithm.method", self.method.name, "a method itself: all its pairs stand in one tuple")
 
     @property
     def name(self) -> str:

@@ -1,6 +1,7 @@
 """The pair `Robust` in a federation: what the method gets to see, what is remembered, and what is refused."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,12 @@ def test_updates_of_different_shapes_are_refused_when_they_are_counted(tiny_expe
     cost_of(around(tiny_experiment, Robust("median")), {})
 
 
+def test_pairs_around_pairs_are_refused(tiny_experiment) -> None:
+    inner = Around(tiny_experiment.algorithm, (Robust("median"),))
+    with pytest.raises(ValueError, match=r"algorithm\.method='fedgrow': must be a method itself"):
+        Around(inner, (Hostile("scaled", 0.2),))
+
+
 def test_updates_of_different_names_are_refused() -> None:
     one, other = ClientUpdate(0, {"x": torch.zeros(2)}, 1), ClientUpdate(4, {"y": torch.zeros(2)}, 1)
     with pytest.raises(ValueError, match=r"'x' is \(2,\) in that of participant 0, and missing in .* participant 4"):
@@ -217,6 +224,18 @@ def test_tables_say_who_is_hostile(attacked, attacked_run) -> None:
     }
     assert said == {client: is_hostile(attacked.seed, 1 / 3, client) for client in range(3)}
     assert sum(said.values()) == 1
+
+
+def test_tables_have_the_backdoors_success_beside_what_clients_reported(tiny_experiment, tmp_path) -> None:
+    experiment = around(tiny_experiment, Robust("median"), Hostile("backdoor", 1 / 3))
+    inline(dataclasses.replace(experiment, rounds=1), tmp_path)
+    results = load(tmp_path)
+    clients = results.clients.query("round == 1").set_index("client").metrics.map(json.loads)
+    for client, metrics in clients.items():
+        assert metrics.keys() == ({"hostile"} if metrics["hostile"] else {"hostile", "backdoor"}), client
+    (of_round,) = results.rounds.query("round == 1").metrics.map(json.loads)
+    honest = [metrics["backdoor"] for metrics in clients if not metrics["hostile"]]
+    assert len(honest) == 2 and min(honest) <= of_round["backdoor"] <= max(honest)
 
 
 @pytest.mark.ray
