@@ -27,6 +27,7 @@ from benchmarks.federations import (
     scaled,
 )
 from benchmarks.methods import CIFAR, DIGITS, GRID, PUBLIC_DIGITS, RATE, SENTENCES, TOKENS, methods
+from benchmarks.robustness import robustness
 from benchmarks.study import AS_BROUGHT, changed, gates, study, study_grid
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
@@ -38,7 +39,7 @@ from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 
 
-__all__ = ["ablations", "ablations_grid", "gates", "study", "study_grid"]
+__all__ = ["ablations", "ablations_grid", "gates", "robustness", "study", "study_grid"]
 
 
 def quick() -> list[Experiment]:

@@ -208,6 +208,11 @@ class Algorithm(abc.ABC):
         """
         return None
 
+    def check_cohort(self, participants: int, updates: Sequence[ClientUpdate] = ()) -> None:
+        """Refuse, with a `ValueError`, so many participants a round. Called before anything starts, and once more with
+        what a client of each tier sends, without data, when that is counted."""
+        return None
+
     @property
     def updates_vary(self) -> bool:
         """Whether the names, shapes and dtypes of an update depend on data, as where clients send a prototype of every
@@ -268,6 +273,10 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
         """What this client would deploy: the model that is scored. `payload`: what the server then sends."""
+
+    def client_scores(self, model: "nn.Module", test: "Split", ctx: ClientContext) -> Mapping[str, float]:
+        """More numbers about that model, for the column `metrics`. `test`: the global test set."""
+        return {}
 
 
 # Marks a field that came after runs had been recorded: their identity leaves it out while it has its default.

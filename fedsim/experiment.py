@@ -194,6 +194,7 @@ class Experiment:
 
     def _check_method(self, task: Task) -> None:
         """Ask the algorithm about all forms; where it cannot work with one tier's, but with others', name the tier."""
+        self.algorithm.check_cohort(self.cohort or self.participants)
         try:
             self.algorithm.check(task, self.forms, self.intermediate, self.target)
         except ValueError:

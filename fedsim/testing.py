@@ -67,6 +67,7 @@ class Federation:
             for id_, (form, shard) in enumerate(zip(forms, self.shards, strict=True))
         ]
         algorithm.check(self.task, forms, intermediate, target)
+        algorithm.check_cohort(len(self.clients))
         self.server = ordered(algorithm.server_init(self.at_server(0)))
         self.private: dict[int, State] = {}
         self.work: dict[int, Meter] = {}

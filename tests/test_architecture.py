@@ -58,6 +58,7 @@ ROOMS = {
     "engine": f"{LEARNED} algorithm devices experiment storage runtime.base",
     "results": f"{LEARNED} algorithm experiment storage runtime.base engine",
     "simulation": f"{LEARNED} experiment storage runtime.base engine results",
+    "privacy": f"{LEARNED} algorithm",
     "testing": f"{LEARNED} algorithm",
     "cluster": f"{CORE} experiment storage runtime engine results",
     "report": f"{CORE} experiment storage results",

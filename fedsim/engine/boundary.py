@@ -50,7 +50,7 @@ def checked(returned: Any, client: int, sent: Sent | None, received: Mapping[str
     found = {path: (tensor.dtype, tensor.shape) for path, tensor in tree.items()}
     if sent is not None and found != sent.layout and not (sent.as_received and found == layout_of(received)):
         _refuse_layout(found, layout_of(received) if sent.as_received else sent.layout)
-    metrics = dict(_metrics(update.metrics))
+    metrics = check_metrics(update.metrics)
     tree = {
         path: tree[path].detach().cpu().contiguous() for path in sorted(tree, key=lambda path: path.split(trees.PATH))
     }
@@ -106,6 +106,11 @@ def _weight(weight: Any, least: float) -> float:
     if is_number and least <= weight <= MOST:  # pyright: ignore[reportOperatorIssue]
         return weight if type(weight) is int else float(weight)
     _refuse("ClientUpdate.weight", _shown(weight), f"a number from {LEAST:g} to 2**53 (0 if there are no tensors)")
+
+
+def check_metrics(metrics: Any) -> dict[str, float]:
+    """They are finite numbers by name."""
+    return dict(_metrics(metrics))
 
 
 def _metrics(metrics: Any) -> Iterator[tuple[str, float]]:

@@ -234,7 +234,7 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
 
     `counted` receives the cost of a training step for every tier: participants that are handed it need not measure.
 
-    **Raises:** `ValueError` for a checkpoint that is not what its tier says.
+    **Raises:** `ValueError` for a checkpoint that is not what its tier says, and updates that the method refuses.
     """
     check_forms(experiment)
     check_checkpoints(experiment)
@@ -243,6 +243,8 @@ def cost_of(experiment: Experiment, counted: dict[tuple, StepCost]) -> Cost:
     last = max((round for round in range(experiment.rounds + 1) if stage(round) == "federated"), default=0)
     start, begun = dry_run.begin()
     trained = dry_run.train(start, last)
+    made = [call.update for call in trained if call.update is not None]
+    experiment.algorithm.check_cohort(experiment.cohort or experiment.participants, made)
     participants = [
         _participant(dry_run.task, tier, tiers.count(tier), *calls)
         for tier, *calls in zip(experiment.tiers, begun, trained, strict=True)

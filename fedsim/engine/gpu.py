@@ -45,7 +45,7 @@ def bytes_on_gpu(experiment: Experiment, tier: Tier, device: str = "cuda") -> tu
     """Bytes that the process of one participant of a tier takes on a GPU at most, and those that the GPU has."""
     torch.cuda.init()
     torch.cuda.reset_peak_memory_stats(device)
-    alone = dataclasses.replace(experiment, tiers=(tier,), participants=1, cohort=None)
+    alone = dataclasses.replace(experiment, tiers=(tier,))
     dry_run = DryRun(alone, {}, device)
     start, _ = dry_run.begin(timed=(tier.name,))
     dry_run.train(start, experiment.rounds, timed=(tier.name,))

@@ -139,8 +139,12 @@ class Participant:
             yield from self._enter(round + 1, round, meter)
             context = self._context(round, meter)
             lent = trees.lent(self.state)
-            scores = self._scores(self.experiment.algorithm.client_model(received, lent, context))
-            return None, {"train_seconds": 0.0} | scores  # scoring is not training
+            algorithm, dataset = self.experiment.algorithm, self.task.dataset
+            model = algorithm.client_model(received, lent, context)
+            scores = self._scores(model)
+            assert dataset is not None
+            more = boundary.check_metrics(algorithm.client_scores(model, dataset.test, context))
+            return None, {"train_seconds": 0.0, "metrics": more or None} | scores  # scoring is not training
 
         return self._measured(("score", round), payload, work)
 

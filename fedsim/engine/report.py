@@ -96,7 +96,7 @@ _ADDED = ("bytes_down", "bytes_up", "bytes_once", "train_seconds", "flops", "ini
 _COMBINE: dict[str, Callable[[Any, Any], Any]] = (
     dict.fromkeys((field.name for field in dataclasses.fields(ClientReport)), _later)
     | dict.fromkeys(_ADDED, operator.add)
-    | {"peak_memory_bytes": max, "weight": operator.add}
+    | {"peak_memory_bytes": max, "weight": operator.add, "metrics": operator.or_}
 )
 
 

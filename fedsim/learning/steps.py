@@ -19,8 +19,9 @@ from fedsim.learning.training import Trained, Training, train
 
 
 T = TypeVar("T")
-# A generator that yields `Training` requests, is sent `Trained` answers, and returns the method's result.
-Steps = Generator[Training, Trained, T]
+# A generator that yields `Training` requests, is sent `Trained` answers, and returns the method's result. What wraps a
+# method may yield them in a context of its own, as where a client's data are changed.
+Steps = Generator[Training | Request, Trained, T]
 Asking = Generator[Request, Trained, T]  # the same, once it is known whose requests they are
 
 
@@ -34,9 +35,10 @@ def asking(ctx: LocalContext, result: Steps[T] | T) -> Asking[T]:
     call = _Call(lambda: result)
     while not call.ended:
         try:
-            if not isinstance(call.asked, Training):
-                raise TypeError(f"a client's method yields {call.asked!r}: must be a Training")
-            answer = yield ctx, call.asked
+            local, asked = call.asked if isinstance(call.asked, tuple) and len(call.asked) == 2 else (ctx, call.asked)
+            if not isinstance(asked, Training):
+                raise TypeError(f"a client's method yields {asked!r}: must be a Training")
+            answer = yield local, asked
         except Exception as error:  # of any kind: it belongs to the method
             answer = error
         call.go_on(answer)

@@ -27,11 +27,13 @@ from fedsim.algorithm import (
     Tree,
 )
 from fedsim.core.fields import check_types, refuse
+from fedsim.privacy.vectors import check_alike
 
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedsim.data.source import Split
     from fedsim.learning.task import Task
     from fedsim.models import Form
 
@@ -48,7 +50,11 @@ class Pair:
         return False
 
     def check(self, algorithm: Algorithm, participants: int) -> None:
-        """Refuse, with a `ValueError`, a method or a number of participants that this pair cannot work with."""
+        """Refuse, with a `ValueError`, a method or a number of participants a round that this pair cannot work with."""
+        return None
+
+    def check_task(self, task: "Task") -> None:
+        """Refuse, with a `ValueError`, data that this pair cannot work with."""
         return None
 
     # at the aggregator ----------------------------------------------------------------------------------------------
@@ -84,6 +90,10 @@ class Pair:
         """What is sent instead of a method's update. The client had received its `payload`, and `sent` of this pair."""
         return update
 
+    def scores(self, model: "nn.Module", test: "Split", ctx: ClientContext) -> Mapping[str, float]:
+        """More numbers about the model that a participant would deploy, for the column `metrics`."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class Around(Algorithm):
@@ -99,6 +109,8 @@ class Around(Algorithm):
         check_types(self, "algorithm")
         if not self.pairs:
             refuse("algorithm.pairs", self.pairs, "at least one pair")
+        if isinstance(self.method, Around):
+            refuse("algorithm.method", self.method.name, "a method itself: all its pairs stand in one tuple")
 
     @property
     def name(self) -> str:
@@ -118,6 +130,18 @@ class Around(Algorithm):
 
     def check(self, task: "Task", forms: "Sequence[Form]", intermediate: "Form | None", target: "Form") -> None:
         self.method.check(task, forms, intermediate, target)
+        for pair in self.pairs:
+            pair.check_task(task)
+
+    def check_cohort(self, participants: int, updates: Sequence[ClientUpdate] = ()) -> None:
+        adds_up = type(self.method).combine is not Algorithm.combine and self.method.leaves != "nothing"
+        if self._each and not adds_up:
+            accepted = "a method that averages what its clients send, for a pair that compares their updates"
+            refuse("algorithm.method", self.method.name, accepted)
+        for pair in self.pairs:
+            pair.check(self.method, participants)
+        if self._each:
+            check_alike([update for update in updates if update.tree])
 
     def stage(self, round: int) -> str:
         return self.method.stage(round)
@@ -138,7 +162,7 @@ class Around(Algorithm):
         return {client: joined[id(payload)] for client, payload in payloads.items()}
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
-        return None if any(pair.each for pair in self.pairs) else self.method.combine(updates)
+        return None if self._each else self.method.combine(updates)
 
     def server_aggregate(self, state: State, updates: Arriving, ctx: ServerContext) -> State:
         state, own = _split(state)
@@ -171,13 +195,23 @@ class Around(Algorithm):
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
         return self.method.client_model(_split(payload)[0], state, ctx)
 
+    def client_scores(self, model: "nn.Module", test: "Split", ctx: ClientContext) -> Mapping[str, float]:
+        found = dict(self.method.client_scores(model, test, ctx))
+        for pair in self.pairs:
+            found |= pair.scores(model, test, ctx)
+        return found
+
+    @property
+    def _each(self) -> bool:
+        return any(pair.each for pair in self.pairs)
+
     def _prepared(self, ctx: ClientContext) -> ClientContext:
         for pair in self.pairs:
             ctx = pair.prepare(ctx)
         return ctx
 
     def _trained(self, asking: Any, ctx: ClientContext) -> Steps[Any]:
-        """The result of a client's method, whose requests go through the pairs."""
+        """The result of a client's method, whose requests go through the pairs, on the data that they prepared."""
         if not isinstance(asking, Generator):
             return asking
         try:
@@ -186,7 +220,7 @@ class Around(Algorithm):
                 for pair in self.pairs:
                     asked = pair.training(asked, ctx)
                 try:
-                    answer = yield asked
+                    answer = yield ctx, asked
                 except Exception as error:  # of any kind: it belongs to the method
                     asked = asking.throw(error)
                 else:

@@ -139,7 +139,7 @@ ROUNDS = (
         "metrics",
         "str?",
         "metrics",
-        "JSON: means, by weight, of ClientUpdate.metrics in time",
+        "JSON: means, by weight, of the clients' metrics in time",
     ),
     PRESET,
     METHOD,
@@ -185,7 +185,7 @@ CLIENTS = (
            "its private state where it did, by its device", "s"),
     Column("outcome", "str?", "report.outcome", "in_time, late, dropped_out, excluded or failed; null where it was "
            "only scored"),
-    Column("metrics", "str?", "metrics", "JSON: what its method reported (ClientUpdate.metrics)"),
+    Column("metrics", "str?", "metrics", "JSON: what its method reported (ClientUpdate.metrics, client_scores)"),
     PRESET,
     METHOD,
     Column("error", "str?", "report.error", "the traceback's last line, where it raised and the run went on"),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedsim.core.fields import MANY
 from fedsim.core.tree import nbytes
 from fedsim.data.config import PER_TOKEN
 from fedsim.data.dataset import Split
@@ -240,7 +241,7 @@ def _alike(experiment: Experiment) -> Experiment:
         experiment,
         algorithm=dataclasses.replace(algorithm, **rates),
         partition=Partition(),
-        participants=len(experiment.tiers),
+        participants=MANY,  # a dry run has one of each tier, and methods refuse too few
         cohort=None,
         seed=0,
         validation_share=0.0,
