@@ -52,6 +52,7 @@ ROOMS = {
     "models": f"{CORE} data",
     "learning": f"{CORE} data models",
     "algorithm": LEARNED,
+    "privacy": f"{LEARNED} algorithm experiment",
     "devices": CORE,
     "experiment": f"{LEARNED} algorithm devices",
     "runtime": CORE,
