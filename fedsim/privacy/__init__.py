@@ -1,6 +1,8 @@
 """What protects participants, what attacks them, and what either costs: pairs around any method that averages."""
 
 from fedsim.privacy.accounting import delta, epsilon, noise_multiplier
+from fedsim.privacy.dp import ParticipantDP, calibrated
+from fedsim.privacy.pairs import Around, Pair
 
 
-__all__ = ["delta", "epsilon", "noise_multiplier"]
+__all__ = ["Around", "Pair", "ParticipantDP", "calibrated", "delta", "epsilon", "noise_multiplier"]

@@ -192,7 +192,8 @@ def _exact(sigma: float, delta: float) -> float:
         return math.exp(log_ndtr(nearer)) - math.exp(epsilon + log_ndtr(farther)) - delta
 
     most = 1 / (2 * sigma**2) + math.sqrt(2 * math.log(1 / delta)) / sigma  # zero-concentrated privacy's bound
-    return float(brentq(excess, 0.0, most + 1e-9, xtol=1e-12)) if excess(0.0) > 0 else 0.0  # pyright: ignore
+    root: Any = brentq(excess, 0.0, most + 1e-9, xtol=1e-12) if excess(0.0) > 0 else 0.0
+    return float(root)
 
 
 def _opacus() -> tuple[ModuleType, ModuleType]:
