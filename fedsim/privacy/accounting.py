@@ -156,12 +156,14 @@ def _without_replacement(q: float, sigma: float, order: float) -> float:
     log_terms = j * math.log(q) + log_binomials + (j - 1) * j / (2 * sigma**2) + math.log(2)
     second = 1 / sigma**2  # epsilon(2), of which the first term has a smaller bound where that is small
     log_terms[0] += min(0.0, math.log(4) + math.log(-math.expm1(-second)) - math.log(2))
-    return min(unsampled, float(logsumexp([0.0, *log_terms])) / (order - 1))
+    total: Any = logsumexp([0.0, *log_terms])
+    return min(unsampled, float(total) / (order - 1))
 
 
 def _of_rdp(rdp: np.ndarray, delta: float) -> float:
     with _looser():
-        return max(0.0, float(_opacus()[0].get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)[0]))
+        spent, _ = _opacus()[0].get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)
+    return max(0.0, float(spent))
 
 
 def _of_prv(q: float, sigma: float, steps: int, delta: float) -> float:

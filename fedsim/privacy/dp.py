@@ -38,7 +38,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fedsim.algorithm import (
     Algorithm,
@@ -56,6 +55,7 @@ from fedsim.core.tree import flat, nested
 from fedsim.experiment import Experiment
 from fedsim.privacy import accounting
 from fedsim.privacy.accounting import Accountant, Sampled
+from fedsim.privacy.mechanism import clipped, noised
 from fedsim.privacy.pairs import Around, Arriving, Pair
 
 
@@ -164,8 +164,10 @@ class ParticipantDP(Pair):
             accepted = "1 with noise and sampling='fixed': the share of those who are there is not known"
             refuse("conditions.availability", conditions.availability, accepted)
         pairs = experiment.algorithm.pairs if isinstance(experiment.algorithm, Around) else ()
-        if sum(isinstance(pair, ParticipantDP) for pair in pairs) > 1:  # their noise would be one stream
-            refuse("algorithm.pairs", pairs, "at most one ParticipantDP")
+        if (
+            sum(isinstance(pair, ParticipantDP) and pair._uniform for pair in pairs) > 1
+        ):  # their noise would be one stream
+            refuse("algorithm.pairs", pairs, "at most one ParticipantDP with noise")
         if self.noise == "distributed":
             self._check_nobody_missing(experiment)
         self.spent(experiment, experiment.rounds)
@@ -267,35 +269,6 @@ class ParticipantDP(Pair):
         if self.deployable:
             return torch.Generator().manual_seed(secrets.randbits(63))
         return ctx.generator(f"privacy/{purpose}")
-
-
-def clipped(tree: Tree, received: Tree, clip: float, *, per_tensor: bool) -> tuple[Tree, bool]:
-    """An update whose difference to what was received has at most this norm: each tensor's times 1 / sqrt(G), or the
-    whole's.
-
-    **Returns:** it, with the very tensors that needed no clipping, and whether none did.
-    """
-    moved = {name: tensor.double() - received.get(name, torch.zeros(())).double() for name, tensor in tree.items()}
-    norms = {name: float(tensor.norm()) for name, tensor in moved.items()}
-    whole = math.hypot(*norms.values())
-    kept, most = dict(tree), clip / math.sqrt(len(tree)) if per_tensor else clip
-    for name, tensor in tree.items():
-        norm = norms[name] if per_tensor else whole
-        if norm > most:
-            kept[name] = (tensor.double() - moved[name] * (1 - most / norm)).to(tensor.dtype)
-    return kept, all(kept[name] is tree[name] for name in tree)
-
-
-def noised(tree: Tree, std: float, stream: torch.Generator) -> Tree:
-    """Every number and a Gaussian of this standard deviation, drawn in float64 and in order of name."""
-    if not std:
-        return tree
-
-    def one(tensor: Tensor) -> Tensor:
-        drawn = torch.randn(tensor.shape, generator=stream, dtype=torch.float64).mul_(std)
-        return drawn.to(tensor.device).add_(tensor).to(tensor.dtype)
-
-    return {name: one(tree[name]) for name in sorted(tree)}
 
 
 # an experiment's ------------------------------------------------------------------------------------------------------
