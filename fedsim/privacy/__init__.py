@@ -2,7 +2,8 @@
 
 from fedsim.privacy.accounting import delta, epsilon, noise_multiplier
 from fedsim.privacy.dp import ParticipantDP, calibrated
+from fedsim.privacy.example_dp import ExampleDP
 from fedsim.privacy.pairs import Around, Pair
 
 
-__all__ = ["Around", "Pair", "ParticipantDP", "calibrated", "delta", "epsilon", "noise_multiplier"]
+__all__ = ["Around", "ExampleDP", "Pair", "ParticipantDP", "calibrated", "delta", "epsilon", "noise_multiplier"]
