@@ -63,7 +63,7 @@ class ExampleDP(Pair):
     def epsilon(self, *, examples: int, batch_size: int, epochs: int) -> float:
         """What a participant has spent.
 
-        - `examples`: n. - `batch_size`: B. - `epochs`: over all of its trainings and rounds; each has ceil(n / B) steps.
+        - `examples`: n. - `batch_size`: B. - `epochs`: over all of its trainings and rounds, of ceil(n / B) steps each.
 
         **Raises:** `ValueError` where there is no noise.
         """
