@@ -163,7 +163,7 @@ class ParticipantDP(Pair):
         if self.sampling == "fixed" and conditions.availability < 1:
             accepted = "1 with noise and sampling='fixed': the share of those who are there is not known"
             refuse("conditions.availability", conditions.availability, accepted)
-        pairs = experiment.algorithm.pairs if isinstance(experiment.algorithm, Around) else ()
+        pairs = getattr(experiment.algorithm, "pairs", ())
         if (
             sum(isinstance(pair, ParticipantDP) and pair._uniform for pair in pairs) > 1
         ):  # their noise would be one stream
