@@ -213,6 +213,15 @@ class Algorithm(abc.ABC):
         what a client of each tier sends, without data, when that is counted."""
         return None
 
+    def check_experiment(self, experiment: Any) -> None:
+        """Refuse, with a `ValueError`, an `Experiment` this algorithm cannot work in. Called before anything starts."""
+        return None
+
+    def spent(self, experiment: Any, round: int) -> Mapping[str, float]:
+        """What of privacy an `Experiment` has spent after a round: `epsilon`, `delta` and `noise_multiplier`; nothing
+        where nothing is promised."""
+        return {}
+
     @property
     def updates_vary(self) -> bool:
         """Whether the names, shapes and dtypes of an update depend on data, as where clients send a prototype of every

@@ -104,6 +104,8 @@ class Experiment:
       given as `Like(width=..., depth=...)`.
     - `partition`: how the data are dealt. - `participants`: size of the population.
     - `cohort`: participants a round; None: all of them. - `rounds`: federated rounds (round 0 comes on top).
+    - `sampling`: "fixed": so many, without replacement; "poisson": each with probability `cohort / participants`, by a
+      coin of its own: so many in the mean, and perhaps nobody.
     - `validation_share`: part of each shard that is never trained on; the only scores tuning may look at.
     - `eval_every`: score every so many rounds (round 0 and the last round always).
     - `scored`: who is scored: "everyone", the round's "cohort", or "auto": everyone in populations of at most 100.
@@ -138,6 +140,7 @@ class Experiment:
     batched: bool = False
     conditions: Conditions = Conditions()
     start: Start | None = dataclasses.field(default=None, metadata=LATER)
+    sampling: Literal["fixed", "poisson"] = dataclasses.field(default="fixed", metadata=LATER)
     call_seconds: float | None = dataclasses.field(default=None, metadata=PLACEMENT)
 
     def __post_init__(self) -> None:
@@ -148,6 +151,8 @@ class Experiment:
         check_range(self, "", "validation_share", least=0, most=0.9)
         if self.cohort is not None and self.cohort > self.participants:
             refuse("cohort", self.cohort, f"at most participants={self.participants}")
+        if self.sampling == "poisson" and self.conditions.over_selection:
+            refuse("conditions.over_selection", self.conditions.over_selection, "0 where sampling='poisson'")
         if not self.tiers:
             refuse("tiers", self.tiers, "at least one tier")
         if len({tier.name for tier in self.tiers}) < len(self.tiers):
@@ -164,6 +169,7 @@ class Experiment:
             with of_tier(tier.name):
                 get_family(self.task.family).check(tier.form, task.inputs)
         self._check_method(task)
+        self.algorithm.check_experiment(self)
 
     def _complete(self) -> None:
         """Put in what other fields decide: settings that checkpoints fix, and forms that are like the tiers'."""

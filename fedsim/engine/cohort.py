@@ -89,18 +89,22 @@ def members(experiment: Experiment, task: Task) -> list[Member]:
 
 
 def cohort_of(experiment: Experiment, round: int) -> tuple[int, ...]:
-    """Who is asked to train in a round, in order of id: uniform without replacement, of those who are available.
+    """Who is asked to train in a round, in order of id, of those who are available: uniform without replacement, or
+    each by a coin of its own (`Experiment.sampling`).
 
-    Round 0 scores the state before round 1. Fewer than wanted, or nobody, where too few are available.
+    Round 0 scores the state before round 1. Fewer than wanted, or nobody, where too few are available, or by the coins.
     """
     conditions, everyone = experiment.conditions, np.arange(experiment.participants)
     if conditions.availability < 1:
         draws = numpy_generator(experiment.seed, "availability", max(round, 1)).random(experiment.participants)
         everyone = everyone[draws < conditions.availability]
     wanted = conditions.sampled(experiment.cohort or experiment.participants, experiment.participants)
+    rng = numpy_generator(experiment.seed, "cohort", max(round, 1))
+    if experiment.sampling == "poisson":
+        coins = rng.random(experiment.participants) < wanted / experiment.participants
+        return tuple(everyone[coins[everyone]].tolist())
     if wanted >= len(everyone):
         return tuple(everyone.tolist())
-    rng = numpy_generator(experiment.seed, "cohort", max(round, 1))
     return tuple(sorted(rng.choice(everyone, wanted, replace=False).tolist()))
 
 

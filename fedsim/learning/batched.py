@@ -7,8 +7,8 @@
 Trainings are compatible if they have one objective each, and the same (`fedsim.learning.objectives.identity`), tensors
 of equal shapes and types, and the same settings; data, purpose and epochs may differ. Shards differ in size, so each
 client has its own sequence of steps: a pass takes those whose next batches are of one size. A training by itself gives
-the same bits as outside; trainings in a batch agree with that to rounding. Trainings that accumulate batches, or whose
-models drop out, are computed by themselves.
+the same bits as outside; trainings in a batch agree with that to rounding. Private trainings, those that accumulate
+batches, or whose models drop out, are computed by themselves.
 
 Letters: K clients in all, k in a pass, P parameters of one.
 """
@@ -72,7 +72,7 @@ def _key(request: Request) -> Hashable:
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
     if len(asked.objectives) != 1 or len(kinds) != 1 or not asked.epochs * len(ctx.train.labels) or ctx.meter.timing:
         return None
-    if asked.accumulate > 1 or ctx.task.config.dropout:
+    if asked.accumulate > 1 or asked.per_example is not None or ctx.task.config.dropout:
         return None
     rates = tuple(asked.rate(name) for name in sorted(tensors))
     ours = {"objective", "start", "frozen", "lr", "lr_of", "purpose", "epochs"}

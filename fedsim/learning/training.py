@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from fedsim.core.tree import PATH, State, Tree, clone, flat, nested
 from fedsim.learning.context import LocalContext
 from fedsim.learning.meter import PRETRAIN, Work, autocast
 from fedsim.learning.objectives import Frozen, Objective, identity
+from fedsim.learning.per_example import PerExample
 from fedsim.learning.task import Batch
 
 
@@ -54,6 +55,9 @@ class Training:
       line. - `lr_warmup`: the share of steps, rounded up and at least 2, over which it first rises: over w steps it is
       1/w, 2/w, ... 1 times `lr`. A training of one step has no warm-up.
 
+    - `per_example`: private steps (DP-SGD) on examples that are drawn one by one, see `fedsim.learning.per_example`;
+      None: plain ones. Such a training is never batched with other clients'.
+
     What the task says of training (`TaskConfig.augmentation`, `label_smoothing`, `dropout`) holds for all of them.
 
     **Raises:** `TypeError` for an objective that is no frozen dataclass, and for what is no tensor; `ValueError` for a
@@ -78,6 +82,7 @@ class Training:
     lr_warmup: float = 0.0
     accumulate: int = 1
     drop_last: bool = False
+    per_example: PerExample | None = None
 
     def __post_init__(self) -> None:
         for objective in self.objectives:
@@ -85,6 +90,8 @@ class Training:
         object.__setattr__(self, "start", _constant(self.start, "start"))
         object.__setattr__(self, "frozen", _constant(self.frozen, "frozen"))
         check_settings(self, "Training")
+        if self.per_example is not None and self.accumulate > 1:
+            refuse("Training.accumulate", self.accumulate, "1 where Training.per_example is given")
         for part, rate in self.lr_of.items():
             if not isinstance(self.start.get(part), Mapping):
                 parts = [name for name, value in self.start.items() if isinstance(value, Mapping)]
@@ -170,11 +177,18 @@ def train(ctx: LocalContext, asked: Training) -> Trained:
         asked, [{"params": members, "lr": rate, "base": rate} for rate, members in groups.items()]
     )
     local = LocalSteps(ctx, asked, leaves)
+    private = None
+    if asked.per_example is not None:
+        expected = min(asked.batch_size, local.shard)
+        private = asked.per_example.begin(ctx, asked.objectives, leaves, asked.frozen, asked.purpose, expected)
     for part in local.parts():
         with ctx.task.dropping(part.seed):
-            with autocast(ctx):
-                loss = asked.objectives[part.drawn](parameters, asked.frozen, part.batch)
-            (loss * part.share).backward()
+            if private is not None:
+                loss = private(part.drawn, part.batch)
+            else:
+                with autocast(ctx):
+                    loss = asked.objectives[part.drawn](parameters, asked.frozen, part.batch)
+                (loss * part.share).backward()
         if part.last:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * part.scheduled
@@ -223,27 +237,30 @@ class LocalSteps:
         self.costs = [ctx.meter.cost(ctx, objective, nested(leaves), asked.frozen) for objective in asked.objectives]
         self.shard = len(ctx.train.labels)
         self.examples = asked.examples_of(self.shard)
-        self.taken, self.flops, self.total, self.loss = 0, 0, 0.0, float("nan")
+        self.taken, self.flops, self.total, self.seen, self.loss = 0, 0, 0.0, 0, float("nan")
 
     def parts(self) -> Iterator[StepPart]:
         """**Raises:** `FloatingPointError`, at the end of an epoch, if its mean loss is not finite."""
         asked, ctx, examples = self.asked, self.ctx, self.examples
         draws = (ctx.generator(f"{asked.purpose}/{what}") for what in ("order", "mask", "objective", "augment", "drop"))
         order, masking, choosing, augmenting, dropping = draws
+        if asked.per_example is not None:
+            order = asked.per_example.stream(ctx, f"{asked.purpose}/order")
         several = len(asked.objectives) if len(asked.objectives) > 1 else 0
         a_step = asked.batch_size * asked.accumulate
         in_all = asked.epochs * -(-examples // a_step)
         for _ in range(asked.epochs if examples else 0):
-            self.total = 0.0
-            for chosen in torch.randperm(self.shard, generator=order)[:examples].split(a_step):
+            self.total, self.seen = 0.0, 0
+            for chosen in self._chosen(order, a_step):
                 drawn = int(torch.randint(several, (), generator=choosing)) if several else 0
                 scheduled, left = asked.scheduled(self.taken, in_all), len(chosen)
-                for index in chosen.split(asked.batch_size):
+                for index in chosen.split(asked.batch_size) if asked.per_example is None else (chosen,):
                     left -= len(index)
                     batch = ctx.task.batch(ctx.train, index, ctx.device, masking, augmenting)
                     seed = int(torch.randint(2**62, (), generator=dropping))
-                    yield StepPart(drawn, len(index), batch, scheduled, len(index) / len(chosen), not left, seed)
-            self.loss = self.total / examples
+                    share = len(index) / max(1, len(chosen))
+                    yield StepPart(drawn, len(index), batch, scheduled, share, not left, seed)
+            self.loss = self.total / max(1, self.seen)
             if not math.isfinite(self.loss):
                 rates = "".join(f", {part}: {rate}" for part, rate in asked.lr_of.items())
                 raise FloatingPointError(
@@ -251,9 +268,17 @@ class LocalSteps:
                     f"with lr={asked.lr}{rates}"
                 )
 
+    def _chosen(self, order: torch.Generator, a_step: int) -> Iterable[Tensor]:
+        """The examples of every step of an epoch: the shard's in some order, or as coins fall."""
+        if self.asked.per_example is None:
+            return torch.randperm(self.shard, generator=order)[: self.examples].split(a_step)
+        rate, steps = min(1.0, self.asked.batch_size / self.shard), -(-self.examples // a_step)
+        return [(torch.rand(self.shard, generator=order) < rate).nonzero()[:, 0] for _ in range(steps)]
+
     def note(self, part: StepPart, loss: float) -> None:
         """A part was computed, and the step taken if it was the last one; this was its mean loss."""
         self.total += loss * part.size
+        self.seen += part.size
         self.taken += part.last
         self.flops += self.costs[part.drawn].flops(part.size)
 

@@ -12,6 +12,8 @@ import functools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedsim.algorithm import (
     Algorithm,
     ClientContext,
@@ -26,6 +28,7 @@ from fedsim.algorithm import (
     Training,
     Tree,
 )
+from fedsim.core import tree as trees
 from fedsim.core.fields import check_types, refuse
 from fedsim.privacy.vectors import check_alike
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedsim.data.source import Split
+    from fedsim.experiment import Experiment
     from fedsim.learning.task import Task
     from fedsim.models import Form
 
@@ -49,6 +53,11 @@ class Pair:
         """Whether the server's side has to see every update by itself: then nothing is added up before it."""
         return False
 
+    @property
+    def common(self) -> bool:
+        """Whether all clients must have received the same, with which what they send is compared."""
+        return False
+
     def check(self, algorithm: Algorithm, participants: int) -> None:
         """Refuse, with a `ValueError`, a method or a number of participants a round that this pair cannot work with."""
         return None
@@ -56,6 +65,14 @@ class Pair:
     def check_task(self, task: "Task") -> None:
         """Refuse, with a `ValueError`, data that this pair cannot work with."""
         return None
+
+    def check_experiment(self, experiment: "Experiment") -> None:
+        """Refuse, with a `ValueError`, an experiment that this pair cannot work in."""
+        return None
+
+    def spent(self, experiment: "Experiment", round: int) -> Mapping[str, float]:
+        """What of privacy is spent after a round, for the tables: `epsilon`, `delta` and `noise_multiplier`."""
+        return {}
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
@@ -143,8 +160,19 @@ class Around(Algorithm):
         if self._each:
             check_alike([update for update in updates if update.tree])
 
+    def check_experiment(self, experiment: "Experiment") -> None:
+        for pair in self.pairs:
+            pair.check_experiment(experiment)
+
+    def spent(self, experiment: "Experiment", round: int) -> Mapping[str, float]:
+        return next((found for pair in self.pairs if (found := pair.spent(experiment, round))), {})
+
     def stage(self, round: int) -> str:
         return self.method.stage(round)
+
+    def _shared(self, round: int) -> bool:
+        """Whether anything leaves a participant in this round: else there is nothing to protect, nor to attack."""
+        return self.stage(round) == "federated"
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
@@ -155,11 +183,20 @@ class Around(Algorithm):
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         state, own = _split(state)
         payloads = self.method.server_broadcast(state, cohort, ctx)
+        if self._shared(ctx.round) and any(pair.common for pair in self.pairs):
+            self._check_common([*payloads.values()])
         sent = {name: found for name, kept in own.items() if (found := self.pairs[int(name)].sent(kept, ctx))}
         joined = {
             id(payload): _joined(payload, sent) if sent else payload for payload in payloads.values()
         }  # one for those alike
         return {client: joined[id(payload)] for client, payload in payloads.items()}
+
+    def _check_common(self, payloads: Sequence[Payload]) -> None:
+        one = trees.flat(payloads[0]) if payloads else {}
+        for payload in {id(payload): payload for payload in payloads[1:] if payload is not payloads[0]}.values():
+            other = trees.flat(payload)
+            if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
+                refuse("algorithm.method", self.name, "a method whose clients all receive the same")
 
     def combine(self, updates: Sequence[ClientUpdate]) -> Partial | None:
         return None if self._each else self.method.combine(updates)
@@ -168,7 +205,7 @@ class Around(Algorithm):
         state, own = _split(state)
         first = ctx.clients[:1]
         payload = functools.cache(lambda: self.method.server_broadcast(state, first, ctx)[first[0].id])
-        for place, pair in reversed([*enumerate(self.pairs)]):
+        for place, pair in reversed([*enumerate(self.pairs)] if self._shared(ctx.round) else []):
             updates, kept = pair.server(updates, own.get(str(place), {}), payload, ctx)
             own |= {str(place): kept} if kept else {}
         return _joined(self.method.server_aggregate(state, iter(updates), ctx), own)
@@ -188,7 +225,7 @@ class Around(Algorithm):
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         ctx, (payload, sent) = self._prepared(ctx), _split(payload)
         update, kept = yield from self._trained(self.method.client_update(payload, state, ctx), ctx)
-        for place, pair in enumerate(self.pairs):
+        for place, pair in enumerate(self.pairs if self._shared(ctx.round) else ()):
             update = pair.client(update, payload, sent.get(str(place), {}), ctx)
         return update, kept
 
@@ -238,4 +275,5 @@ def _joined(state: Mapping[str, Any], own: dict[str, State]) -> State:
 
 
 def _split(state: Mapping[str, Any]) -> tuple[State, dict[str, State]]:
-    return (state[_METHOD], dict(state[_PAIRS])) if _METHOD in state else (dict(state), {})
+    """Its inverse. A method without a state leaves none where a state is stored."""
+    return (state.get(_METHOD, {}), dict(state[_PAIRS])) if _PAIRS in state else (dict(state), {})

@@ -150,7 +150,12 @@ ROUNDS = (
         "scores.accuracy_val_even.mean",
         "accuracy_val with the participant's classes weighted evenly: for tuning of accuracy_mean",
     ),
-)
+    Column("epsilon", "float?", "spent.epsilon", "spent by participants since round 0, at delta; null without noise"),
+    Column("delta", "float?", "spent.delta", "for which epsilon is computed"),
+    Column("noise_multiplier", "float?", "spent.noise_multiplier", "standard deviation of a round's noise over clip"),
+    Column("clipped_share", "float?", "clipped_share", "of the updates in time: clipped, without noise: no part of "
+           "what epsilon covers"),
+)  # fmt: skip
 
 CLIENTS = (
     *OF_RUN,

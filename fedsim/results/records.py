@@ -151,6 +151,19 @@ class RoundRecord:
         """`Statistics` of every score and loss."""
         return SimpleNamespace(**{name: statistics(self.of_clients(name)) for name in SCORES})
 
+    @functools.cached_property
+    def spent(self) -> SimpleNamespace:
+        """Of privacy, by name; None where nothing is promised."""
+        experiment = self.run.experiment
+        nothing = dict.fromkeys(("epsilon", "delta", "noise_multiplier"))
+        return SimpleNamespace(**nothing | {**experiment.algorithm.spent(experiment, self.round)})
+
+    @property
+    def clipped_share(self) -> float | None:
+        """Of the updates in time; None where none could be."""
+        told = [each.metrics or {} for each in self.report.clients.values() if each.outcome == "in_time"]
+        return statistics([metrics.get("clipped") for metrics in told]).mean
+
     @property
     def bytes_up(self) -> int:
         return sum(self.of_clients("bytes_up"))

@@ -11,6 +11,7 @@ from baselines.fedavg import FedAvg
 from fedgrow_algo.fedgrow import FedGrow
 from fedsim.data.config import digits
 from fedsim.data.partition import Partition
+from fedsim.devices import Conditions
 from fedsim.engine.cohort import (
     cohort_of,
     federation_sha256,
@@ -212,3 +213,31 @@ def test_hash_of_the_federation(task: Task, change: Callable[[Experiment], Exper
     other = change(base)
     hashes = [federation_sha256(one, members(one, task)) for one in (base, other)]
     assert (hashes[0] == hashes[1]) == same
+
+
+# by coins -------------------------------------------------------------------------------------------------------------
+
+
+def test_by_coins_everyone_is_sampled_alone_at_the_rate_of_the_cohort() -> None:
+    base = experiment(cohort=3, sampling="poisson")
+    rounds = 4000
+    cohorts = [cohort_of(base, round) for round in range(1, rounds + 1)]
+    assert cohort_of(base, 0) == cohorts[0] and cohorts[0] == cohort_of(base, 1)
+    taken = Counter(id_ for cohort in cohorts for id_ in cohort)
+    share, error = 0.3, (0.3 * 0.7 / rounds) ** 0.5
+    assert all(abs(taken[id_] / rounds - share) < 6 * error for id_ in range(10)), "each: two in a billion"
+    both = sum({0, 1} <= {*cohort} for cohort in cohorts) / rounds
+    assert abs(both - share**2) < 6 * (0.09 * 0.91 / rounds) ** 0.5, "independent; without replacement it is 0.067"
+    sizes = Counter(len(cohort) for cohort in cohorts)
+    assert sizes[0] > 0 and max(sizes) > 6 and all(cohort == tuple(sorted(cohort)) for cohort in cohorts)
+    assert cohort_of(experiment(cohort=10, sampling="poisson"), 1) == tuple(range(10))
+
+
+def test_coins_fall_for_those_who_are_there() -> None:
+    base = experiment(cohort=5, sampling="poisson")
+    away = dataclasses.replace(base, conditions=Conditions(availability=0.5))
+    for round in range(1, 30):
+        assert {*cohort_of(away, round)} <= {*cohort_of(base, round)}
+    assert sum(len(cohort_of(away, round)) for round in range(1, 30)) > 29
+    with pytest.raises(ValueError, match=r"conditions.over_selection=0.5: must be 0 where sampling='poisson'"):
+        dataclasses.replace(base, conditions=Conditions(over_selection=0.5))

@@ -1,0 +1,257 @@
+"""What a number of noised sums gives away: epsilon from noise, noise from epsilon, delta from both.
+
+    one step    the sum of what a random part of N people send, each of norm at most C, + N(0, sigma^2 C^2)
+    T steps     are (epsilon, delta)-differentially private
+
+    q      sampling rate: the share of N that a step sees (`sampling_rate`)
+    sigma  `noise_multiplier`: standard deviation of the noise over C, whatever the adjacency
+
+What is compared, and the theorem, by `sampling`:
+
+- "poisson": everyone by a coin of their own. With and without one person: what changes is at most C. RDP: Mironov,
+  Talwar, Zhang 2019, section 3.3. PLD: Gopi, Lee, Wutschitz 2021, algorithm 1.
+- "fixed": qN people, uniformly without replacement. One person replaced by another: the sum changes by up to 2C, and
+  sigma counts as half of what it is. RDP: Wang, Balle, Kasiviswanathan 2019, theorem 9, or no amplification, where that
+  is less. PLD: refused, for want of a theorem.
+- "full": everyone, in every step; nothing is amplified. With and without one person. RDP: alpha / 2 sigma^2 (Mironov
+  2017, corollary 3). PLD: T steps are one of sigma / sqrt(T), exactly (Balle, Wang 2018, theorem 8).
+
+"rdp" goes from Renyi divergence to epsilon by Balle et al. 2020, theorem 21. "pld" is the composition of privacy loss
+distributions, by Opacus' accountant of privacy loss random variables (PRV): two names of one object. Its epsilon is the
+upper end of the accountant's error. Order alone decides amplification: batches of a shuffled shard are not "poisson".
+"""
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import gammaln, log_ndtr, logsumexp
+
+from fedsim.core.fields import refuse
+
+
+Accountant = Literal["rdp", "pld"]
+Sampled = Literal["poisson", "fixed", "full"]
+WHOLE_ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 512, 1000)  # beyond, binomials overflow
+ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100) if tenth % 10), *WHOLE_ORDERS)
+MOST = 1e6  # a noise multiplier
+FINE = 1.0001  # what is solved for is at most so many times too large
+
+
+def epsilon(
+    *,
+    sampling_rate: float,
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    accountant: Accountant = "rdp",
+    sampling: Sampled = "poisson",
+) -> float:
+    """The epsilon at which so many steps are (epsilon, delta)-private.
+
+    **Arguments:**
+
+    - `sampling_rate`: the expected share of people, or of examples, in a step; 1 where `sampling="full"`.
+    - `noise_multiplier`: standard deviation of the noise over the clipping norm, above 0.
+    - `steps`: rounds, or steps of an optimizer; at least 1. - `delta`: between 0 and 1, both excluded.
+    - `accountant`, `sampling`: as above.
+
+    **Raises:** `ValueError` for an argument out of its range, and where there is no theorem; `ImportError` without
+    Opacus.
+    """
+    _check(sampling_rate, steps, accountant, sampling)
+    _check_above(noise_multiplier=noise_multiplier)
+    _check_delta(delta)
+    return _epsilon(float(sampling_rate), float(noise_multiplier), steps, float(delta), accountant, sampling)
+
+
+def noise_multiplier(
+    *,
+    epsilon: float,
+    sampling_rate: float,
+    steps: int,
+    delta: float,
+    accountant: Accountant = "rdp",
+    sampling: Sampled = "poisson",
+) -> float:
+    """The least noise multiplier, to 0.01 % and never less, with which so many steps are (epsilon, delta)-private.
+
+    **Raises:** as `fedsim.privacy.epsilon`.
+    """
+    _check(sampling_rate, steps, accountant, sampling)
+    _check_above(epsilon=epsilon)
+    _check_delta(delta)
+
+    def enough(sigma: float) -> bool:
+        return _epsilon(float(sampling_rate), sigma, steps, float(delta), accountant, sampling) <= epsilon
+
+    start = 1.0
+    if accountant == "pld":  # needs about as much, and each try takes longer
+        known: dict[str, Any] = {"sampling_rate": sampling_rate, "steps": steps, "delta": delta, "sampling": sampling}
+        start = noise_multiplier(epsilon=epsilon, **known)
+    found = _least(enough, start)
+    if found == math.inf:
+        refuse("epsilon", epsilon, f"more: at delta={delta} no noise_multiplier up to {MOST:g} is enough")
+    return found
+
+
+def delta(
+    *,
+    epsilon: float,
+    sampling_rate: float,
+    noise_multiplier: float,
+    steps: int,
+    accountant: Accountant = "rdp",
+    sampling: Sampled = "poisson",
+) -> float:
+    """The least delta, to 0.01 % and never less, at which so many steps are (epsilon, delta)-private.
+
+    **Raises:** as `fedsim.privacy.epsilon`; `ValueError` where no delta from 1e-30 to 1 does it.
+    """
+    _check(sampling_rate, steps, accountant, sampling)
+    _check_above(epsilon=epsilon, noise_multiplier=noise_multiplier)
+
+    def enough(delta: float) -> bool:
+        known = float(sampling_rate), float(noise_multiplier), steps
+        return delta >= 1 or _epsilon(*known, delta, accountant, sampling) <= epsilon
+
+    found = _least(enough, 1e-5, least=1e-30)
+    if found >= 1:
+        refuse("epsilon", epsilon, f"more, with noise_multiplier={noise_multiplier}: no delta below 1 goes with it")
+    return found
+
+
+# by the theorems ------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)  # every round of every run of a sweep asks
+def _epsilon(q: float, sigma: float, steps: int, delta: float, accountant: str, sampling: str) -> float:
+    if q == 1 and sampling == "poisson":
+        sampling = "full"
+    if accountant == "rdp":
+        return _of_rdp(_rdp(q, sigma, steps, sampling), delta)
+    return _exact(sigma / math.sqrt(steps), delta) if sampling == "full" else _of_prv(q, sigma, steps, delta)
+
+
+def _rdp(q: float, sigma: float, steps: int, sampling: str) -> np.ndarray:
+    """Renyi divergence after so many steps, of every order in `ORDERS`."""
+    if sampling == "fixed":
+        return steps * np.array([_without_replacement(q, sigma / 2, order) for order in ORDERS])
+    return _opacus()[0].compute_rdp(q=q, noise_multiplier=sigma, steps=steps, orders=ORDERS)
+
+
+def _without_replacement(q: float, sigma: float, order: float) -> float:
+    """Wang, Balle, Kasiviswanathan 2019, theorem 9, of epsilon(j) = j / 2 sigma^2 without a bound."""
+    unsampled = order / (2 * sigma**2)
+    if order not in WHOLE_ORDERS:  # the theorem is about whole orders
+        return unsampled
+    j = np.arange(2, int(order) + 1)
+    log_binomials = gammaln(order + 1) - gammaln(j + 1) - gammaln(order - j + 1)
+    log_terms = j * math.log(q) + log_binomials + (j - 1) * j / (2 * sigma**2) + math.log(2)
+    second = 1 / sigma**2  # epsilon(2), of which the first term has a smaller bound where that is small
+    log_terms[0] += min(0.0, math.log(4) + math.log(-math.expm1(-second)) - math.log(2))
+    total: Any = logsumexp([0.0, *log_terms])
+    return min(unsampled, float(total) / (order - 1))
+
+
+def _of_rdp(rdp: np.ndarray, delta: float) -> float:
+    with _looser():
+        spent, _ = _opacus()[0].get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)
+    return max(0.0, float(spent))
+
+
+def _of_prv(q: float, sigma: float, steps: int, delta: float) -> float:
+    """Composed numerically, to a quarter of a per cent of what RDP says."""
+    accountant = _opacus()[1].PRVAccountant()
+    accountant.history = [(sigma, q, steps)]
+    about = _of_rdp(_rdp(q, sigma, steps, "poisson"), delta)
+    try:
+        with _looser():
+            return float(accountant.get_epsilon(delta=delta, eps_error=min(0.01, max(about, 0.05) / 400)))
+    except RuntimeError:  # where delta is nearly all there is: both are upper bounds
+        return about
+
+
+@contextlib.contextmanager
+def _looser() -> Iterator[None]:
+    """Where the best order is the last one that Opacus looks at, its bound is less tight than it could be: it says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Optimal order is the")
+        yield
+
+
+def _exact(sigma: float, delta: float) -> float:
+    """The epsilon of one Gaussian mechanism: Balle, Wang 2018, theorem 8, solved for it."""
+
+    def excess(epsilon: float) -> float:
+        nearer, farther = 1 / (2 * sigma) - epsilon * sigma, -1 / (2 * sigma) - epsilon * sigma
+        return math.exp(log_ndtr(nearer)) - math.exp(epsilon + log_ndtr(farther)) - delta
+
+    most = 1 / (2 * sigma**2) + math.sqrt(2 * math.log(1 / delta)) / sigma  # zero-concentrated privacy's bound
+    root: Any = brentq(excess, 0.0, most + 1e-9, xtol=1e-12) if excess(0.0) > 0 else 0.0
+    return float(root)
+
+
+def _opacus() -> tuple[ModuleType, ModuleType]:
+    """Its accountants, by divergence and by loss. They bring more with them than most runs need."""
+    try:
+        from opacus.accountants import prv
+        from opacus.accountants.analysis import rdp
+    except ImportError as error:
+        raise ImportError("accounting for differential privacy needs Opacus: pip install 'fedsim[privacy]'") from error
+    return rdp, prv
+
+
+def _least(enough: Callable[[float], bool], start: float, least: float = 1e-6) -> float:
+    """The least number that is enough, where all larger ones are, too; never too little. Infinity: none is."""
+    low = high = start
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > MOST:
+            return math.inf
+    while low == high or enough(low):
+        low, high = low / 2, low
+        if low < least:
+            return high
+    while high / low > FINE:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+# checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(sampling_rate: Any, steps: Any, accountant: Any, sampling: Any) -> None:
+    for name, value, accepted in (("accountant", accountant, Accountant), ("sampling", sampling, Sampled)):
+        if value not in get_args(accepted):
+            refuse(name, value, " or ".join(map(repr, get_args(accepted))))
+    if not _number(sampling_rate) or not 0 < sampling_rate <= 1:
+        refuse("sampling_rate", sampling_rate, "above 0 and at most 1")
+    if sampling == "full" and sampling_rate != 1:
+        refuse("sampling_rate", sampling_rate, "1 where sampling='full': without sampling nothing is amplified")
+    if accountant == "pld" and sampling == "fixed":
+        refuse("accountant", accountant, "'rdp' where sampling='fixed': no theorem composes its privacy losses")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        refuse("steps", steps, "a whole number, at least 1")
+
+
+def _check_above(**values: Any) -> None:
+    for name, value in values.items():
+        if not _number(value) or not 0 < value < math.inf:
+            refuse(name, value, "a finite number greater than 0")
+
+
+def _check_delta(delta: Any) -> None:
+    if not _number(delta) or not 0 < delta < 1:
+        refuse("delta", delta, "between 0 and 1")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float | np.floating) and not isinstance(value, bool)

@@ -1,0 +1,76 @@
+"""Differential privacy of examples: whether one was in a participant's shard cannot be told from what it sends.
+
+    every training of a participant    DP-SGD (`fedsim.learning.per_example`), with sigma and C
+    after T steps in all               epsilon of T steps at rate B / n   (Mironov, Talwar, Zhang 2019)
+
+    B  batch size, in the mean    n  examples of the shard, which is taken as public, as weights of means are
+
+Examples are drawn by coins of their own, so amplification by Poisson sampling holds as it stands. All of a method's
+trainings are private, those of its first stages, too; what it computes of data by other means is not, and methods that
+send such things are refused. What depends on the shard beside what is sent (tables, private states on disk) is private
+only as far as it follows from these trainings.
+"""
+
+import dataclasses
+import math
+
+from fedsim.algorithm import Algorithm, ClientContext, Training
+from fedsim.core.fields import check_types, refuse
+from fedsim.experiment import Experiment
+from fedsim.learning.per_example import PerExample
+from fedsim.privacy import accounting
+from fedsim.privacy.accounting import Accountant
+from fedsim.privacy.pairs import Pair
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleDP(Pair):
+    """DP-SGD in all of a participant's trainings. A method's own clipping of whole gradients is left out.
+
+    - `clip`: of the gradient of one example. - `noise_multiplier`: of a step. - `delta`, `accountant`: of `epsilon`.
+    - `deployable`: coins and noise come from the operating system; such a run cannot be repeated.
+    """
+
+    clip: float
+    noise_multiplier: float
+    delta: float
+    accountant: Accountant = "rdp"
+    deployable: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, "privacy")
+        _ = self._per_example
+        if not 0 < self.delta < 1:
+            refuse("privacy.delta", self.delta, "between 0 and 1")
+
+    @property
+    def _per_example(self) -> PerExample:
+        return PerExample(self.clip, self.noise_multiplier, self.deployable)
+
+    def check(self, algorithm: Algorithm, participants: int) -> None:
+        if algorithm.updates_vary or algorithm.leaves == "statistics":
+            refuse("algorithm.method", algorithm.name, "a method that sends what it trained, and no statistics of data")
+
+    def check_experiment(self, experiment: Experiment) -> None:
+        augmentation = experiment.task.augmentation
+        for name in ("mixup", "cutmix") if augmentation is not None else ():
+            if found := getattr(augmentation, name):
+                refuse(f"task.augmentation.{name}", found, "0 where examples are private: it mixes two into one")
+
+    def training(self, asked: Training, ctx: ClientContext) -> Training:
+        return dataclasses.replace(asked, per_example=self._per_example, clip=None)
+
+    def epsilon(self, *, examples: int, batch_size: int, epochs: int) -> float:
+        """What a participant has spent.
+
+        - `examples`: n. - `batch_size`: B. - `epochs`: over all of its trainings and rounds, of ceil(n / B) steps each.
+
+        **Raises:** `ValueError` where there is no noise.
+        """
+        return accounting.epsilon(
+            sampling_rate=min(1.0, batch_size / examples),
+            noise_multiplier=self.noise_multiplier,
+            steps=epochs * math.ceil(examples / batch_size),
+            delta=self.delta,
+            accountant=self.accountant,
+        )
