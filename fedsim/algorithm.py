@@ -30,7 +30,7 @@ The smallest algorithm there is, federated averaging of a single number, trains 
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +89,7 @@ __all__ = [
 ]
 
 Payload = Mapping[str, Any]  # a state, as it is sent
+Ask = Callable[[Mapping[int, Payload]], Mapping[int, State]]  # questions by client -> answers of those who gave one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,9 @@ class ClientInfo:
 class ServerContext:
     """What a `server_*` method may read. `clients` is the whole population, in order of id.
 
-    `start`: a public model that everyone may begin with.
+    `start`: a public model that everyone may begin with. `ask`: a further exchange with clients within a round, in
+    `server_begin` and, once all updates are read, in `server_aggregate`: they answer by `client_answer`. None: there is
+    nobody to ask, as a run is only being counted.
     """
 
     seed: int
@@ -119,6 +122,7 @@ class ServerContext:
     target: "Form"
     clients: Sequence[ClientInfo]
     start: "Start | None" = None
+    ask: Ask | None = None
 
     def generator(self, purpose: str) -> torch.Generator:
         """The server's random stream for one purpose in this round."""
@@ -226,6 +230,10 @@ class Algorithm(abc.ABC):
     def server_init(self, ctx: ServerContext) -> State:
         """The server's state before round 1."""
 
+    def server_begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
+        """The state that a round goes on from, where its cohort has to be asked something first."""
+        return state
+
     @abc.abstractmethod
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         """What each of these clients downloads. Give several clients the same object and it is put only once.
@@ -268,6 +276,10 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
         """What this client would deploy: the model that is scored. `payload`: what the server then sends."""
+
+    def client_answer(self, question: Payload, state: State, ctx: ClientContext) -> State:
+        """What a client answers to `ServerContext.ask`. Depends on its arguments alone; `state` stays as it is."""
+        raise NotImplementedError(f"{self.name} asks its clients nothing")
 
 
 # Marks a field that came after runs had been recorded: their identity leaves it out while it has its default.

@@ -1,7 +1,7 @@
 """What secure sums are made of: shares of a secret, keys that two agree on, masks from a key.
 
-Agreement is X25519 through HKDF with SHA-256, encryption is ChaCha20-Poly1305, a mask is the stream of AES-256 in counter
-mode, shares are Shamir's.
+Agreement is X25519 through HKDF with SHA-256, encryption is ChaCha20-Poly1305, a mask is the stream of AES-256 in
+counter mode, shares are Shamir's.
 """
 
 import math
@@ -73,7 +73,12 @@ def agreed(private: bytes, public: bytes, purpose: str, other: int) -> bytes:
         common = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         refuse(f"the public key of client {other}", public.hex(), "a point of X25519 that agrees on a key")
-    return HKDF(SHA256(), SECRET, None, f"fedsim secure sum: {purpose}".encode()).derive(common)
+    return derived(common, purpose.encode())
+
+
+def derived(key: bytes, purpose: bytes) -> bytes:
+    """A key of another, for one purpose."""
+    return HKDF(SHA256(), SECRET, None, b"fedsim secure sum: " + purpose).derive(key)
 
 
 def public_of(private: bytes) -> bytes:

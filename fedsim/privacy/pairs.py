@@ -57,6 +57,10 @@ class Pair:
         """What the server's side remembers, before round 1."""
         return {}
 
+    def begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
+        """The same as a round begins, before its cohort receives anything; `ctx.ask` reaches this pair's `answer`."""
+        return state
+
     def sent(self, state: State, ctx: ServerContext) -> State:
         """What clients receive of it, beside the method's payload."""
         return {}
@@ -72,6 +76,10 @@ class Pair:
 
     # at a participant -----------------------------------------------------------------------------------------------
 
+    def keeps(self, ctx: ClientContext) -> State:
+        """What a client keeps of this pair, for good, beside the method's private state."""
+        return {}
+
     def prepare(self, ctx: ClientContext) -> ClientContext:
         """What a client works with: its data, for those who change them."""
         return ctx
@@ -81,8 +89,13 @@ class Pair:
         return asked
 
     def client(self, update: ClientUpdate, payload: Payload, sent: State, ctx: ClientContext) -> ClientUpdate:
-        """What is sent instead of a method's update. The client had received its `payload`, and `sent` of this pair."""
+        """What is sent instead of a method's update. The client had received its `payload`, and `sent` of this pair,
+        which holds what it `keeps`, too."""
         return update
+
+    def answer(self, question: Payload, kept: State, ctx: ClientContext) -> State:
+        """What a client answers to `ctx.ask` of the server's side."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +141,14 @@ class Around(Algorithm):
         own = {str(place): start for place, pair in enumerate(self.pairs) if (start := pair.start())}
         return _joined(self.method.server_init(ctx), own)
 
+    def server_begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
+        state, own = _split(state)
+        state = self.method.server_begin(state, cohort, ctx)
+        for place, pair in enumerate(self.pairs):
+            kept = pair.begin(own.get(str(place), {}), cohort, _asking(ctx, place))
+            own |= {str(place): kept} if kept else {}
+        return _joined(state, own)
+
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         state, own = _split(state)
         payloads = self.method.server_broadcast(state, cohort, ctx)
@@ -145,7 +166,7 @@ class Around(Algorithm):
         first = ctx.clients[:1]
         payload = functools.cache(lambda: self.method.server_broadcast(state, first, ctx)[first[0].id])
         for place, pair in reversed([*enumerate(self.pairs)]):
-            updates, kept = pair.server(updates, own.get(str(place), {}), payload, ctx)
+            updates, kept = pair.server(updates, own.pop(str(place), {}), payload, _asking(ctx, place))
             own |= {str(place): kept} if kept else {}
         return _joined(self.method.server_aggregate(state, iter(updates), ctx), own)
 
@@ -159,17 +180,25 @@ class Around(Algorithm):
 
     def client_init(self, ctx: ClientContext) -> Steps[State]:
         ctx = self._prepared(ctx)
-        return (yield from self._trained(self.method.client_init(ctx), ctx))
+        own = {str(place): kept for place, pair in enumerate(self.pairs) if (kept := pair.keeps(ctx))}
+        return _joined((yield from self._trained(self.method.client_init(ctx), ctx)), own)
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
-        ctx, (payload, sent) = self._prepared(ctx), _split(payload)
+        ctx, (payload, sent), (state, own) = self._prepared(ctx), _split(payload), _split(state)
         update, kept = yield from self._trained(self.method.client_update(payload, state, ctx), ctx)
         for place, pair in enumerate(self.pairs):
-            update = pair.client(update, payload, sent.get(str(place), {}), ctx)
-        return update, kept
+            of_it = sent.get(str(place), {}) | own.get(str(place), {})
+            update = pair.client(update, payload, of_it, ctx)
+        return update, _joined(kept, own) if own else kept
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
-        return self.method.client_model(_split(payload)[0], state, ctx)
+        return self.method.client_model(_split(payload)[0], _split(state)[0], ctx)
+
+    def client_answer(self, question: Payload, state: State, ctx: ClientContext) -> State:
+        (question, asked), (state, own) = _split(question), _split(state)
+        for name, of_pair in asked.items():
+            return self.pairs[int(name)].answer(of_pair, own.get(name, {}), ctx)
+        return self.method.client_answer(question, state, ctx)
 
     def _prepared(self, ctx: ClientContext) -> ClientContext:
         for pair in self.pairs:
@@ -203,5 +232,16 @@ def _joined(state: Mapping[str, Any], own: dict[str, State]) -> State:
     return {_METHOD: state, _PAIRS: own} if own else dict(state)
 
 
+def _asking(ctx: ServerContext, place: int) -> ServerContext:
+    """The same, whose questions are those of the pair in one place."""
+    ask = ctx.ask
+    if ask is None:
+        return ctx
+    return dataclasses.replace(
+        ctx, ask=lambda questions: ask({id_: _joined({}, {str(place): each}) for id_, each in questions.items()})
+    )
+
+
 def _split(state: Mapping[str, Any]) -> tuple[State, dict[str, State]]:
-    return (state[_METHOD], dict(state[_PAIRS])) if _METHOD in state else (dict(state), {})
+    """The inverse; what is sent or kept loses parts that are empty."""
+    return (state.get(_METHOD, {}), dict(state[_PAIRS])) if _PAIRS in state else (dict(state), {})

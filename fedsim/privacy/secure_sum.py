@@ -16,6 +16,7 @@ wait at the server until step 3. Enc is ChaCha20-Poly1305; the rest is in `fedsi
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -51,6 +52,11 @@ def neighbours(ring: Sequence[int], degree: int | None = None) -> dict[int, tupl
         client: tuple(sorted({ring[(place + step) % size] for step in steps} - {client}))
         for place, client in enumerate(ring)
     }
+
+
+def least_threshold(share: float, degree: int) -> int:
+    """The least number of neighbours that is this share of them, and more than half."""
+    return max(degree // 2 + 1, math.ceil(round(share * degree, 9)))
 
 
 def check_threshold(threshold: int, degree: int) -> None:
