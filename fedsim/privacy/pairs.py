@@ -144,7 +144,7 @@ class Around(Algorithm):
     def server_begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
         state, own = _split(state)
         state = self.method.server_begin(state, cohort, ctx)
-        for place, pair in enumerate(self.pairs):
+        for place, pair in enumerate(self.pairs) if self.stage(ctx.round) == "federated" else ():
             kept = pair.begin(own.get(str(place), {}), cohort, _asking(ctx, place))
             own |= {str(place): kept} if kept else {}
         return _joined(state, own)

@@ -80,8 +80,8 @@ class SecureSum(Pair):
     """Secure aggregation (`fedsim.privacy.secure_sum`). The last of a method's pairs.
 
     - `numbers`: what is added up. - `degree`: neighbours of each client, an even number; None: all others.
-    - `threshold`: share of the neighbours without whom a mask cannot be lifted, above a half: too many drop-outs, and
-      the round is refused; as many neighbours who talk to the server, and it can look into an update.
+    - `threshold`: share of the neighbours, more than half of them, who lift a client's masks together. Where fewer stay
+      the sum is refused, and the run ends; where so many help the server, it can look into an update.
     - `deployable`: keys come from the operating system. Else from the seed, which the server knows, so that nothing is
       secret; sums are the same.
     """
@@ -94,7 +94,7 @@ class SecureSum(Pair):
     def __post_init__(self) -> None:
         check_types(self, "pair")
         check_range(self, "pair", "degree", least=2)
-        check_range(self, "pair", "threshold", above=0.5, most=1)
+        check_range(self, "pair", "threshold", least=0.5, most=1)
         if self.degree is not None and self.degree % 2:
             refuse("pair.degree", self.degree, "even: half of the neighbours are on each side in a ring")
 

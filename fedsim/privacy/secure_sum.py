@@ -158,12 +158,14 @@ class Client:
         return [self._sealed(other, [of_secret[other + 1] for of_secret in shares]) for other in self.keys]
 
     def mask(self, numbers: np.ndarray, sharers: Collection[int]) -> Masked:
-        """Step 2. `numbers`: words. `sharers`: who of its neighbours has shared."""
-        self.sharers = set(sharers)
-        if strangers := sorted(self.sharers - self.keys.keys()):
+        """Step 2, once. `numbers`: words. `sharers`: who of its neighbours has shared."""
+        if self.sharers is not None:
+            refuse("masked", self.id, "a client that has masked nothing yet: the same masks twice would tell")
+        if strangers := sorted({*sharers} - self.keys.keys()):
             refuse("sharers", strangers, f"neighbours of client {self.id}")
-        if len(self.sharers) < self.threshold:
-            refuse("sharers", len(self.sharers), f"at least threshold={self.threshold}")
+        if len({*sharers}) < self.threshold:
+            refuse("sharers", len({*sharers}), f"at least threshold={self.threshold}")
+        self.sharers = {*sharers}
         hidden = numbers.copy()
         add_mask(hidden, self.self_mask, 1)
         for other in sorted(self.sharers):
@@ -273,20 +275,17 @@ class Server:
         for share in shares:
             value = int.from_bytes(share.value, "big")
             held.setdefault((share.owner, share.of_key), {})[share.holder + 1] = value
-        # The range is looked at first: what is revealed of a sum that is refused is nothing.
-        stayed, secrets = set(self.stayed), {}
+        total, stayed = self.sum.copy(), set(self.stayed)
         for client in sorted(self.sharers):
-            if client in stayed or stayed.intersection(self.neighbours[client]):
-                secrets[client] = self._secret(client, held.get((client, int(client not in stayed)), {}))
-        total = self.sum.copy()
-        for client, secret in secrets.items():
+            there = stayed.intersection(self.neighbours[client])
             if client in stayed:
-                add_mask(total, secret, -1)
-                continue
-            if public_of(secret) != self.keys[client].mask:
-                refuse(f"the key of client {client}", "what shares give", "the private key of its public one")
-            for other in stayed.intersection(self.neighbours[client]):
-                add_mask(total, agreed(secret, self.keys[other].mask, "mask", other), sign_of(client, other))
+                add_mask(total, self._secret(client, held.get((client, 0), {})), -1)
+            elif there:
+                key = self._secret(client, held.get((client, 1), {}))
+                if public_of(key) != self.keys[client].mask:
+                    refuse(f"the key of client {client}", "what shares give", "the private key of its public one")
+                for other in there:
+                    add_mask(total, agreed(key, self.keys[other].mask, "mask", other), sign_of(client, other))
         return total
 
     def _secret(self, client: int, shares: Mapping[int, int]) -> bytes:
@@ -298,7 +297,7 @@ class Server:
             for some in (places[: self.threshold], places[-self.threshold :])
         )
         if one != other or one >= 2 ** (8 * SECRET):
-            refuse(f"shares of client {client}", f"{len(shares)} that differ", "of one secret: one was changed")
+            refuse(f"shares of client {client}", len(shares), "of one secret: at least one was changed")
         return one.to_bytes(SECRET, "big")
 
     def _refuse_few(self, client: int, there: int) -> None:
