@@ -48,10 +48,11 @@ class FixedPoint:
 
         **Raises:** `ValueError` for NaN and infinity.
         """
-        if not np.isfinite(values).all():
+        scaled = np.multiply(values, 2.0**self.fraction, dtype=np.float64)
+        if not np.isfinite(scaled).all():
             refuse("numbers", "NaN or infinity", "finite; a training that diverges ends so")
-        scaled = np.clip(values, -self.clip, self.clip).astype(np.float64) * 2**self.fraction
-        return (np.rint(scaled).astype(np.int64) * weight).astype(self.word)
+        np.rint(np.clip(scaled, -self.largest, self.largest, out=scaled), out=scaled)
+        return (scaled.astype(np.int64) * weight).astype(self.word)
 
     def decode(self, total: np.ndarray) -> np.ndarray:
         """The numbers of a sum, in float64."""

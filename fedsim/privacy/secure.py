@@ -30,9 +30,10 @@ from fedsim.algorithm import (
 from fedsim.core import tree as trees
 from fedsim.core.fields import check_range, check_types, refuse
 from fedsim.privacy.fixed_point import FixedPoint
+from fedsim.privacy.graph import least_threshold
 from fedsim.privacy.masks import SECRET, add_mask, derived
 from fedsim.privacy.pairs import Arriving, Pair
-from fedsim.privacy.secure_sum import Client, Keys, Masked, Question, Sealed, Server, Share, least_threshold
+from fedsim.privacy.secure_sum import Client, Keys, Masked, Question, Sealed, Server, Share
 
 
 T = TypeVar("T")
@@ -302,13 +303,13 @@ def packed(kind: type, records: Sequence[Any]) -> State:
 
 
 def unpacked(kind: type[T], tree: Mapping[str, Any]) -> list[T]:
-    columns = [tree[field.name] for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    columns = [tree[field.name].cpu() for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
     rows = [[row.numpy().tobytes() for row in col] if col.dtype is torch.uint8 else col.tolist() for col in columns]
     return [kind(*row) for row in zip(*rows, strict=True)]
 
 
 def _text(tensor: Tensor) -> bytes:
-    return tensor.numpy().tobytes()
+    return tensor.cpu().numpy().tobytes()
 
 
 def _bytes(text: bytes) -> Tensor:

@@ -16,12 +16,12 @@ wait at the server until step 3. Enc is ChaCha20-Poly1305; the rest is in `fedsi
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from fedsim.core.fields import refuse
+from fedsim.privacy.graph import check_threshold, neighbours
 from fedsim.privacy.masks import (
     PRIME,
     SECRET,
@@ -38,32 +38,6 @@ from fedsim.privacy.masks import (
 
 
 SHARE, DRAWN = 33, 48  # bytes: of a share; of a coefficient's draw, so many that the remainder is uniform
-
-
-# who shares with whom -------------------------------------------------------------------------------------------------
-
-
-def neighbours(ring: Sequence[int], degree: int | None = None) -> dict[int, tuple[int, ...]]:
-    """Of each client the `degree` next to it in a ring, half of them on each side; None, or too few: all others."""
-    size = len(ring)
-    reach = size // 2 if degree is None else degree // 2
-    steps = [step for step in range(-reach, reach + 1) if step]
-    return {
-        client: tuple(sorted({ring[(place + step) % size] for step in steps} - {client}))
-        for place, client in enumerate(ring)
-    }
-
-
-def least_threshold(share: float, degree: int) -> int:
-    """The least number of neighbours that is this share of them, and more than half."""
-    return max(degree // 2 + 1, math.ceil(round(share * degree, 9)))
-
-
-def check_threshold(threshold: int, degree: int) -> None:
-    """More than half: else a server that tells two halves of the neighbours unlike things gets both of a client's
-    secrets."""
-    if not degree // 2 < threshold <= degree:
-        refuse("threshold", threshold, f"above half of degree={degree}, and at most all of it")
 
 
 # messages -------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The protocol of secure sums: sums bit for bit whoever leaves, views that say nothing, questions that are refused."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from fedsim.privacy import secure_sum
 from fedsim.privacy.fixed_point import FixedPoint
+from fedsim.privacy.graph import least_threshold, neighbours, odds
 from fedsim.privacy.masks import PRIME, SECRET, add_mask, agreed, derived, joined, public_of, sign_of, split
-from fedsim.privacy.secure_sum import Client, Keys, Question, Server, Share, least_threshold, neighbours
+from fedsim.privacy.secure_sum import Client, Keys, Question, Server, Share
 
 
 FALSE_ALARM = 1e-6
@@ -162,6 +164,38 @@ def test_the_graph_is_regular_and_goes_both_ways(size: int, half: int) -> None:
 @pytest.mark.parametrize("share, degree, least", [(0.5, 4, 3), (0.5, 5, 3), (2 / 3, 9, 6), (2 / 3, 10, 7), (1.0, 4, 4)])
 def test_thresholds_by_hand(share: float, degree: int, least: int) -> None:
     assert least_threshold(share, degree) == least
+
+
+def falls_apart(ring: Collection[int], graph: Mapping[int, Collection[int]]) -> bool:
+    """Whether those in `ring` cannot all be reached from one of them."""
+    reached: set[int] = set()
+    border = {*sorted(ring)[:1]}
+    while border:
+        reached |= border
+        border = {other for client in border for other in graph[client] if other in ring} - reached
+    return reached != {*ring}
+
+
+@pytest.mark.parametrize("degree, gone", [(4, 3), (4, 2), (2, 2), (None, 4)])
+def test_odds_against_all_who_may_leave_or_help(degree: int | None, gone: int) -> None:
+    """Of eight. The exact shares are below the bounds; the term of one client is exact."""
+    graph, everyone = neighbours(range(8), degree), [*itertools.combinations(range(8), gone)]
+    k = len(graph[0])
+    t = least_threshold(0.5, k)
+    refused = [any(len({*graph[c]} - {*who}) < t for c in range(8)) for who in everyone]
+    seen = [
+        any(len({*graph[c]} & {*who}) >= t for c in range(8)) or falls_apart({*range(8)} - {*who}, graph)
+        for who in everyone
+    ]
+    assert np.mean(refused) <= odds(8, degree, 0.5, left=gone, helpers=0)[0]
+    assert np.mean(seen) <= odds(8, degree, 0.5, left=0, helpers=gone)[1]
+    of_one = np.mean([len({*graph[0]} - {*who}) < t for who in everyone if 0 not in who])
+    assert odds(8, degree, 0.5, left=gone, helpers=0)[0] == pytest.approx(min(1, 8 * of_one))
+
+
+def test_odds_where_nobody_leaves_or_helps_are_none() -> None:
+    assert odds(100, 20, 2 / 3, left=0, helpers=0) == (0, 0)
+    assert odds(100, None, 1.0, left=1, helpers=0)[0] == 1
 
 
 @pytest.mark.parametrize("threshold", [0, 2, 5])
