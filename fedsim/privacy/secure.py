@@ -133,7 +133,9 @@ class SecureSum(Pair):
     def server(self, updates: Arriving, state: State, payload: Any, ctx: ServerContext) -> tuple[Arriving, State]:
         """Step 2, answered, and step 3."""
         if not state:  # of a round without a cohort, or of a run that is only being counted
-            return [update for update in updates if not update.tree], {}
+            others, like = read(updates, lambda client, words: None)
+            assert not like or ctx.ask is None, "an update of a round that had not begun"
+            return others, {}
         assert ctx.ask is not None
         server = self._server(unpacked(Keys, state["keys"]))
         server.relay(unpacked(Sealed, state["sealed"]))
@@ -182,7 +184,7 @@ class SecureSum(Pair):
         if not update.tree:
             return update
         words = words_of(update.tree)
-        if counted:  # of a run that takes no part in any round: nobody can lift this mask
+        if counted:  # of a run that is only being counted: nobody can lift this mask
             add_mask(words, _text(self._drawn(ctx)), 1)
             return dataclasses.replace(update, tree=filled(update.tree, words))
         keys = {each.client: each for each in unpacked(Keys, sent["keys"])}
