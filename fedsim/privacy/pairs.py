@@ -47,6 +47,11 @@ class Pair:
         """Whether the server's side has to see every update by itself: then nothing is added up before it."""
         return False
 
+    @property
+    def hides(self) -> bool:
+        """Whether nobody can read what its client's side sends: it is the last, and no other looks at each update."""
+        return False
+
     def check(self, algorithm: Algorithm, participants: int) -> None:
         """Refuse, with a `ValueError`, a method or a number of participants that this pair cannot work with."""
         return None
@@ -112,6 +117,10 @@ class Around(Algorithm):
         check_types(self, "algorithm")
         if not self.pairs:
             refuse("algorithm.pairs", self.pairs, "at least one pair")
+        *others, last = self.pairs
+        if any(pair.hides or (last.hides and pair.each) for pair in others):
+            accepted = "with the one that hides updates as the last, and none that looks at each of them"
+            refuse("algorithm.pairs", [type(pair).__name__ for pair in self.pairs], accepted)
 
     @property
     def name(self) -> str:

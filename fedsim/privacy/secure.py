@@ -52,6 +52,10 @@ class FixedPointSum(Pair):
     def each(self) -> bool:
         return True
 
+    @property
+    def hides(self) -> bool:
+        return True
+
     def check(self, algorithm: Algorithm, participants: int) -> None:
         check_averages(algorithm)
         self.numbers.check(participants)
@@ -101,6 +105,10 @@ class SecureSum(Pair):
 
     @property
     def each(self) -> bool:
+        return True
+
+    @property
+    def hides(self) -> bool:
         return True
 
     def check(self, algorithm: Algorithm, participants: int) -> None:

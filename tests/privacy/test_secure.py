@@ -217,6 +217,22 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) 
         SecureSum(**settings)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reads(Pair):
+    """Does nothing; its server's side looks at each update, or not."""
+
+    each: bool = False  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("pair", [HALF, FixedPointSum()])
+def test_a_pair_that_hides_is_the_last_and_no_other_looks_at_each_update(pair: Pair) -> None:
+    assert Around(FEDAVG, (Reads(), pair)).pairs == (Reads(), pair)
+    for wrong in ((pair, Reads()), (Reads(each=True), pair), (pair, pair)):
+        with pytest.raises(ValueError, match=r"algorithm.pairs=.*as the last"):
+            Around(FEDAVG, wrong)
+    assert Around(FEDAVG, (Reads(each=True), Reads())).combine([]) is None
+
+
 @pytest.mark.parametrize("pair", [HALF, FixedPointSum()])
 def test_methods_that_do_not_average_and_too_many_participants_are_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match="a method that averages"):
