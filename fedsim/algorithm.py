@@ -33,15 +33,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from fedsim.contexts import ClientContext, ClientInfo, Payload, ServerContext
 from fedsim.core.fields import check_range, check_types
-from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import State, Tree
 from fedsim.core.updates import PRIVATE, ClientUpdate, Leaves, Partial, weighted_mean, weighted_sum, whole_sum
 from fedsim.learning.objectives import Frozen, Objective, TaskLoss
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
-from fedsim.learning.starts import initial
 from fedsim.learning.steps import Steps
 from fedsim.learning.task import Batch
 from fedsim.learning.training import OptimizerName, ScheduleName, Trained, Training, check_settings
@@ -51,11 +48,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedsim.data.source import Split
-    from fedsim.learning.meter import Meter
-    from fedsim.learning.starts import Start
     from fedsim.learning.task import Task
     from fedsim.models import Form
-    from fedsim.models.checkpoint import Checkpoint
 
 __all__ = [
     "AVERAGE",
@@ -87,100 +81,6 @@ __all__ = [
     "weighted_sum",
     "whole_sum",
 ]
-
-Payload = Mapping[str, Any]  # a state, as it is sent
-
-
-@dataclasses.dataclass(frozen=True)
-class ClientInfo:
-    """What the server knows of a client. `form` is the client's own small model's; `tier` its class of device.
-
-    `checkpoint`: the pretrained model the client starts from; None: it trains one on its own shard.
-    """
-
-    id: int
-    tier: str
-    form: "Form"
-    num_examples: int
-    checkpoint: "Checkpoint | None" = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerContext:
-    """What a `server_*` method may read. `clients` is the whole population, in order of id.
-
-    `start`: a public model that everyone may begin with.
-    """
-
-    seed: int
-    round: int
-    task: "Task"
-    intermediate: "Form"
-    target: "Form"
-    clients: Sequence[ClientInfo]
-    start: "Start | None" = None
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """The server's random stream for one purpose in this round."""
-        return generator(self.seed, purpose, self.round)
-
-    def derive(self, purpose: str) -> int:
-        """The seed of that stream, for code that draws from torch's global stream."""
-        return derive(self.seed, purpose, self.round)
-
-    @property
-    def small_forms(self) -> Sequence["Form"]:
-        """The clients' small forms."""
-        return [client.form for client in self.clients]
-
-    def initial(self, form: "Form", purpose: str = "target") -> Tree:
-        """A model of this form that everyone begins with: public, if the experiment says so, or drawn from the seed."""
-        return initial(self, form, purpose)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClientContext:
-    """What a `client_*` method may read.
-
-    - `round`: 0 in `client_init`, whenever that happens to be called.
-    - `train`: the training part of the client's own shard; empty when the run is only being counted.
-    - `meter`: where training notes what it did; algorithms never look.
-    - `precision`: "fp32", or "bf16": forward passes in training run under autocast; weights stay fp32.
-    - `forms`: the clients' small forms, one a tier; empty stands for the client's own.
-    - `start`: a public model that everyone may begin with.
-    """
-
-    seed: int
-    round: int
-    task: "Task"
-    intermediate: "Form"
-    target: "Form"
-    info: ClientInfo
-    train: "Split"
-    device: torch.device
-    meter: "Meter"
-    precision: str = "fp32"
-    forms: tuple["Form", ...] = ()
-    start: "Start | None" = None
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """This client's random stream for one purpose in this round."""
-        return generator(self.seed, purpose, self.round, self.info.id)
-
-    def derive(self, purpose: str) -> int:
-        """The seed of that stream, for code that draws from torch's global stream."""
-        return derive(self.seed, purpose, self.round, self.info.id)
-
-    @property
-    def small_forms(self) -> Sequence["Form"]:
-        """The clients' small forms, as the server knows them."""
-        return self.forms or [self.info.form]
-
-    def initial(self, form: "Form", purpose: str = "target") -> Tree:
-        """The model of this form that everyone begins with, as the server has it; what is public is downloaded once."""
-        if self.start is not None:
-            self.meter.downloads.update(self.start.downloads(self.task, form))
-        return initial(self, form, purpose)
 
 
 class Algorithm(abc.ABC):
@@ -240,6 +140,10 @@ class Algorithm(abc.ABC):
     def server_init(self, ctx: ServerContext) -> State:
         """The server's state before round 1."""
 
+    def server_begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
+        """The state that a round goes on from, where its cohort has to be asked something first."""
+        return state
+
     @abc.abstractmethod
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         """What each of these clients downloads. Give several clients the same object and it is put only once.
@@ -286,6 +190,10 @@ class Algorithm(abc.ABC):
     def client_scores(self, model: "nn.Module", test: "Split", ctx: ClientContext) -> Mapping[str, float]:
         """More numbers about that model, for the column `metrics`. `test`: the global test set."""
         return {}
+
+    def client_answer(self, question: Payload, state: State, ctx: ClientContext) -> State:
+        """What a client answers to `ServerContext.ask`. Depends on its arguments alone; `state` stays as it is."""
+        raise NotImplementedError(f"{self.name} asks its clients nothing")
 
 
 # Marks a field that came after runs had been recorded: their identity leaves it out while it has its default.

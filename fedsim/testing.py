@@ -10,13 +10,13 @@ Everything happens in this process, at once, on tensors that a test can hold aga
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, ServerContext
+from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate, Payload, ServerContext
 from fedsim.core.tree import State, clone, ordered
 from fedsim.data.config import digits
 from fedsim.data.dataset import Split
@@ -80,7 +80,8 @@ class Federation:
     # contexts -------------------------------------------------------------------------------------------------------
 
     def at_server(self, round: int) -> ServerContext:
-        return ServerContext(self.seed, round, self.task, self.intermediate, self.target, self.clients, self.start)
+        ask = functools.partial(self.ask, round)
+        return ServerContext(self.seed, round, self.task, self.intermediate, self.target, self.clients, self.start, ask)
 
     def at_client(self, round: int, client: int, device: str = "cpu", empty: bool = False) -> ClientContext:
         """A client's context; `empty`: without data, as where a run is only being counted."""
@@ -107,6 +108,15 @@ class Federation:
             context = self.at_client(0, client)
             self.private[client] = clone(run_client(context, self.algorithm.client_init(context)))
         return self.private[client]
+
+    def ask(self, round: int, questions: Mapping[int, Payload]) -> dict[int, State]:
+        """What clients answer within a round."""
+        return {
+            client: clone(
+                self.algorithm.client_answer(clone(question), self.state(client), self.at_client(round, client))
+            )
+            for client, question in questions.items()
+        }
 
     def payload(self, round: int, client: int) -> State:
         """What a client downloads."""
@@ -140,7 +150,10 @@ class Federation:
 
     def run(self, round: int, cohort: Sequence[int] | None = None) -> list[ClientUpdate]:
         """One round, of all clients by default; what was sent to the server."""
-        updates = [self.update(round, client) for client in (range(len(self.clients)) if cohort is None else cohort)]
+        cohort = range(len(self.clients)) if cohort is None else cohort
+        asked = [self.clients[client] for client in cohort]
+        self.server = self.algorithm.server_begin(self.server, asked, self.at_server(round))
+        updates = [self.update(round, client) for client in cohort]
         self.server = self.aggregate(round, updates)
         return updates
 

@@ -1,5 +1,6 @@
 """The server: its state and its rounds. It reports numbers only: models stay here."""
 
+import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -51,9 +52,10 @@ class Aggregator:
             self.state = _checked(self.experiment.algorithm.server_init(ctx), "server_init")
             self.clients.begin({*cohort.takes_part, *scored})
         else:
-            payloads = self._broadcast(cohort.reached, ctx)
+            begun = self._begin(cohort.reached, ctx)
+            payloads = self._broadcast(begun, cohort.reached, ctx)
             updates = self.clients.train(round, cohort, payloads, sent or {})  # lazy: they train while it aggregates
-            self.state = self._aggregate(updates, ctx)
+            self.state = self._aggregate(begun, updates, ctx)
         accuracy_global = self._score(scored, ctx)
         state_sha256 = self._save(round)
         return self._report(round, cohort, state_sha256, accuracy_global)
@@ -74,14 +76,17 @@ class Aggregator:
         self.clients.open(private)
         experiment = self.experiment
         task = Task(experiment.task)
-        return ServerContext(
-            experiment.seed, round, task, experiment.middle, experiment.target, self.infos, experiment.start
-        )
+        forms, ask = (experiment.middle, experiment.target), functools.partial(self.clients.ask, round)
+        return ServerContext(experiment.seed, round, task, *forms, self.infos, experiment.start, ask)
 
-    def _broadcast(self, ids: Collection[int], ctx: ServerContext) -> Mapping[int, Payload]:
+    def _begin(self, ids: Collection[int], ctx: ServerContext) -> State:
+        with self.clock.phase("broadcast"):
+            return self.experiment.algorithm.server_begin(self.state, [self.infos[id_] for id_ in ids], ctx)
+
+    def _broadcast(self, state: State, ids: Collection[int], ctx: ServerContext) -> Mapping[int, Payload]:
         with self.clock.phase("broadcast"):
             infos = [self.infos[id_] for id_ in ids]
-            payloads = self.experiment.algorithm.server_broadcast(self.state, infos, ctx)
+            payloads = self.experiment.algorithm.server_broadcast(state, infos, ctx)
             if missing := [id_ for id_ in ids if id_ not in payloads]:
                 raise ValueError(f"server_broadcast in round {ctx.round} leaves out participants {missing[:4]}")
             checked = {id(tensor) for tensor in trees.tensors(self.state)}
@@ -91,9 +96,9 @@ class Aggregator:
                 check_finite({path: tensor for path, tensor in tree.items() if id(tensor) not in checked}, field)
             return payloads
 
-    def _aggregate(self, updates: Iterator[ClientUpdate | Partial], ctx: ServerContext) -> State:
+    def _aggregate(self, begun: State, updates: Iterator[ClientUpdate | Partial], ctx: ServerContext) -> State:
         with self.clock.phase("sum"):
-            state = self.experiment.algorithm.server_aggregate(self.state, updates, ctx)
+            state = self.experiment.algorithm.server_aggregate(begun, updates, ctx)
             for _ in updates:
                 pass  # an algorithm that stopped early must not leave replies unread
             return _checked(state, f"server_aggregate in round {ctx.round}")
@@ -102,7 +107,7 @@ class Aggregator:
         """Score participants. **Returns:** the accuracy of the server's own model, where there is one."""
         if not ids:
             return None
-        self.clients.score(ctx.round, self._broadcast(ids, ctx))
+        self.clients.score(ctx.round, self._broadcast(self.state, ids, ctx))
         with self.clock.phase("compute"):
             model = self.experiment.algorithm.server_model(self.state, ctx)
             if model is None:
@@ -124,7 +129,7 @@ class Aggregator:
         return RoundReport(
             clients=self.clients.reports,
             places=self.call.places(),
-            traffic=self.call.traffic("train"),
+            traffic=self.call.traffic("train", "answer"),
             bytes_moved=self.call.moved(),
             retries=self.call.retries(),
             state_sha256=state_sha256,

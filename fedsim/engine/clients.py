@@ -11,6 +11,7 @@ from typing import Any
 from fedsim.algorithm import Algorithm, ClientInfo, ClientUpdate, Partial, Payload
 from fedsim.core import tree as trees
 from fedsim.core.sealed import is_damage
+from fedsim.core.tree import State
 from fedsim.devices import Device
 from fedsim.engine.boundary import Sent
 from fedsim.engine.clock import Clock
@@ -113,6 +114,15 @@ class Clients:
         ):
             self._note(replies)
 
+    def ask(self, round: int, questions: Mapping[int, Payload]) -> dict[int, State]:
+        """A further exchange within a round. **Returns:** answers, of those who gave one."""
+        answers: dict[int, State] = {}
+        policy = dataclasses.replace(self.policy, together=None)  # nobody trains
+        for replies in self.clock.awaited(self.call("answer", round, questions, policy=policy)):
+            self._note(replies, questions)
+            answers |= {id_: reply.update.tree for id_, reply in replies if isinstance(reply, Reply) and reply.update}
+        return answers
+
     def train(
         self, round: int, cohort: RoundCohort, payloads: Mapping[int, Payload], sent: Mapping[str, Sent]
     ) -> Iterator[ClientUpdate | Partial]:
@@ -120,8 +130,9 @@ class Clients:
 
         - `sent`: how updates look, by tier.
         """
-        for id_ in cohort.dropped_out:  # what it received is all that is ever known of its round
-            self.reports[id_] = ClientReport(outcome="dropped_out", bytes_down=trees.nbytes(payloads[id_]))
+        for id_ in cohort.dropped_out:  # what it received is all that is ever known of its round from now on
+            report = ClientReport(outcome="dropped_out", bytes_down=trees.nbytes(payloads[id_]))
+            self.reports[id_] = self.reports.get(id_, ClientReport()).then(report)
         payloads = {id_: payloads[id_] for id_ in cohort.takes_part}
         policy = dataclasses.replace(self.policy, told=sent)
         conditions = self.experiment.conditions

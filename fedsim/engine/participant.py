@@ -132,6 +132,23 @@ class Participant:
 
         return self._measured(("train", round), payload, work)
 
+    def answer(self, round: int, question: Payload) -> Asking[Reply]:
+        """A further exchange within a round, before or after its training; the update holds the answer."""
+
+        def work(received: State, meter: Meter) -> Asking[Done]:
+            yield from self._enter(round + 1, round, meter)
+            context, lent = self._context(round, meter), trees.lent(self.state)
+            found = self.experiment.algorithm.client_answer(received, lent, context)
+            try:
+                boundary.check_state(found, "client_answer's answer")
+            except ValueError as error:
+                raise self._refused(round, error) from None
+            tree = trees.clone(found)
+            noted = {"bytes_down": trees.nbytes(question), "bytes_up": trees.nbytes(tree)}
+            return ClientUpdate(context.info.id, tree, 0), noted
+
+        return self._measured(("answer", round), question, work)
+
     def score(self, round: int, payload: Payload) -> Asking[Reply]:
         """Accuracy and loss of the model this participant would deploy, after a round."""
 

@@ -58,6 +58,11 @@ class Pair:
         """Whether all clients must have received the same, with which what they send is compared."""
         return False
 
+    @property
+    def hides(self) -> bool:
+        """Whether nobody can read what its client's side sends: it is the last, and no other looks at each update."""
+        return False
+
     def check(self, algorithm: Algorithm, participants: int) -> None:
         """Refuse, with a `ValueError`, a method or a number of participants a round that this pair cannot work with."""
         return None
@@ -80,6 +85,10 @@ class Pair:
         """What the server's side remembers, before round 1."""
         return {}
 
+    def begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
+        """The same as a round begins, before its cohort receives anything; `ctx.ask` reaches this pair's `answer`."""
+        return state
+
     def sent(self, state: State, ctx: ServerContext) -> State:
         """What clients receive of it, beside the method's payload."""
         return {}
@@ -95,6 +104,10 @@ class Pair:
 
     # at a participant -----------------------------------------------------------------------------------------------
 
+    def keeps(self, ctx: ClientContext) -> State:
+        """What a client keeps of this pair, for good, beside the method's private state."""
+        return {}
+
     def prepare(self, ctx: ClientContext) -> ClientContext:
         """What a client works with: its data, for those who change them."""
         return ctx
@@ -104,12 +117,17 @@ class Pair:
         return asked
 
     def client(self, update: ClientUpdate, payload: Payload, sent: State, ctx: ClientContext) -> ClientUpdate:
-        """What is sent instead of a method's update. The client had received its `payload`, and `sent` of this pair."""
+        """What is sent instead of a method's update. The client had received its `payload`, and `sent` of this pair,
+        which holds what it `keeps`, too."""
         return update
 
     def scores(self, model: "nn.Module", test: "Split", ctx: ClientContext) -> Mapping[str, float]:
         """More numbers about the model that a participant would deploy, for the column `metrics`."""
         return {}
+
+    def answer(self, question: Payload, kept: State, ctx: ClientContext) -> State:
+        """What a client answers to `ctx.ask` of the server's side."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +146,10 @@ class Around(Algorithm):
             refuse("algorithm.pairs", self.pairs, "at least one pair")
         if isinstance(self.method, Around):
             refuse("algorithm.method", self.method.name, "a method itself: all its pairs stand in one tuple")
+        *others, last = self.pairs
+        if any(pair.hides or (last.hides and pair.each) for pair in others):
+            accepted = "with the one that hides updates as the last, and none that looks at each of them"
+            refuse("algorithm.pairs", [type(pair).__name__ for pair in self.pairs], accepted)
 
     @property
     def name(self) -> str:
@@ -180,6 +202,14 @@ class Around(Algorithm):
         own = {str(place): start for place, pair in enumerate(self.pairs) if (start := pair.start())}
         return _joined(self.method.server_init(ctx), own)
 
+    def server_begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
+        state, own = _split(state)
+        state = self.method.server_begin(state, cohort, ctx)
+        for place, pair in enumerate(self.pairs) if self._shared(ctx.round) else ():
+            kept = pair.begin(own.get(str(place), {}), cohort, _asking(ctx, place))
+            own |= {str(place): kept} if kept else {}
+        return _joined(state, own)
+
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         state, own = _split(state)
         payloads = self.method.server_broadcast(state, cohort, ctx)
@@ -206,7 +236,7 @@ class Around(Algorithm):
         first = ctx.clients[:1]
         payload = functools.cache(lambda: self.method.server_broadcast(state, first, ctx)[first[0].id])
         for place, pair in reversed([*enumerate(self.pairs)] if self._shared(ctx.round) else []):
-            updates, kept = pair.server(updates, own.get(str(place), {}), payload, ctx)
+            updates, kept = pair.server(updates, own.pop(str(place), {}), payload, _asking(ctx, place))
             own |= {str(place): kept} if kept else {}
         return _joined(self.method.server_aggregate(state, iter(updates), ctx), own)
 
@@ -220,17 +250,25 @@ class Around(Algorithm):
 
     def client_init(self, ctx: ClientContext) -> Steps[State]:
         ctx = self._prepared(ctx)
-        return (yield from self._trained(self.method.client_init(ctx), ctx))
+        own = {str(place): kept for place, pair in enumerate(self.pairs) if (kept := pair.keeps(ctx))}
+        return _joined((yield from self._trained(self.method.client_init(ctx), ctx)), own)
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
-        ctx, (payload, sent) = self._prepared(ctx), _split(payload)
+        ctx, (payload, sent), (state, own) = self._prepared(ctx), _split(payload), _split(state)
         update, kept = yield from self._trained(self.method.client_update(payload, state, ctx), ctx)
         for place, pair in enumerate(self.pairs if self._shared(ctx.round) else ()):
-            update = pair.client(update, payload, sent.get(str(place), {}), ctx)
-        return update, kept
+            of_it = sent.get(str(place), {}) | own.get(str(place), {})
+            update = pair.client(update, payload, of_it, ctx)
+        return update, _joined(kept, own) if own else kept
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":
-        return self.method.client_model(_split(payload)[0], state, ctx)
+        return self.method.client_model(_split(payload)[0], _split(state)[0], ctx)
+
+    def client_answer(self, question: Payload, state: State, ctx: ClientContext) -> State:
+        (question, asked), (state, own) = _split(question), _split(state)
+        for name, of_pair in asked.items():
+            return self.pairs[int(name)].answer(of_pair, own.get(name, {}), ctx)
+        return self.method.client_answer(question, state, ctx)
 
     def client_scores(self, model: "nn.Module", test: "Split", ctx: ClientContext) -> Mapping[str, float]:
         found = dict(self.method.client_scores(model, test, ctx))
@@ -274,6 +312,16 @@ def _joined(state: Mapping[str, Any], own: dict[str, State]) -> State:
     return {_METHOD: state, _PAIRS: own} if own else dict(state)
 
 
+def _asking(ctx: ServerContext, place: int) -> ServerContext:
+    """The same, whose questions are those of the pair in one place."""
+    ask = ctx.ask
+    if ask is None:
+        return ctx
+    return dataclasses.replace(
+        ctx, ask=lambda questions: ask({id_: _joined({}, {str(place): each}) for id_, each in questions.items()})
+    )
+
+
 def _split(state: Mapping[str, Any]) -> tuple[State, dict[str, State]]:
-    """Its inverse. A method without a state leaves none where a state is stored."""
+    """The inverse; what is sent or kept loses parts that are empty."""
     return (state.get(_METHOD, {}), dict(state[_PAIRS])) if _PAIRS in state else (dict(state), {})

@@ -176,9 +176,10 @@ class Call(abc.ABC):
         for phase, more in seconds.items():
             spent[phase] += more
 
-    def traffic(self, method: str) -> Traffic:
-        """What participants received and sent in calls of `method` since the last reset."""
-        return self._traffic.get(method, Traffic())
+    def traffic(self, *methods: str) -> Traffic:
+        """What participants received and sent in calls of these methods since the last reset."""
+        found = [self._traffic.get(method, Traffic()) for method in methods]
+        return Traffic(sum(each.down for each in found), sum(each.up for each in found))
 
     def moved(self) -> int:
         """Bytes that physically went from one process to another since the last reset."""

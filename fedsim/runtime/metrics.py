@@ -19,7 +19,7 @@ class Metrics:
     def note(self, call: Any, seconds: float) -> None:
         """A round took so long, and went through this call."""
         self.rounds.inc()
-        traffic = call.traffic("train")
+        traffic = call.traffic("train", "answer")
         for counter, amount, tags in (
             (self.moved, call.moved(), {}),
             (self.retries, call.retries(), {}),

@@ -101,6 +101,9 @@ class Disturbed(Algorithm):
             self.happen("server_init", ctx.round, self.client)
         return self.inner.server_init(ctx)
 
+    def server_begin(self, state, cohort, ctx):
+        return self.inner.server_begin(state, cohort, ctx)
+
     def server_broadcast(self, state, cohort, ctx):
         self.happen("server_broadcast", ctx.round, self.client)
         return self.inner.server_broadcast(state, cohort, ctx)
@@ -127,6 +130,10 @@ class Disturbed(Algorithm):
                 file.write(f"{ctx.info.id}\n")
         self.happen("client_update", ctx.round, ctx.info.id)
         return self.inner.client_update(payload, state, ctx)
+
+    def client_answer(self, question, state, ctx):
+        self.happen("client_answer", ctx.round, ctx.info.id)
+        return self.inner.client_answer(question, state, ctx)
 
     def client_model(self, payload, state, ctx):
         self.happen("client_model", ctx.round, ctx.info.id)
