@@ -28,6 +28,7 @@ from fedsim.privacy.measures import Value, auc, tpr
 
 AT_ONCE = 256  # examples
 FEWEST = 8  # members and others: of fewer nothing can be said
+ENERGY = 1e-3  # singular values below this share of the largest are rounding of float32
 RATES = {"tpr_at_1_percent": 0.01, "tpr_at_0.1_percent": 0.001}
 
 
@@ -82,15 +83,23 @@ def alignment(asked: Training, change: Tree, task: Task, split: Split) -> np.nda
     )
 
 
-def residual(change: Tensor, inputs: Sequence[Tensor], energy: float = 1e-6) -> np.ndarray:
-    """Minus the share of each example's inputs `(tokens, in)` that lies outside the rows of a layer's change `(out, in)`.
+def rows_of(change: Tensor) -> Tensor:
+    """An orthonormal basis `(rank, in)` of the rows of a change `(out, in)`, up to rounding."""
+    _, sizes, rows = torch.linalg.svd(change.double(), full_matrices=False)
+    return rows[sizes > ENERGY * sizes.max()]
 
-    - `energy`: singular values below this share of the largest are rounding.
+
+def rank(change: Tensor) -> int:
+    """How many directions the rows of a change have."""
+    return len(rows_of(change))
+
+
+def residual(change: Tensor, inputs: Sequence[Tensor]) -> np.ndarray:
+    """Minus the share of each example's inputs `(tokens, in)` that lies outside the rows of a layer's change `(out, in)`.
 
     It tells something as long as the rows do not span everything: where there are fewer tokens than inputs, or ranks.
     """
-    _, sizes, rows = torch.linalg.svd(change.double(), full_matrices=False)
-    basis = rows[sizes > energy * sizes.max()]  # (rank, in)
+    basis = rows_of(change)
     outside = [x.double() - x.double() @ basis.T @ basis for x in inputs]
     return -np.array([float(o.norm() / x.double().norm()) for o, x in zip(outside, inputs, strict=True)])
 

@@ -13,6 +13,7 @@ L-BFGS in float64 takes the place of Adam on signs, which ends in local minima o
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -129,6 +130,19 @@ def inputs(weight: Tensor, biases: Tensor) -> Tensor:
     """What a linear layer saw, `(P, in)`, from the changes of its weight `(out, in)` and of the bias that each of P
     places has of its own, `(P, out)`; exact for P up to the rank of these."""
     return torch.linalg.lstsq(biases.double().T, weight.double(), driver="gelsd").solution.to(weight.dtype)
+
+
+def patches(change: Tree) -> tuple[Tensor, Tensor] | None:
+    """Of a transformer that sees patches, the changes of their projection `(out, in)` and of the positions of P patches
+    `(P, out)`; None where there are no such tensors."""
+    kernels = [tensor for tensor in change.values() if tensor.dim() == 4]
+    if len(kernels) != 1:
+        return None
+    places = [t for t in change.values() if t.dim() == 3 and len(t) == 1 and t.shape[2] == len(kernels[0]) and t.shape[1] > 1]
+    if len(places) != 1:
+        return None
+    count = int(math.isqrt(places[0].shape[1])) ** 2  # before them, a class token may have a place
+    return kernels[0].flatten(1), places[0][0, -count:]
 
 
 def patches_to_images(patches: Tensor, shape: tuple[int, ...]) -> Tensor:
