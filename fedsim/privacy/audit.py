@@ -9,6 +9,7 @@ Only runs with `--keep-updates` can be audited. What is measured: docs/audits.md
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.algorithm import Algorithm, State, Training
-from fedsim.core import tree as trees
+from fedsim.algorithm import State, Training
 from fedsim.core.canonical import parsed, revived
 from fedsim.core.fields import refuse
 from fedsim.core.seeding import generator, numpy_generator
@@ -32,7 +32,6 @@ from fedsim.experiment import Experiment
 from fedsim.learning.meter import StepCost
 from fedsim.learning.task import Task, load_task
 from fedsim.learning.training import train
-from fedsim.models import Form
 from fedsim.privacy.attacks import membership, properties, reconstruction
 from fedsim.privacy.attacks.replay import (
     INTERMEDIATE,
@@ -56,7 +55,10 @@ from fedsim.storage.place import Place
 
 
 PARTICIPANTS = 6  # of a run are attacked one by one
+SEARCH = reconstruction.Inversion(starts=3, iterations=60)  # of one image a run, round and level
 EXAMPLES, GRADIENTS = 2000, 64  # pairs of a member and another: where each costs a forward pass, or a gradient
+
+UNBOUNDED = dict.fromkeys(("psnr", "ssim", "correlation"), (-math.inf, math.inf))  # all others are shares
 
 Say = Callable[[str], None]
 
@@ -164,7 +166,9 @@ def opened_run(directory: Place, run_id: str, data_dir: str | None, modules: Seq
         for round in exchanges_of(private, client).stored():
             rounds.setdefault(round, []).append(client)
     if not rounds:
-        raise ValueError(f"{private}: run {run_id} kept no updates: compute it with --keep-updates, and audit before clean")
+        raise ValueError(
+            f"{private}: run {run_id} kept no updates: compute it with --keep-updates, and audit before clean"
+        )
     return Run(directory, row, experiment, task, population, dict(sorted(rounds.items())))
 
 
@@ -187,7 +191,9 @@ def records(run: Run) -> Iterator[AttackRecord]:
                 if client is not None:
                     several.setdefault((attack, level, metric), []).append(value.value)
         for (attack, level, metric), each in several.items():
-            yield AttackRecord(whole, attack, level, round, None, metric, *mean(each))
+            yield AttackRecord(
+                whole, attack, level, round, None, metric, *mean(each, *UNBOUNDED.get(metric, (0.0, 1.0)))
+            )
 
 
 def of_round(run: Run, round: int) -> Found:
@@ -201,7 +207,9 @@ def of_round(run: Run, round: int) -> Found:
                 yield attack, level, client, values
 
 
-def on_update(run: Run, replay: Replay, others: Sequence[State], images: bool) -> Iterator[tuple[str, dict[str, Value]]]:
+def on_update(
+    run: Run, replay: Replay, others: Sequence[State], images: bool
+) -> Iterator[tuple[str, dict[str, Value]]]:
     """Attacks on one update, at one level of knowledge.
 
     - `others`: what others sent in the same round. - `images`: whether to reconstruct one.
@@ -275,7 +283,7 @@ def images_told(run: Run, replay: Replay, asked: Training) -> Iterator[tuple[str
     stream = generator(run.experiment.seed, "audit/invert", replay.exchange.round, client)
     shape, bounds = tuple(truth.shape[1:]), (low[:, :1, :1], high[:, :1, :1])
     asked = dataclasses.replace(asked, **step)
-    yield "inversion", told(reconstruction.invert(asked, moved, 1, own.labels, shape, bounds, stream))
+    yield "inversion", told(reconstruction.invert(asked, moved, 1, own.labels, shape, bounds, stream, SEARCH))
     if (patches := reconstruction.patches(moved)) is not None:
         image = reconstruction.patches_to_images(reconstruction.inputs(*patches), shape)
         yield "inputs", told(torch.minimum(torch.maximum(image, low), high))

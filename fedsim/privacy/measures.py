@@ -1,10 +1,10 @@
 """How well an attack did, each value with a 95 % interval.
 
-    auc       P(score of a member > score of another), ties count half; DeLong et al. 1988, by the ranks of Sun & Xu 2014
-    tpr       share of members above the score that a share `fpr` of the others exceeds; Clopper & Pearson 1934
-    mean      of values that are alike and independent; Student's t
-    psnr      10 log10(range^2 / mean squared error), in dB
-    ssim      structural similarity, Wang et al. 2004, equation 13: Gaussian window of 11 pixels, sigma 1.5, K = .01, .03
+auc       P(score of a member > score of another), ties count half; DeLong et al. 1988, by the ranks of Sun & Xu 2014
+tpr       share of members above the score that a share `fpr` of the others exceeds; Clopper & Pearson 1934
+mean      of values that are alike and independent; Student's t
+psnr      10 log10(range^2 / mean squared error), in dB
+ssim      structural similarity, Wang et al. 2004, equation 13: Gaussian window of 11 pixels, sigma 1.5, K = .01, .03
 """
 
 import math
@@ -58,13 +58,13 @@ def share(hits: int, of: int) -> Value:
     return Value(hits / of, float(interval.low), float(interval.high))
 
 
-def mean(values: list[float]) -> Value:
-    """The mean; without an interval where it is of one value."""
+def mean(values: list[float], least: float = -math.inf, most: float = math.inf) -> Value:
+    """The mean of values between `least` and `most`; without an interval where it is of one value."""
     found = float(np.mean(values))
     if len(values) < 2:
         return Value(found)
     width = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
-    return Value(found, found - width, found + width)
+    return Value(found, max(least, found - width), min(most, found + width))
 
 
 def psnr(found: Tensor, truth: Tensor, range: float) -> float:

@@ -264,7 +264,7 @@ def reference() -> str:
         "rounds": "One row for every round, round 0 included.",
         "clients": "One row for every participant and round in which it was sampled or scored.",
         "profile": "One row for every place and round: where the time went. Written with `--profile`.",
-        "attacks": "One row for every value that an attack measured. Written by `fedsim audit` ([audits.md](audits.md)).",
+        "attacks": "One row for every value that an attack measured. Written by `fedsim audit` (audits.md).",
     }
     lines = [
         "# Tables",

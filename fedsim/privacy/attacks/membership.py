@@ -95,7 +95,7 @@ def rank(change: Tensor) -> int:
 
 
 def residual(change: Tensor, inputs: Sequence[Tensor]) -> np.ndarray:
-    """Minus the share of each example's inputs `(tokens, in)` that lies outside the rows of a layer's change `(out, in)`.
+    """Minus the share of each example's inputs `(tokens, in)` outside the rows of a layer's change `(out, in)`.
 
     It tells something as long as the rows do not span everything: where there are fewer tokens than inputs, or ranks.
     """

@@ -1,9 +1,9 @@
 """What a participant's data are like, and who it is.
 
-    histogram   the classifier's bias changes by p_c - y_c, summed over examples, and p_c is about even where many
-                classes are learned: h_c = 1 / C - s d_c, with the largest s that leaves no class below 0
-    nearest     the change of a round belongs to whoever sent the most alike one before: cosines of changes from which
-                the round's mean is taken, for that is what all share
+histogram   the classifier's bias changes by p_c - y_c, summed over examples, and p_c is about even where many
+            classes are learned: h_c = 1 / C - s d_c, with the largest s that leaves no class below 0
+nearest     the change of a round belongs to whoever sent the most alike one before: cosines of changes from which
+            the round's mean is taken, for that is what all share
 """
 
 import torch

@@ -55,38 +55,47 @@ def invert(
 ) -> Tensor:
     """Images `(n, C, H, W)` of known labels `(n,)` whose training would have changed tensors as they did.
 
-    - `change`: start - sent. - `steps`: how many were taken, each on all the images. - `bounds`: of pixels, `(C, 1, 1)`.
+    - `change`: start - sent. - `steps`: how many were taken, each on all the images.
+    - `bounds`: of pixels, `(C, 1, 1)`.
     """
     asked = dataclasses.replace(asked, start=mapped(doubled, asked.start), frozen=mapped(doubled, asked.frozen))
     sent = {name: tensor.double() for name, tensor in change.items()}
     largest = max(float(tensor.norm()) for tensor in sent.values())
     names = [name for name, tensor in sorted(sent.items()) if float(tensor.norm()) > ROUNDING * largest]
     low, high = (bound.double() for bound in bounds)
-    best, nearest = torch.empty(0), float("inf")
+    middle, half = (low + high) / 2, (high - low) / 2
+    best, nearest = middle.expand(len(labels), *shape).float(), float("inf")
+
+    def distance(images: Tensor) -> Tensor:
+        made = replayed(asked, names, steps, {"pixel_values": images, "labels": labels})
+        alike = [F.cosine_similarity(made[name].flatten(), sent[name].flatten(), dim=0) for name in names]
+        return 1 - torch.stack(alike).mean()
+
     for _ in range(search.starts if names else 0):
         drawn = torch.randn((len(labels), *shape), generator=stream, dtype=torch.float64)
-        images = ((low + high) / 2 + (high - low) / 10 * drawn).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [images], max_iter=search.iterations, history_size=50, line_search_fn="strong_wolfe", tolerance_change=1e-14
-        )
-
-        def distance() -> Tensor:
-            made = replayed(asked, names, steps, {"pixel_values": images, "labels": labels})
-            alike = [F.cosine_similarity(made[name].flatten(), sent[name].flatten(), dim=0) for name in names]
-            return 1 - torch.stack(alike).mean()
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = distance() + search.tv * total_variation(images)
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        if (found := float(distance().detach())) < nearest:
+        images = descended(middle + half / 5 * drawn, lambda x: distance(x) + search.tv * total_variation(x), search)
+        if (found := float(distance(images).detach())) < nearest:
             best, nearest = torch.minimum(torch.maximum(images.detach(), low), high).float(), found
         if nearest < search.enough:
             break
     return best
+
+
+def descended(start: Tensor, value: Callable[[Tensor], Tensor], search: Inversion) -> Tensor:
+    """Where L-BFGS arrives from a start."""
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=search.iterations, history_size=50, line_search_fn="strong_wolfe", tolerance_change=1e-14
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        found = value(x)
+        found.backward()
+        return found
+
+    optimizer.step(closure)
+    return x
 
 
 def doubled(tensor: Tensor) -> Tensor:
@@ -96,7 +105,7 @@ def doubled(tensor: Tensor) -> Tensor:
 def replayed(asked: Training, names: list[str], steps: int, batch: Batch) -> Tree:
     """`start - end` of so many steps on one batch; can be differentiated.
 
-    AdamW's first step is the sign of a gradient, which has no derivative: here m / (sqrt(v) + mean |m|) takes its place.
+    AdamW's first step is the sign of a gradient, which has no derivative: m / (sqrt(v) + mean |m|) takes its place.
     """
     start = {name: tensor.detach() for name, tensor in flat(asked.start).items()}
     parameters = {name: tensor.requires_grad_() for name, tensor in start.items()}
@@ -138,10 +147,12 @@ def patches(change: Tree) -> tuple[Tensor, Tensor] | None:
     kernels = [tensor for tensor in change.values() if tensor.dim() == 4]
     if len(kernels) != 1:
         return None
-    places = [t for t in change.values() if t.dim() == 3 and len(t) == 1 and t.shape[2] == len(kernels[0]) and t.shape[1] > 1]
+    places = [
+        t for t in change.values() if t.dim() == 3 and len(t) == 1 and t.shape[2] == len(kernels[0]) and t.shape[1] > 1
+    ]
     if len(places) != 1:
         return None
-    count = int(math.isqrt(places[0].shape[1])) ** 2  # before them, a class token may have a place
+    count = math.isqrt(places[0].shape[1]) ** 2  # before them, a class token may have a place
     return kernels[0].flatten(1), places[0][0, -count:]
 
 
