@@ -4,7 +4,6 @@ import argparse
 import functools
 
 from rich.console import Console
-from rich.table import Table
 
 from fedsim.core import environment
 from fedsim.core.modules import module_named
@@ -21,12 +20,11 @@ def audit_command(options: argparse.Namespace, console: Console) -> int:
     runs_in(directory)  # a folder without results is refused before a lock is made in it
     tell = functools.partial(say, console)
     with locked(directory) as directory:
-        found = audit(directory, options.run, environment.data_dir(), modules, tell)
-    table = Table("method", "seed", "round", "attack", "knowledge", "metric", "value", "95 % interval", title="attacks")
-    for row in (row for rows in found.values() for row in rows if row["client"] is None):
-        interval = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
-        cells = (row[name] for name in ("method", "seed", "round", "attack", "knowledge", "metric"))
-        table.add_row(*map(str, cells), f"{row['value']:.3f}", interval)
-    console.print(table)
+        for rows in audit(directory, options.run, environment.data_dir(), modules, tell).values():
+            tell(f"run {rows[0]['run_id']}" if rows else "nothing could be attacked")
+            for row in (row for row in rows if row["client"] is None):
+                interval = "" if row["low"] is None else f"  ({row['low']:.3f} .. {row['high']:.3f})"
+                what = f"round {row['round']:<4} {row['attack']:<14}{row['knowledge']:<13}{row['metric']:<20}"
+                tell(f"  {what}{row['value']:8.3f}{interval}")
     tell(f"written: {directory}/attacks")
     return 0
