@@ -1,5 +1,6 @@
 """`fedsim audit`, from a run that keeps its updates to the table; and what an attacker knows at each level."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def test_what_is_kept_changes_no_number_and_is_what_the_server_got(kept: Path, p
     weights = [run.population[client].info.num_examples for client in range(3)]
     received = run.exchange(2, 0).received  # the mean of what was sent the round before
     for name, mean in received.items():
-        total = sum(w * each.sent[name].double() for w, each in zip(weights, first, strict=True))
-        assert torch.allclose(mean.double(), total / sum(weights), atol=1e-6)
+        sent = torch.stack([w * each.sent[name].double() for w, each in zip(weights, first, strict=True)])
+        assert torch.allclose(mean.double(), sent.sum(0) / sum(weights), atol=1e-6)
     assert not list((plain / "checkpoints").rglob("exchange.*"))
 
 
@@ -143,4 +144,4 @@ def test_levels_of_knowledge_differ_where_something_is_private(algorithm: Algori
     moved = [change(each, sent[1]) for each in asked if each is not None]
     assert len(moved) == len(levels) and all(each is not None and any(t.any() for t in each.values()) for each in moved)
     frozen = [torch.cat([t.flatten() for t in flat(each.frozen).values()]) for each in asked if each and each.frozen]
-    assert all(not torch.equal(one, other) for one, other in zip(frozen, frozen[1:], strict=False))
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(frozen))

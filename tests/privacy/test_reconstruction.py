@@ -67,7 +67,7 @@ def from_patches(moved: Tree) -> Tensor:
 
 
 def test_the_image_of_one_step_comes_back_in_closed_form_and_not_through_noise() -> None:
-    asked, moved, image, label = of_one_image()
+    _, moved, image, label = of_one_image()
     assert psnr(from_patches(moved), image, 2.0) > 60
     assert reconstruction.label_of(moved["classifier.bias"]) == int(label)
     stream = torch.Generator().manual_seed(0)
