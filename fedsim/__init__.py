@@ -100,12 +100,14 @@ def run(
     gpus: int | None = None,
     numerics: str | None = None,
     resume_anywhere: bool = False,
+    keep_updates: bool = False,
 ) -> "Study":
     """Run one experiment with a progress display, resume it if it was cut, and return its folder's results.
 
     - `numerics`: `portable` gives the same bits on any x86-64 processor with AVX2; `native` is faster for wide models
       on a CPU. None: portable, unless this process has computed with torch before; a message says so.
     - `resume_anywhere`: go on with a cut run also where its rounds to come have other bits.
+    - `keep_updates`: keep what every participant receives and sends, for `fedsim audit`; no part of the run's id.
 
     **Raises:** `ValueError` for a request that cannot be met, or a folder that holds another experiment (`sweep` takes
     several); `fedsim.simulation.RunFailed` for a run that broke.
@@ -122,6 +124,7 @@ def run(
         gpus=gpus,
         numerics=numerics,
         resume_anywhere=resume_anywhere,
+        keep_updates=keep_updates,
     )
     return load(out)
 
@@ -139,6 +142,7 @@ def sweep(
     gpus: int | None = None,
     numerics: str | None = None,
     resume_anywhere: bool = False,
+    keep_updates: bool = False,
 ) -> "Study":
     """Compute what is missing of some experiments in one folder, and return its results.
 
@@ -167,5 +171,6 @@ def sweep(
         gpus=gpus,
         numerics=numerics,
         resume_anywhere=resume_anywhere,
+        keep_updates=keep_updates,
     )
     return load(out)

@@ -54,6 +54,7 @@ def run(
     profile: bool = False,
     resume_anywhere: bool = False,
     counted: dict[tuple, StepCost] | None = None,
+    keep_updates: bool = False,
 ) -> str:
     """Run one experiment into a results folder that the caller has locked; the runtime stays open for the next.
 
@@ -63,6 +64,7 @@ def run(
         resume_anywhere: also where the rounds to come would have other bits than the finished ones.
         profile: write down where the time of every round went, as one more table.
         counted: costs of training steps that are known; receives those of this run. For the next run of a sweep.
+        keep_updates: keep what every participant receives and sends, for `fedsim audit`.
 
     **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
     `RunFailed` for a run that broke, with everything finished so far on disk and a row saying why.
@@ -82,7 +84,7 @@ def run(
     if any(tier.device for tier in experiment.tiers):  # what is too large is refused before hosts come up
         too_small(experiment, cost_of(experiment, counted))
     progress.preparing("placing participants, counting what a step costs")
-    _start(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted)
+    _start(experiment, population, runtime, store.folder.absolute(), data_dir, numerics, counted, keep_updates)
     cost = cost_of(experiment, counted)  # hosts come up meanwhile
     tiers_left_out = too_small(experiment, cost)
     excluded_ids = {member.info.id for member in population if member.info.tier in tiers_left_out}
@@ -140,12 +142,15 @@ def _start(
     data_dir: str | None,
     numerics: dict,
     counted: dict[tuple, StepCost],
+    keep_updates: bool,
 ) -> None:
     """Have the runtime place the aggregator and the participants."""
     bits = numerics["fingerprint"] if numerics["name"] == PORTABLE else None
     environment, inbox = SameEnvironment.here(str(folder / "private"), bits), Inbox()
     make_participants = {
-        member.info.id: functools.partial(_participant, environment, experiment, member, data_dir, counted, inbox)
+        member.info.id: functools.partial(
+            _participant, environment, experiment, member, data_dir, counted, inbox, keep_updates
+        )
         for member in population
     }
     resources = {member.info.id: _resources_of(member) for member in population}
@@ -167,6 +172,7 @@ def _participant(
     data_dir: str | None,
     counted: dict[tuple, StepCost],
     inbox: Inbox,
+    keep_updates: bool,
 ) -> Participant:
     """What a runtime calls to make a participant, wherever it puts it.
 
@@ -176,7 +182,7 @@ def _participant(
     load_task(experiment.task, data_dir)
     if member.info.checkpoint is not None:
         check_content(member.info.checkpoint)
-    return Participant(experiment, member, data_dir, environment.folder, counted, inbox)
+    return Participant(experiment, member, data_dir, environment.folder, counted, inbox, keep_updates)
 
 
 def _aggregator(

@@ -61,10 +61,11 @@ ROOMS = {
     "results": f"{LEARNED} algorithm experiment storage runtime.base engine",
     "simulation": f"{LEARNED} experiment storage runtime.base engine results",
     "testing": f"{LEARNED} algorithm",
+    "privacy": f"{LEARNED} algorithm experiment storage runtime.base engine results",
     "cluster": f"{CORE} experiment storage runtime engine results",
     "report": f"{CORE} experiment storage results",
     "sweeps": f"{LEARNED} devices experiment storage runtime engine results simulation cluster",
-    "cli": f"{LEARNED} devices experiment storage runtime engine results simulation cluster report sweeps",
+    "cli": f"{LEARNED} devices experiment storage runtime engine results simulation cluster report sweeps privacy",
     "__init__": "core data models learning.task experiment storage results report sweeps",  # what a notebook needs
     "__main__": "cli core",
     "fedgrow_algo": f"{LEARNED} algorithm",

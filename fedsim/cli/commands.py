@@ -52,6 +52,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
             command=shlex.join(typed),
             profile=options.profile,
             resume_anywhere=options.resume_anywhere,
+            keep_updates=options.keep_updates,
         )
         if options.profile:
             print_profile(load(out).profile, console)

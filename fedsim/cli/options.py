@@ -81,6 +81,9 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
     add_numerics(command)
     command.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")
     command.add_argument("--profile", action="store_true", help="also write and print where every round's time went")
+    command.add_argument(
+        "--keep-updates", action="store_true", help="keep what participants receive and send, for `fedsim audit`"
+    )
 
 
 def add_numerics(command: argparse.ArgumentParser) -> None:

@@ -73,6 +73,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
                 command=typed,
                 profile=options.profile,
                 resume_anywhere=options.resume_anywhere,
+                keep_updates=options.keep_updates,
             )
         if any((out / "runs").glob("*.parquet")):  # not even one row is left of a run whose process died early
             results = load(out)

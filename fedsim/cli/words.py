@@ -168,6 +168,21 @@ def parser() -> argparse.ArgumentParser:
     add_numerics(exporting)
     exporting.set_defaults(command="export_command", module="commands")
 
+    auditing = commands.add_parser("audit", help="attack what participants sent: finished runs with --keep-updates")
+    auditing.add_argument("directory", metavar="DIR", help="results folder")
+    auditing.add_argument("--run", metavar="RUN_ID", help="which run (default: all that finished)")
+    auditing.add_argument(
+        "--import",
+        dest="modules",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="modules of your own in which the runs' classes lie, also those of a script",
+    )
+    add_numerics(auditing)
+    auditing.set_defaults(command="audit_command", module="audit")
+
     data = commands.add_parser("data", help="data sets that are prepared on this machine")
     parts = data.add_subparsers(required=True, metavar="list|prepare|clean")
     listing = parts.add_parser("list", help="what there is, from what, and how large")

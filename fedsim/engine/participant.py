@@ -29,7 +29,7 @@ from fedsim.experiment import Experiment
 from fedsim.learning.meter import Meter, StepCost
 from fedsim.learning.steps import Asking, asking
 from fedsim.learning.task import Task, load_task
-from fedsim.storage.checkpoint import private_of
+from fedsim.storage.checkpoint import RECEIVED, SENT, exchanges_of, private_of
 
 
 SMALL_SHARD = 2**18  # bytes
@@ -61,6 +61,8 @@ class Participant:
     Calls ask for their trainings (`fedsim.learning.steps`): `run_alone` or `run_batched` gives their replies.
 
     - `counted`: costs of training steps that are known already. - `inbox`: shared by participants of one process.
+    - `keep_updates`: write down, for audits, what it receives and sends in every round it trains in,
+      and keep its earlier private states.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Participant:
         folder: str,
         counted: dict[tuple, StepCost],
         inbox: Inbox,
+        keep_updates: bool = False,
     ) -> None:
         use_large_pages()
         self.experiment, self.member, self.data_dir = experiment, member, data_dir
         self.counted, self.inbox = counted, inbox
-        self.versions = private_of(folder, member.info.id)
+        self.versions = private_of(folder, member.info.id, all_kept=keep_updates)
+        self.exchanges = exchanges_of(folder, member.info.id) if keep_updates else None
         gpu = member.tier.num_gpus > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if gpu else "cpu")
         self.version: int | None = None
@@ -126,6 +130,8 @@ class Participant:
             if not stays:
                 self._keep(round, state)
             tree = trees.mapped(trees.given_away, update.tree)
+            if self.exchanges is not None:
+                self.exchanges.save(round, {RECEIVED: payload, SENT: tree})
             noted = {"outcome": "in_time", "bytes_down": trees.nbytes(payload), "bytes_up": trees.nbytes(tree)}
             noted |= {"upload_params": trees.numel(tree), "metrics": update.metrics or None}
             return ClientUpdate(update.client, tree, update.weight), noted | {"weight": update.weight}

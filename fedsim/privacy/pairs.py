@@ -304,6 +304,13 @@ class Around(Algorithm):
             return end.value
 
 
+def bare(method: Algorithm, payload: Payload) -> tuple[Algorithm, Payload]:
+    """A method, and what a client of it has received, without the pairs around them."""
+    while isinstance(method, Around):
+        method, payload = method.method, _split(payload)[0]
+    return method, payload
+
+
 _METHOD, _PAIRS = "around.method", "around.pairs"  # names that no method's own state has
 
 

@@ -217,12 +217,32 @@ PROFILE = (
     Column("idle_seconds", "float", "phases.idle", "the rest of the round", "s"),
 )
 
-COLUMNS: Mapping[str, Sequence[Column]] = {"runs": RUNS, "rounds": ROUNDS, "clients": CLIENTS, "profile": PROFILE}
+ATTACKS = (
+    *OF_RUN,
+    METHOD,
+    Column("round", "int", "round", "whose updates were attacked; deployed models: the last"),
+    Column("client", "int?", "client", "the participant attacked; null for a value over several"),
+    Column("attack", "str", "attack", "as docs/audits.md names it"),
+    Column("knowledge", "str", "knowledge", "of the attacker: shared, ancestor or intermediate"),
+    Column("metric", "str", "metric", "what was measured, for example auc, psnr or top1; chance: by guessing alone"),
+    Column("value", "float", "value", "of the metric; psnr in dB, all others between -1 and 1"),
+    Column("low", "float?", "low", "lower end of a 95 % interval; null where one value has none"),
+    Column("high", "float?", "high", "its upper end"),
+)
+
+COLUMNS: Mapping[str, Sequence[Column]] = {
+    "runs": RUNS,
+    "rounds": ROUNDS,
+    "clients": CLIENTS,
+    "profile": PROFILE,
+    "attacks": ATTACKS,
+}
 TABLES: Mapping[str, pa.Schema] = {
     table: pa.schema([column.field for column in columns], metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
     for table, columns in COLUMNS.items()
 }
-SCHEMAS = {table: schema for table, schema in TABLES.items() if table != "profile"}  # which only `--profile` writes
+# Of every run: `profile` is written with `--profile` alone, `attacks` by `fedsim audit`.
+SCHEMAS = {table: schema for table, schema in TABLES.items() if table not in ("profile", "attacks")}
 # Of what participants would deploy at the end: read without the rest of `clients`.
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
 _GETTERS = {table: {c.name: attrgetter(c.source) for c in columns} for table, columns in COLUMNS.items()}
@@ -249,6 +269,7 @@ def reference() -> str:
         "rounds": "One row for every round, round 0 included.",
         "clients": "One row for every participant and round in which it was sampled or scored.",
         "profile": "One row for every place and round: where the time went. Written with `--profile`.",
+        "attacks": "One row for every value that an attack measured. Written by `fedsim audit` (audits.md).",
     }
     lines = [
         "# Tables",

@@ -262,6 +262,24 @@ class ProfileRecord:
         return SimpleNamespace(**known, idle=max(0.0, self.seconds - sum(known.values())))
 
 
+@dataclasses.dataclass(frozen=True)
+class AttackRecord:
+    """A value that an attack measured. `run`: with the run's `run_id`, `experiment` and `method`, as `RunFacts`.
+
+    - `low`, `high`: ends of a 95 % interval; None where a single value has none.
+    """
+
+    run: Any
+    attack: str
+    knowledge: str
+    round: int
+    client: int | None
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+
+
 def mean_metrics(reports: Sequence[ClientReport]) -> str | None:
     """JSON of each metric's mean over updates in time, by their weights; None if there is nothing."""
     totals: dict[str, list[float]] = {}

@@ -58,6 +58,11 @@ class Results:
         return _joined("profile", self.directories)
 
     @functools.cached_property
+    def attacks(self) -> "pd.DataFrame":
+        """One row a value that an attack measured. Empty unless the folder was audited."""
+        return _joined("attacks", self.directories)
+
+    @functools.cached_property
     def deployed(self) -> "pd.DataFrame":
         """One row a run and participant: `DEPLOYED`, of the last round in which it was scored. Reads no more."""
         return self._last_rows[0]

@@ -32,12 +32,13 @@ class Version(NamedTuple):
 class Versions:
     """The versions of one tree: `<folder>/<name>.<version>.safetensors`; a version is the round it was made in.
 
-    Saving version r keeps r and the newest before it, so round r can be repeated from what stood when it began. Each
-    file carries its seal, and is not used if that does not match.
+    Saving version r keeps r and the newest before it, so round r can be repeated from what stood when it began; or all
+    of them. Each file carries its seal, and is not used if that does not match.
     """
 
-    def __init__(self, folder: str | Place, name: str) -> None:
+    def __init__(self, folder: str | Place, name: str, all_kept: bool = False) -> None:
         self.place, self.name = str(folder), name  # as text: there may be thousands, most of which hold nothing
+        self.all_kept = all_kept
 
     @property
     def folder(self) -> Place:
@@ -74,7 +75,7 @@ class Versions:
             else:
                 unsealed = about | {SEAL: UNSEALED.decode()}
                 _save_file(path, tensors, unsealed, lambda: self._seal(version, hashed.result(), about))
-        for old in [v for v in self.stored() if v < version][:-1]:
+        for old in [] if self.all_kept else [v for v in self.stored() if v < version][:-1]:
             self.path(old).unlink(missing_ok=True)
         return hashed.result()
 
@@ -136,9 +137,18 @@ def _save_file(path: Path, tensors: Tree, metadata: dict[str, str], seal: Callab
         raise OSError(f"could not write {path}: {error}") from error
 
 
-def private_of(folder: str | Place, participant: int) -> Versions:
+def private_of(folder: str | Place, participant: int, all_kept: bool = False) -> Versions:
     """A participant's private state, in a folder of its own: saving lists a folder, and there may be thousands."""
-    return Versions(f"{folder}/{participant}", "state")
+    return Versions(f"{folder}/{participant}", "state", all_kept)
+
+
+RECEIVED, SENT = "received", "sent"  # parts of what is kept of an exchange
+
+
+def exchanges_of(folder: str | Place, participant: int) -> Versions:
+    """What a participant received and sent, by round, beside its private state: only runs that are to be audited keep
+    it."""
+    return Versions(f"{folder}/{participant}", "exchange", all_kept=True)
 
 
 def state_sha256(server: str, private: Mapping[int, str]) -> str:

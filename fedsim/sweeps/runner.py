@@ -132,6 +132,7 @@ def run_all(
     command: str | None = None,
     profile: bool = False,
     resume_anywhere: bool = False,
+    keep_updates: bool = False,
 ) -> list[RunFailed]:
     """Compute what is missing, in order: here, or, with `jobs` above 1, so many runs at once, each in its own process.
 
@@ -140,6 +141,7 @@ def run_all(
     - `progress`: is told of every run. - `overview`: is told of all runs instead; None: `overview_for(console)`.
     - `command`: what was typed, for the runs table. - `profile`: write the table `profile` as well.
     - `resume_anywhere`: go on with a run although the rounds to come would have other bits than its finished ones.
+    - `keep_updates`: keep what participants receive and send, for `fedsim audit`.
 
     **Returns:** the runs that failed. The caller holds the folder's lock (`locked`) and has made its checks.
 
@@ -161,6 +163,7 @@ def run_all(
         command=command,
         profile=profile,
         resume_anywhere=resume_anywhere,
+        keep_updates=keep_updates,
         counted={},
     )
 
@@ -222,6 +225,7 @@ def run_in(
     alone: bool = False,
     numerics: str | None = None,
     resume_anywhere: bool = False,
+    keep_updates: bool = False,
     **where: Any,
 ) -> None:
     """`fedsim.run` and `fedsim.sweep`: check the request, lock the folder, and compute what is missing.
@@ -258,6 +262,7 @@ def run_in(
             console=console,
             jobs=jobs,
             resume_anywhere=resume_anywhere,
+            keep_updates=keep_updates,
         )
     if failures:
         raise failures[0]

@@ -1,0 +1,268 @@
+"""`fedsim audit DIR`: attacks on what the participants of finished runs have sent, and on what they deploy.
+
+    of every run              the experiment and its data, each round's exchanges, private states, the last checkpoint
+    first and last round      membership, labels and reconstruction, of a few participants, at each level of knowledge
+    all rounds                which participant an update came from
+    the last checkpoint       membership, of the models that are deployed
+
+Only runs with `--keep-updates` can be audited. What is measured: docs/audits.md.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.algorithm import State, Training
+from fedsim.core.fields import refuse
+from fedsim.core.seeding import generator, numpy_generator
+from fedsim.core.tree import PATH, Tree, flat
+from fedsim.data.source import Split
+from fedsim.data.vision import floats
+from fedsim.learning.task import Task
+from fedsim.learning.training import train
+from fedsim.privacy.attacks import membership, properties, reconstruction
+from fedsim.privacy.attacks.replay import (
+    INTERMEDIATE,
+    SHARED,
+    Replay,
+    change,
+    vector,
+)
+from fedsim.privacy.kept import Run, opened_run
+from fedsim.privacy.measures import Value, mean, psnr, share, ssim
+from fedsim.privacy.pairs import bare
+from fedsim.results.columns import row_of
+from fedsim.results.export import deployed
+from fedsim.results.records import AttackRecord
+from fedsim.results.store import runs_in
+from fedsim.results.tables import write_table
+from fedsim.storage.place import Place
+
+
+PARTICIPANTS = 6  # of a run are attacked one by one
+SEARCH = reconstruction.Inversion(starts=2, iterations=40)  # of one image a run, round and level
+EXAMPLES, GRADIENTS = 2000, 32  # pairs of a member and another: where each costs a forward pass, or a gradient
+
+UNBOUNDED = ("psnr", "ssim", "correlation")  # all others are shares
+
+Say = Callable[[str], None]
+
+
+def audit(
+    directory: Place, run_id: str | None, data_dir: str | None, modules: Sequence[ModuleType] = (), say: Say = print
+) -> dict[str, list[dict[str, Any]]]:
+    """Attack the finished runs of a folder, or one of them, and write the table `attacks`.
+
+    - `modules`: where classes of a run's config may lie, as of `export`. - `say`: is told which run is next.
+
+    **Returns:** the rows of each run. **Raises:** `ValueError` for a run that did not finish, did not keep its updates,
+    or was computed from other sources or data; nothing is attacked then.
+    """
+    runs = runs_in(directory)
+    chosen = [run_id] if run_id is not None else [*runs.run_id[runs.status == "finished"]]
+    if not chosen:
+        refuse("DIR", str(directory), "a folder with a finished run")
+    opened = [opened_run(directory, id_, data_dir, modules) for id_ in chosen]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in opened:
+        say(f"{run.method}, seed {run.experiment.seed}: run {run.run_id}")
+        found[run.run_id] = [row_of("attacks", record) for record in records(run)]
+        write_table(directory, "attacks", run.run_id, found[run.run_id])
+    return found
+
+
+# what is measured ---------------------------------------------------------------------------------------------------
+
+
+Found = Iterator[tuple[str, str, int | None, dict[str, Value]]]  # attack, knowledge, participant, values by metric
+
+
+def records(run: Run) -> Iterator[AttackRecord]:
+    """Every value that is measured on a run; of what is measured of several participants, the mean as well."""
+    first, *_, last = [*run.rounds, *run.rounds]
+    whole = SimpleNamespace(run_id=run.run_id, experiment=run.experiment, method=run.method)
+    attacked = [(round, of_round(run, round)) for round in dict.fromkeys((first, last))]
+    for round, found in (*attacked, (last, on_deployed(run)), (last, attribution(run))):
+        several: dict[tuple[str, str, str], list[float]] = {}
+        for attack, level, client, values in found:
+            for metric, value in values.items():
+                yield AttackRecord(whole, attack, level, round, client, metric, *value)
+                if client is not None:
+                    several.setdefault((attack, level, metric), []).append(value.value)
+        for (attack, level, metric), each in several.items():
+            yield AttackRecord(
+                whole,
+                attack,
+                level,
+                round,
+                None,
+                metric,
+                *(mean(each) if metric in UNBOUNDED else mean(each, 0.0, 1.0)),
+            )
+
+
+def of_round(run: Run, round: int) -> Found:
+    """Attacks on the updates of one round."""
+    clients = run.rounds[round]
+    sent = {client: run.exchange(round, client).sent for client in clients}
+    for client in clients[:PARTICIPANTS]:
+        for level, replay in run.replays(round, client).items():
+            others = [each for other, each in sent.items() if other != client]
+            for attack, values in on_update(run, replay, others, images=client == clients[0]):
+                yield attack, level, client, values
+
+
+def on_update(
+    run: Run, replay: Replay, others: Sequence[State], images: bool
+) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Attacks on one update, at one level of knowledge.
+
+    - `others`: what others sent in the same round. - `images`: whether to reconstruct one.
+    """
+    client = replay.exchange.client
+    many, few = run.pairs(client, EXAMPLES), run.pairs(client, GRADIENTS)
+    if replay.sends_what_it_receives and flat(replay.exchange.sent) and many:
+        target = [membership.confidences(run.task, replay.model(replay.exchange.sent), split) for split in many]
+        yield "loss", membership.readings(target[0][:, 0], target[1][:, 0])
+        if len(others) > 1:
+            out = [[membership.confidences(run.task, replay.model(s), split)[:, 1] for s in others] for split in many]
+            scores = [membership.likelihood_ratio(t[:, 1], np.stack(o)) for t, o in zip(target, out, strict=True)]
+            yield "likelihood", membership.readings(*scores)
+    asked = replay.asked()
+    moved = change(asked, replay.exchange.sent) if asked else None
+    if asked is None or moved is None or not any(tensor.any() for tensor in moved.values()):
+        return
+    if few:
+        yield "alignment", membership.readings(*(membership.alignment(asked, moved, run.task, each) for each in few))
+        if layer := layer_of_low_rank(replay, moved):
+            model, name, rows = layer
+            seen = [membership.inputs_of(model, name, run.task, each) for each in few]
+            yield "residual", membership.readings(*(membership.residual(rows, each) for each in seen))
+    if (bias := of_axis(run, moved, "=class", 1)) is not None:
+        yield "labels", labels_told(bias, run.shard(client).labels)
+    if (embedding := of_axis(run, moved, "=token", 2)) is not None:
+        yield "tokens", tokens_told(run.task, embedding, run.shard(client))
+    if images and run.task.inputs.kind == "image":
+        yield from images_told(run, replay, asked)
+
+
+def labels_told(bias: Tensor, labels: Tensor) -> dict[str, Value]:
+    """How well a shard's histogram of labels is told; `_chance`: by one who says that all classes are alike."""
+    truth = torch.bincount(labels, minlength=len(bias)).double() / len(labels)
+    found, even = properties.histogram(bias), torch.full_like(truth, 1 / len(bias))
+    correlation = torch.corrcoef(torch.stack([found, truth]))[0, 1].nan_to_num()
+    distances = {"distance": properties.distance(found, truth), "distance_chance": properties.distance(even, truth)}
+    return {"correlation": Value(float(correlation))} | {name: Value(value) for name, value in distances.items()}
+
+
+def tokens_told(task: Task, embedding: Tensor, shard: Split) -> dict[str, Value]:
+    """Which of a shard's tokens are told by the rows that changed."""
+    batch = task.batch(shard, torch.arange(len(shard)))
+    there = {*batch["input_ids"][batch["attention_mask"] > 0].tolist()}
+    found = {*reconstruction.tokens_there(embedding).tolist()}
+    values = {"token_recall": share(len(found & there), len(there))}
+    return values | ({"token_precision": share(len(found & there), len(found))} if found else {})
+
+
+def images_told(run: Run, replay: Replay, asked: Training) -> Iterator[tuple[str, dict[str, Value]]]:
+    """One of the participant's images, from what it would have sent if it had held no other: after one step."""
+    client, config = replay.exchange.client, run.task.config.data
+    shard = run.shard(client)
+    own = shard.select(numpy_generator(run.experiment.seed, "audit/image", client=client).integers(len(shard), size=1))
+    truly = dataclasses.replace(replay, state=run.replays(replay.exchange.round, client).popitem()[1].state)
+    trained = truly.asked()
+    assert trained is not None
+    step = {"epochs": 1, "batch_size": 1, "accumulate": 1}
+    ctx = dataclasses.replace(replay.ctx, train=own)
+    done = train(ctx, dataclasses.replace(trained, **step))
+    start, end = flat(trained.start), flat(done.parameters)
+    names = change(asked, replay.exchange.sent) or {}
+    moved = {name: start[name] - end[name] for name in names}
+    truth = run.task.batch(own, torch.arange(1))["pixel_values"]
+    low, high = (floats(torch.full((1, *truth.shape[1:]), edge, dtype=torch.uint8), config)[0] for edge in (0, 255))
+    span = float((high - low).max())
+
+    def told(image: Tensor) -> dict[str, Value]:
+        return {"psnr": Value(psnr(image, truth, span)), "ssim": Value(ssim(image[0], truth[0], span))}
+
+    stream = generator(run.experiment.seed, "audit/invert", replay.exchange.round, client)
+    shape, bounds = tuple(truth.shape[1:]), (low[:, :1, :1], high[:, :1, :1])
+    asked = dataclasses.replace(asked, **step)
+    yield "inversion", told(reconstruction.invert(asked, moved, 1, own.labels, shape, bounds, stream, SEARCH))
+    if (patches := reconstruction.patches(moved)) is not None:
+        image = reconstruction.patches_to_images(reconstruction.inputs(*patches), shape)
+        yield "inputs", told(torch.minimum(torch.maximum(image, low), high))
+
+
+def on_deployed(run: Run) -> Found:
+    """Membership by the loss of what participants deploy after the last round; what making it takes is its level."""
+    for client in sorted({id_ for ids in run.rounds.values() for id_ in ids})[:PARTICIPANTS]:
+        if (both := run.pairs(client, EXAMPLES)) is None:
+            continue
+        model, told = deployed(run.directory, dict(run.row), run.experiment, client)
+        scores = [membership.confidences(run.task, model, split)[:, 0] for split in both]
+        yield "loss_deployed", INTERMEDIATE if told.private else SHARED, client, membership.readings(*scores)
+
+
+def attribution(run: Run) -> Found:
+    """Who sent an update, by who had sent the most alike one the last time that all of its round took part."""
+    hits = of = 0
+    before: Tensor | None = None
+    known: Sequence[int] = ()
+    for round, clients in run.rounds.items():
+        changes = [moved for client in clients if (moved := sent_change(run, round, client)) is not None]
+        if len(changes) < len(clients) or len(clients) < 2:
+            return
+        names = sorted(changes[0])
+        if any(sorted(each) != names or each[n].shape != changes[0][n].shape for each in changes for n in names):
+            return
+        rows = torch.stack([vector(each, names) for each in changes])
+        rows = rows - rows.mean(0)
+        if before is not None and {*clients} <= {*known}:
+            said = [known[place] for place in properties.nearest(rows, before).tolist()]
+            hits, of = hits + sum(map(int.__eq__, said, clients)), of + len(clients)
+            chance = 1 / len(known)
+        before, known = rows, clients
+    if of:
+        yield "attribution", SHARED, None, {"top1": share(hits, of), "top1_chance": Value(chance)}
+
+
+# parts --------------------------------------------------------------------------------------------------------------
+
+
+def sent_change(run: Run, round: int, client: int) -> Tree | None:
+    """What was received less what was sent; None where these are not of the same names."""
+    found = run.exchange(round, client)
+    _, received = bare(run.experiment.algorithm, found.received)
+    one, other = flat(received), flat(found.sent)
+    return {n: one[n] - other[n] for n in other} if one.keys() == other.keys() and one else None
+
+
+def of_axis(run: Run, moved: Tree, axis: str, dims: int) -> Tensor | None:
+    """The change of the tensor of so many dimensions whose first is this one, if there is one alone."""
+    specs = run.task.specs(run.experiment.target)
+    named = {name: specs.get(name.rpartition(PATH)[2]) for name in moved}
+    found = [moved[n] for n, spec in named.items() if spec and spec.dims[0] == axis and len(spec.dims) == dims]
+    return found[0] if len(found) == 1 else None
+
+
+def layer_of_low_rank(replay: Replay, moved: Tree) -> tuple[nn.Module, str, Tensor] | None:
+    """The model before the round, and the linear layer of it whose change, which it returns as well, `(rows, in)`, has
+    the fewest directions for its inputs; None where none leaves any out."""
+    if not replay.sends_what_it_receives:
+        return None
+    model, found = replay.model(replay.exchange.received), list[tuple[float, str, Tensor]]()
+    layers = {name: each.in_features for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    for name, tensor in moved.items():
+        layer, _, kind = name.rpartition(PATH)[2].rpartition(".")
+        if kind == "weight" and tensor.dim() == 2 and tensor.shape[1] == layers.get(layer) and tensor.any():
+            found.append((membership.rank(tensor) / tensor.shape[1], layer, tensor))
+    if not found or min(found, key=lambda each: each[0])[0] >= 1:
+        return None
+    _, layer, tensor = min(found, key=lambda each: each[0])
+    return model, layer, tensor

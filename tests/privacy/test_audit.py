@@ -1,0 +1,147 @@
+"""`fedsim audit`, from a run that keeps its updates to the table; and what an attacker knows at each level."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from baselines.fedavg import FedAvg
+from baselines.lora import fedit
+from fedgrow_algo.fedgrow import FedGrow
+from fedsim.algorithm import Algorithm
+from fedsim.cli import main
+from fedsim.core.tree import flat
+from fedsim.data.partition import Partition
+from fedsim.data.source import digits
+from fedsim.experiment import Experiment, Tier
+from fedsim.learning.task import TaskConfig
+from fedsim.models import Form
+from fedsim.privacy import audit as auditing
+from fedsim.privacy.attacks.reconstruction import Inversion
+from fedsim.privacy.attacks.replay import Exchange, Replay, change, knowledge, without_data
+from fedsim.privacy.audit import audit
+from fedsim.privacy.kept import opened_run
+from fedsim.results.columns import TABLES
+from fedsim.results.tables import load
+from fedsim.storage.checkpoint import exchanges_of
+from fedsim.testing import Federation
+from tests.support.inline_runs import assert_same_numbers, inline
+from tests.support.small_federation import LOCAL
+
+
+def experiment(algorithm: Algorithm | None = None) -> Experiment:
+    """Three participants with 36 digits each, two rounds."""
+    algorithm = algorithm or FedAvg(lr=5e-2, epochs=1, batch_size=12, optimizer="sgd")
+    task, tiers = TaskConfig(digits(limit=120), patch_size=4), (Tier("phone", Form(8, 1, heads=2)),)
+    middle, target = Form(8, 1, heads=2), Form(16, 1, heads=2)
+    return Experiment(algorithm, task, tiers, middle, target, Partition("iid"), participants=3, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("kept")
+    inline(experiment(), out, keep_updates=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plain")
+    inline(experiment(), out)
+    return out
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auditing, "SEARCH", Inversion(starts=1, iterations=2))
+    monkeypatch.setattr(auditing, "GRADIENTS", 8)
+
+
+def test_what_is_kept_changes_no_number_and_is_what_the_server_got(kept: Path, plain: Path) -> None:
+    assert_same_numbers(kept, plain)
+    run_id = experiment().run_id
+    run = opened_run(kept, run_id, None, ())
+    assert run.rounds == {1: [0, 1, 2], 2: [0, 1, 2]}
+    first = [run.exchange(1, client) for client in range(3)]
+    weights = [run.population[client].info.num_examples for client in range(3)]
+    received = run.exchange(2, 0).received  # the mean of what was sent the round before
+    for name, mean in received.items():
+        sent = torch.stack([w * each.sent[name].double() for w, each in zip(weights, first, strict=True)])
+        assert torch.allclose(mean.double(), sent.sum(0) / sum(weights), atol=1e-6)
+    assert not list((plain / "checkpoints").rglob("exchange.*"))
+
+
+def test_an_audit_writes_one_row_a_value(kept: Path, quickly: None, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(kept, out)
+    ((run_id, rows),) = audit(out, None, None).items()
+    assert pq.read_schema(out / "attacks" / f"{run_id}.parquet").equals(TABLES["attacks"])
+    table = load(out).attacks
+    assert len(table) == len(rows) and {*table.run_id} == {run_id} and {*table.method} == {"fedavg"}
+    assert {*table.attack} == {
+        *("loss", "loss_deployed", "likelihood", "alignment", "residual", "labels"),
+        *("inversion", "inputs", "attribution"),
+    }
+    assert {*table.knowledge} == {"shared"}  # of FedAvg nothing is private
+    told = table[table.low.notna()]
+    assert (told.low <= told.value).all() and (told.value <= told.high).all()
+    assert (table[(table.attack == "inputs") & (table.metric == "psnr")].value > 60).all()
+    (top1,) = table[table.metric == "top1"].value
+    assert top1 in (0, 1 / 3, 2 / 3, 1) and load(out).runs.run_id.tolist() == [run_id]
+    again = audit(out, run_id, None)
+    assert again == {run_id: rows}
+
+
+def test_a_command_audits_and_clean_frees_what_was_kept(
+    kept: Path, quickly: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run_id = tmp_path / "run", experiment().run_id
+    shutil.copytree(kept, out)
+    assert main(["audit", str(out), "--run", run_id, "--numerics", "native"]) == 0
+    assert "loss_deployed" in capsys.readouterr().out
+    assert main(["clean", str(out)]) == 0
+    assert not list((out / "checkpoints").rglob("exchange.*")) and len(load(out).attacks)
+    assert main(["audit", str(out), "--numerics", "native"]) == 2
+    assert "--keep-updates" in capsys.readouterr().err
+
+
+def test_runs_that_kept_nothing_and_folders_without_runs_are_refused(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kept no updates"):
+        audit(plain, None, None)
+    with pytest.raises(ValueError, match="--run='nobody'"):
+        audit(plain, "nobody", None)
+    with pytest.raises(ValueError, match="holds no results"):
+        audit(tmp_path, None, None)
+
+
+def test_every_round_is_kept_and_an_earlier_one_can_be_read(kept: Path) -> None:
+    versions = exchanges_of(kept / "checkpoints" / experiment().run_id / "private", 1)
+    assert versions.stored() == [1, 2]
+    first = versions.load(2)
+    assert first is not None and first.number == 1
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "levels"),
+    [
+        (FedAvg(**LOCAL), ["shared"]),
+        (fedit(**LOCAL, rank=2), ["shared", "ancestor"]),
+        (FedGrow(**LOCAL, local_epochs=1, small_epochs=1), ["shared", "ancestor", "intermediate"]),
+    ],
+    ids=["fedavg", "fedit", "fedgrow"],
+)
+def test_levels_of_knowledge_differ_where_something_is_private(algorithm: Algorithm, levels: list[str]) -> None:
+    federation = Federation(algorithm)
+    sent = federation.payload(1, 0), federation.update(1, 0).tree
+    ctx = without_data(federation.at_client(0, 0))
+    found = knowledge(algorithm, federation.state(0), ctx)
+    assert list(found) == levels
+    replays = [Replay(algorithm, Exchange(1, 0, *sent), state, ctx) for state in found.values()]
+    asked = [replay.asked() for replay in replays]
+    moved = [change(each, sent[1]) for each in asked if each is not None]
+    assert len(moved) == len(levels) and all(each is not None and any(t.any() for t in each.values()) for each in moved)
+    frozen = [torch.cat([t.flatten() for t in flat(each.frozen).values()]) for each in asked if each and each.frozen]
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(frozen))
