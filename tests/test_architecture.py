@@ -53,7 +53,6 @@ ROOMS = {
     "learning": f"{CORE} data models",
     "contexts": LEARNED,
     "algorithm": f"{LEARNED} contexts",
-    "privacy": f"{LEARNED} algorithm experiment",
     "devices": CORE,
     "experiment": f"{LEARNED} algorithm devices",
     "runtime": CORE,

@@ -297,7 +297,7 @@ def test_a_process_that_finds_something_else_makes_no_participant(
         replace_weights(folder)
     member = next(each for each in members(experiment, task) if each.info.checkpoint)
     with pytest.raises(ValueError, match=rf"{texts if part == 'data' else folder}': its content has changed: sha256"):
-        _participant(SameEnvironment.here(str(tmp_path), None), experiment, member, None, {}, Inbox())
+        _participant(SameEnvironment.here(str(tmp_path), None), experiment, member, None, {}, Inbox(), False)
 
 
 def test_the_store_of_a_run_without_hashes_takes_it_as_it_is(tiny_run: Path, tiny_experiment: Experiment) -> None:

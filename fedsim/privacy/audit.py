@@ -223,7 +223,7 @@ def attribution(run: Run) -> Found:
             return
         rows = torch.stack([vector(each, names) for each in changes])
         rows = rows - rows.mean(0)
-        if before is not None and {*clients} <= {*known}:
+        if before is not None and set(clients).issubset(known):
             said = [known[place] for place in properties.nearest(rows, before).tolist()]
             hits, of = hits + sum(map(int.__eq__, said, clients)), of + len(clients)
             chance = 1 / len(known)

@@ -41,7 +41,8 @@ def _uncounted(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 def asked(federation: Federation, per_example: PerExample | None, **changes: Any) -> Training:
     start = federation.task.fresh(SMALL, 0)
     objective = TaskLoss(federation.task, SMALL)
-    return Training(objective, start, **{"batch_size": SHARD} | SGD | changes, per_example=per_example)
+    fields: dict[str, Any] = {"batch_size": SHARD} | SGD | changes
+    return Training(objective, start, **fields, per_example=per_example)
 
 
 def stepped(federation: Federation, per_example: PerExample | None, round: int = 1, **changes: Any) -> Trained:
@@ -95,7 +96,7 @@ def test_noise_of_sigma_c_is_added_to_the_sum_once_a_step(federation: Federation
 
 def sizes(federation: Federation, per_example: PerExample | None, epochs: int) -> list[int]:
     request = asked(federation, per_example, epochs=epochs, batch_size=3)
-    steps, found = LocalSteps(federation.at_client(1, CLIENT), request, request.start), []
+    steps, found = LocalSteps(federation.at_client(1, CLIENT), request, dict(request.start)), []
     for part in steps.parts():
         found.append(part.size)
         steps.note(part, 0.0)
@@ -184,8 +185,9 @@ def test_what_cannot_be_private_is_refused() -> None:
     ],
 )
 def test_bad_fields_are_refused(fields: dict, message: str) -> None:
+    given: dict[str, Any] = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5} | fields
     with pytest.raises(ValueError, match=message):
-        ExampleDP(**dict({"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}, **fields))
+        ExampleDP(**given)
 
 
 def test_accumulated_batches_are_refused(federation: Federation) -> None:

@@ -52,7 +52,8 @@ class Replay:
         if not isinstance(asking, Generator):
             return None
         try:
-            return next(asking)
+            request = next(asking)
+            return request if isinstance(request, Training) else request[1]
         except StopIteration:
             return None
         finally:
