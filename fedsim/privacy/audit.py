@@ -225,7 +225,8 @@ def attribution(run: Run) -> Found:
         rows = rows - rows.mean(0)
         if before is not None and set(clients).issubset(known):
             said = [known[place] for place in properties.nearest(rows, before).tolist()]
-            hits, of = hits + sum(map(int.__eq__, said, clients)), of + len(clients)
+            hits += sum(one == other for one, other in zip(said, clients, strict=True))
+            of += len(clients)
             chance = 1 / len(known)
         before, known = rows, clients
     if of:

@@ -35,7 +35,7 @@ def test_without_clip_and_noise_every_round_has_the_bits_of_the_run_without(
     assert private[HASH].tolist() == plain[HASH].tolist() and plain[HASH].nunique() == 3
     for rounds in (plain, private):
         for name in ("epsilon", "delta", "noise_multiplier", "clipped_share"):
-            assert rounds[name].isna().all()
+            assert rounds[name].isna().tolist() == [True] * len(rounds)
 
 
 def test_a_clip_that_nothing_reaches_changes_no_bit_and_one_that_all_reach_does(
