@@ -1,5 +1,6 @@
 """The methods that suites compare, and their learning rates, chosen on validation scores (`LOG.md`)."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -137,6 +138,12 @@ TOKENS = {
 
 def methods(rates: dict[str, float]) -> list[Algorithm]:
     """Every method in `rates`, with its learning rate; `analytic` has none, and takes a gamma."""
+    return [replace(_named()[name], **{RATE.get(name, "lr"): rate}) for name, rate in rates.items()]  # type: ignore
+
+
+@functools.cache
+def _named() -> dict[str, Algorithm]:
+    """All of them, by name and preset."""
     local: dict[str, Any] = {"epochs": 2, "batch_size": 32}
     small: dict[str, Any] = {"small_lr": 3e-3, "small_epochs": 15}
     staged: dict[str, Any] = local | small | {"local_lr": 3e-3, "local_epochs": 15}
@@ -188,5 +195,4 @@ def methods(rates: dict[str, float]) -> list[Algorithm]:
         FedKD(**local),
         FedMRL(**local),
     ]
-    named = {f"{method.name} {method.preset_name}".strip(): method for method in methods}
-    return [replace(named[name], **{RATE.get(name, "lr"): rate}) for name, rate in rates.items()]  # type: ignore
+    return {f"{method.name} {method.preset_name}".strip(): method for method in methods}

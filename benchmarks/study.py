@@ -7,7 +7,7 @@ A task comes in two regimes. *Strangers*: two public models of different size, w
 participants own the one, the others the other. *Ancestor*: one public model, and larger forms are grown from it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -130,10 +130,10 @@ class Part:
     rates: Mapping[str, float]
     batch_size: int = 32
 
-    def compared(self, rates: Mapping[str, float]) -> list[Experiment]:
+    def compared(self, rates: Iterable[tuple[str, float]], **changes: Any) -> list[Experiment]:
         """One epoch a round; a core grows from the larger of the public models."""
-        base = self.base()
-        found = [self._set(name, *methods({name.removesuffix(APART): rate})) for name, rate in rates.items()]
+        base = replace(self.base(), **changes)
+        found = [self._set(name, *methods({name.removesuffix(APART): rate})) for name, rate in rates]
         return [replace(base, algorithm=method) for method in found]
 
     def _set(self, name: str, method: Algorithm) -> Algorithm:
@@ -145,8 +145,8 @@ class Part:
 
     def grid(self) -> list[Experiment]:
         """Three rounds, scored after the last."""
-        found = [self.compared({name: rate}) for name in self.names for rate in self.tried_for(name)]
-        return [replace(each, rounds=3, eval_every=3) for part in found for each in part]
+        tried = ((name, rate) for name in self.names for rate in self.tried_for(name))
+        return self.compared(tried, rounds=3, eval_every=3)
 
     def tried_for(self, name: str) -> tuple[float, ...]:
         more = (self.wider[name],) if name in self.wider else ()
@@ -197,8 +197,8 @@ FORMS = {"from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)"}
 
 
 def study() -> list[Experiment]:
-    """Every part of the study at its rates."""
-    return [each for part in PARTS.values() for each in part.compared(part.rates)]
+    """Every part of the study whose rates are chosen, at these rates."""
+    return [each for part in PARTS.values() if part.rates for each in part.compared(part.rates.items())]
 
 
 def study_grid() -> list[Experiment]:

@@ -25,7 +25,7 @@ from fedsim.core.fields import refuse
 from fedsim.core.seeding import derive, torch_seeded
 from fedsim.core.tree import Tree
 from fedsim.data.config import DataConfig
-from fedsim.data.content import stamp
+from fedsim.data.content import Stamp, stamp
 from fedsim.models import Family, Form, Inputs, get_family, heads, preparation
 from fedsim.models.checkpoint import (
     Checkpoint,
@@ -96,10 +96,19 @@ def fixed_settings(family_name: str, inputs: Inputs, owners: Mapping[str, Checkp
 
     **Raises:** `ValueError` for two checkpoints that differ in such a constant, naming both.
     """
+    named_files = [on_disk(each, name) for each in owners.values() for name in ("config.json", *TOKENIZER_FILES)]
+    files = stamp(*(path for path in named_files if path is not None))
+    return dict(_fixed_settings(family_name, inputs, tuple(owners.items()), files))
+
+
+@functools.lru_cache(maxsize=64)  # suites of hundreds of experiments name the same few checkpoints
+def _fixed_settings(
+    family_name: str, inputs: Inputs, owners: tuple[tuple[str, Checkpoint], ...], files: Stamp
+) -> dict[str, Any]:
     family, given = get_family(family_name), {*DECIDED, *(name for name, _ in inputs.settings)}
     first: dict[str, tuple[Any, str]] = {}
     fixed: dict[str, Any] = {}
-    for owner, checkpoint in owners.items():
+    for owner, checkpoint in owners:
         try:
             if (path := on_disk(checkpoint, "config.json")) is None:
                 continue

@@ -157,16 +157,14 @@ class ParticipantDP(Pair):
             if getattr(self, name) != value:
                 refuse(f"privacy.{name}", getattr(self, name), f"{value!r}, which is the experiment's")
         if conditions.over_selection:  # who is kept depends on the others
-            refuse(
-                "conditions.over_selection", conditions.over_selection, "0 with noise: one comes, another is left out"
-            )
+            accepted = "0 with noise: one comes, another is left out"
+            refuse("conditions.over_selection", conditions.over_selection, accepted)
         if self.sampling == "fixed" and conditions.availability < 1:
             accepted = "1 with noise and sampling='fixed': the share of those who are there is not known"
             refuse("conditions.availability", conditions.availability, accepted)
         pairs = getattr(experiment.algorithm, "pairs", ())
-        if (
-            sum(isinstance(pair, ParticipantDP) and pair._uniform for pair in pairs) > 1
-        ):  # their noise would be one stream
+        noisy = [pair for pair in pairs if isinstance(pair, ParticipantDP) and pair._uniform]
+        if len(noisy) > 1:  # their noise would be one stream
             refuse("algorithm.pairs", pairs, "at most one ParticipantDP with noise")
         if self.noise == "distributed":
             self._check_nobody_missing(experiment)
@@ -183,10 +181,7 @@ class ParticipantDP(Pair):
             ("conditions.memory", conditions.memory if conditions.memory == "exclude" else "", ""),
         ):
             if found != wanted:
-                accepted = (
-                    "another: with privacy.noise='distributed' the noise lacks the shares of those who are missing"
-                )
-                refuse(name, found, accepted)
+                refuse(name, found, "another where privacy.noise='distributed': shares of who is missing are lacking")
 
     def spent(self, experiment: Experiment, round: int) -> dict[str, float]:
         if not self.noise_multiplier:
@@ -227,9 +222,7 @@ class ParticipantDP(Pair):
         if whole := [name for name, tensor in tree.items() if not tensor.is_floating_point()]:
             refuse(f"ClientUpdate.tree[{whole[0]!r}]", tree[whole[0]].dtype, "of floats, to be noised")
         if self.sampling == "poisson" and (other := tree.keys() ^ received.keys()):
-            accepted = (
-                "received as well as sent where sampling='poisson': a round of nobody is noised as it was received"
-            )
+            accepted = "received as well as sent where sampling='poisson', for a round of nobody is noised as received"
             refuse("ClientUpdate.tree", min(other), accepted)
 
     # at the aggregator --------------------------------------------------------------------------------------------

@@ -216,9 +216,8 @@ class Around(Algorithm):
         if self._shared(ctx.round) and any(pair.common for pair in self.pairs):
             self._check_common([*payloads.values()])
         sent = {name: found for name, kept in own.items() if (found := self.pairs[int(name)].sent(kept, ctx))}
-        joined = {
-            id(payload): _joined(payload, sent) if sent else payload for payload in payloads.values()
-        }  # one for those alike
+        # Clients who receive the same object of the method receive the same one of the pairs.
+        joined = {id(payload): _joined(payload, sent) if sent else payload for payload in payloads.values()}
         return {client: joined[id(payload)] for client, payload in payloads.items()}
 
     def _check_common(self, payloads: Sequence[Payload]) -> None:

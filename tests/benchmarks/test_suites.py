@@ -122,7 +122,7 @@ def test_the_demo_has_two_regimes_with_the_same_participants():
     assert isinstance(start, Grown)
     check_start(Task(federation.task), federation.tiers[0].form, start.checkpoints[0], seed=0)
     about = Path(start.checkpoints[0].source, "README.md").read_text()
-    assert f"first {PUBLIC} training images" in about and f"skip={PUBLIC}" in about
+    assert f"first {PUBLIC} training examples" in about and f"skip={PUBLIC}" in about
 
 
 @pytest.fixture

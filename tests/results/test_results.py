@@ -33,7 +33,8 @@ COLUMNS = {
         seam_bytes_up int64, seam_bytes_down int64, accuracy_val_std double, accuracy_val_min double, failed int64,
         precision_mean double, recall_mean double, f1_mean double, coverage double, coverage_min double,
         simulated_seconds double, late int64, dropped_out int64, excluded int64, metrics string,
-        preset string, method string, bytes_once int64, accuracy_val_even_mean double
+        preset string, method string, bytes_once int64, accuracy_val_even_mean double,
+        epsilon double, delta double, noise_multiplier double, clipped_share double
     """,
     "clients": """
         run_id string, algorithm string, seed int64, round int64, client int64, tier string, num_examples int64,

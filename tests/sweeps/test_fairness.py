@@ -100,7 +100,7 @@ def test_data_are_dealt_once_a_way_of_dealing(
 def test_all_suites_of_embedded_data_are_fair() -> None:
     found = set()
     for name, make in suites_in(suites).items():
-        if name in ("checkpoints", "gates", "study", "study-grid"):  # some of it is to be fetched first
+        if name in ("checkpoints", "gates", "study-grid"):  # some of it is to be fetched first
             continue
         experiments = make(**arguments_of(make, LISTED))
         if all(experiment.task.data.name in EMBEDDED for experiment in experiments):
