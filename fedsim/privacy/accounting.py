@@ -9,23 +9,21 @@
 What is compared, and the theorem, by `sampling`:
 
 - "poisson": everyone by a coin of their own. With and without one person: what changes is at most C. RDP: Mironov,
-  Talwar, Zhang 2019, section 3.3. PLD: Gopi, Lee, Wutschitz 2021, algorithm 1.
+  Talwar, Zhang 2019, section 3.3. PLD: Doroshenko et al. 2022.
 - "fixed": qN people, uniformly without replacement. One person replaced by another: the sum changes by up to 2C, and
   sigma counts as half of what it is. RDP: Wang, Balle, Kasiviswanathan 2019, theorem 9, or no amplification, where that
   is less. PLD: refused, for want of a theorem.
 - "full": everyone, in every step; nothing is amplified. With and without one person. RDP: alpha / 2 sigma^2 (Mironov
   2017, corollary 3). PLD: T steps are one of sigma / sqrt(T), exactly (Balle, Wang 2018, theorem 8).
 
-"rdp" goes from Renyi divergence to epsilon by Balle et al. 2020, theorem 21. "pld" is the composition of privacy loss
-distributions, by Opacus' accountant of privacy loss random variables (PRV): two names of one object. Its epsilon is the
-upper end of the accountant's error. Order alone decides amplification: batches of a shuffled shard are not "poisson".
+"rdp" goes from Renyi divergence to epsilon as dp-accounting does (Canonne, Kamath, Steinke 2020, proposition 12). "pld"
+is its composition of privacy loss distributions: an upper bound, of the worse of the two directions. Order alone
+decides amplification: batches of a shuffled shard are not "poisson".
 """
 
-import contextlib
 import functools
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -63,7 +61,7 @@ def epsilon(
     - `accountant`, `sampling`: as above.
 
     **Raises:** `ValueError` for an argument out of its range, and where there is no theorem; `ImportError` without
-    Opacus.
+    dp-accounting.
     """
     _check(sampling_rate, steps, accountant, sampling)
     _check_above(noise_multiplier=noise_multiplier)
@@ -134,16 +132,17 @@ def delta(
 def _epsilon(q: float, sigma: float, steps: int, delta: float, accountant: str, sampling: str) -> float:
     if q == 1 and sampling == "poisson":
         sampling = "full"
-    if accountant == "rdp":
-        return _of_rdp(_rdp(q, sigma, steps, sampling), delta)
-    return _exact(sigma / math.sqrt(steps), delta) if sampling == "full" else _of_prv(q, sigma, steps, delta)
-
-
-def _rdp(q: float, sigma: float, steps: int, sampling: str) -> np.ndarray:
-    """Renyi divergence after so many steps, of every order in `ORDERS`."""
+    if accountant == "pld" and sampling == "full":
+        return _exact(sigma / math.sqrt(steps), delta)
+    dp, rdp, pld = _library()
     if sampling == "fixed":
-        return steps * np.array([_without_replacement(q, sigma / 2, order) for order in ORDERS])
-    return _opacus()[0].compute_rdp(q=q, noise_multiplier=sigma, steps=steps, orders=ORDERS)
+        divergences = steps * np.array([_without_replacement(q, sigma / 2, order) for order in ORDERS])
+        spent, _ = rdp.compute_epsilon(ORDERS, divergences, delta)
+        return max(0.0, float(spent))
+    gaussian = dp.GaussianDpEvent(sigma)
+    ledger = rdp.RdpAccountant(ORDERS) if accountant == "rdp" else pld.PLDAccountant()
+    ledger.compose(gaussian if sampling == "full" else dp.PoissonSampledDpEvent(q, gaussian), steps)
+    return max(0.0, float(ledger.get_epsilon(delta)))
 
 
 def _without_replacement(q: float, sigma: float, order: float) -> float:
@@ -160,32 +159,6 @@ def _without_replacement(q: float, sigma: float, order: float) -> float:
     return min(unsampled, float(total) / (order - 1))
 
 
-def _of_rdp(rdp: np.ndarray, delta: float) -> float:
-    with _looser():
-        spent, _ = _opacus()[0].get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)
-    return max(0.0, float(spent))
-
-
-def _of_prv(q: float, sigma: float, steps: int, delta: float) -> float:
-    """Composed numerically, to a quarter of a per cent of what RDP says."""
-    accountant = _opacus()[1].PRVAccountant()
-    accountant.history = [(sigma, q, steps)]
-    about = _of_rdp(_rdp(q, sigma, steps, "poisson"), delta)
-    try:
-        with _looser():
-            return float(accountant.get_epsilon(delta=delta, eps_error=min(0.01, max(about, 0.05) / 400)))
-    except RuntimeError:  # where delta is nearly all there is: both are upper bounds
-        return about
-
-
-@contextlib.contextmanager
-def _looser() -> Iterator[None]:
-    """Where the best order is the last one that Opacus looks at, its bound is less tight than it could be: it says."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Optimal order is the")
-        yield
-
-
 def _exact(sigma: float, delta: float) -> float:
     """The epsilon of one Gaussian mechanism: Balle, Wang 2018, theorem 8, solved for it."""
 
@@ -198,14 +171,16 @@ def _exact(sigma: float, delta: float) -> float:
     return float(root)
 
 
-def _opacus() -> tuple[ModuleType, ModuleType]:
-    """Its accountants, by divergence and by loss. They bring more with them than most runs need."""
+def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """Google's accountants, by divergence and by loss."""
     try:
-        from opacus.accountants import prv
-        from opacus.accountants.analysis import rdp
+        import dp_accounting
+        from dp_accounting import pld
+        from dp_accounting.rdp import rdp_privacy_accountant
     except ImportError as error:
-        raise ImportError("accounting for differential privacy needs Opacus: pip install 'fedsim[privacy]'") from error
-    return rdp, prv
+        accepted = "accounting for differential privacy needs dp-accounting: pip install 'fedsim[privacy]'"
+        raise ImportError(accepted) from error
+    return dp_accounting, rdp_privacy_accountant, pld
 
 
 def _least(enough: Callable[[float], bool], start: float, least: float = 1e-6) -> float:
