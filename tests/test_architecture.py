@@ -1,6 +1,7 @@
 """Who may import whom, and the other rules about the tree that a program can check."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -237,3 +238,9 @@ def test_the_platform_never_asks_which_algorithm_it_runs() -> None:
                 assert not subject.endswith(("algorithm", "runtime")), f"{path}: {ast.unparse(node)}"
             if isinstance(node, ast.Compare):
                 assert not ast.unparse(node.left).endswith("algorithm.name"), f"{path}: {ast.unparse(node)}"
+
+
+def test_no_other_distribution_has_packages_of_our_names() -> None:
+    """Opacus 1.6 has: it brings a package `benchmarks`, and site-packages come before a checkout."""
+    brought = importlib.metadata.packages_distributions()
+    assert {name: {*brought.get(name, ["fedsim"])} for name in PACKAGES} == {name: {"fedsim"} for name in PACKAGES}
