@@ -86,6 +86,18 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--import",
+        dest="modules",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="modules of your own in which the runs' classes lie, also those of a script",
+    )
+
+
 def add_numerics(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--numerics",

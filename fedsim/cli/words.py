@@ -16,6 +16,7 @@ from rich.console import Console
 from fedsim.cli.options import (
     Words,
     add_experiment,
+    add_import,
     add_numerics,
     add_reference,
     add_resume_anywhere,
@@ -156,30 +157,14 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--run", metavar="RUN_ID", help="which run, when DIR holds several")
     exporting.add_argument("--participant", type=int, required=True, metavar="I")
     exporting.add_argument("--to", required=True, metavar="FOLDER")
-    exporting.add_argument(
-        "--import",
-        dest="modules",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="MODULE",
-        help="modules of your own in which the run's classes lie, also those of a script",
-    )
+    add_import(exporting)
     add_numerics(exporting)
     exporting.set_defaults(command="export_command", module="commands")
 
     auditing = commands.add_parser("audit", help="attack what participants sent: finished runs with --keep-updates")
     auditing.add_argument("directory", metavar="DIR", help="results folder")
     auditing.add_argument("--run", metavar="RUN_ID", help="which run (default: all that finished)")
-    auditing.add_argument(
-        "--import",
-        dest="modules",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="MODULE",
-        help="modules of your own in which the runs' classes lie, also those of a script",
-    )
+    add_import(auditing)
     add_numerics(auditing)
     auditing.set_defaults(command="audit_command", module="audit")
 

@@ -40,8 +40,11 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedPointSum(Pair):
-    """The encoding of `SecureSum` without its masks: what it costs in accuracy. The last of a method's pairs."""
+class WordSum(Pair):
+    """What both pairs have in common: updates are sent as words, and only a sum of them can be read.
+
+    - `numbers`: what is added up.
+    """
 
     numbers: FixedPoint = FixedPoint()
 
@@ -59,6 +62,11 @@ class FixedPointSum(Pair):
     def check(self, algorithm: Algorithm, participants: int) -> None:
         check_averages(algorithm)
         self.numbers.check(participants)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPointSum(WordSum):
+    """The encoding of `SecureSum` without its masks: what it costs in accuracy. The last of a method's pairs."""
 
     def begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
         return {"clients": torch.tensor([client.id for client in cohort])}
@@ -81,39 +89,26 @@ class FixedPointSum(Pair):
 
 
 @dataclasses.dataclass(frozen=True)
-class SecureSum(Pair):
+class SecureSum(WordSum):
     """Secure aggregation (`fedsim.privacy.secure_sum`). The last of a method's pairs.
 
-    - `numbers`: what is added up. - `degree`: neighbours of each client, an even number; None: all others.
+    - `degree`: neighbours of each client, an even number; None: all others.
     - `threshold`: share of the neighbours, more than half of them, who lift a client's masks together. Where fewer stay
       the sum is refused, and the run ends; where so many help the server, it can look into an update.
     - `deployable`: keys come from the operating system. Else from the seed, which the server knows, so that nothing is
       secret; sums are the same.
     """
 
-    numbers: FixedPoint = FixedPoint()
     degree: int | None = None
     threshold: float = 2 / 3
     deployable: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self, "pair")
+        super().__post_init__()
         check_range(self, "pair", "degree", least=2)
         check_range(self, "pair", "threshold", least=0.5, most=1)
         if self.degree is not None and self.degree % 2:
             refuse("pair.degree", self.degree, "even: half of the neighbours are on each side in a ring")
-
-    @property
-    def each(self) -> bool:
-        return True
-
-    @property
-    def hides(self) -> bool:
-        return True
-
-    def check(self, algorithm: Algorithm, participants: int) -> None:
-        check_averages(algorithm)
-        self.numbers.check(participants)
 
     # at the aggregator ----------------------------------------------------------------------------------------------
 
