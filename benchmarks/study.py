@@ -8,7 +8,7 @@ participants own the one, the others the other. *Ancestor*: one public model, an
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from baselines.analytic import Analytic
@@ -47,9 +47,10 @@ def on_newsgroups() -> Experiment:
 
 
 def on_fashion(ancestor: bool = False) -> Experiment:
-    """12,000 images of Fashion-MNIST among six owners of public ViTs that were trained on 3,000 others."""
-    task = TaskConfig(fashion_mnist(skip=PUBLIC_IMAGES, limit=12_000), "vit", patch_size=7)
-    return _on_ladder(task, Partition("dirichlet", alpha=0.5, min_size=100), ancestor)
+    """6,000 images of Fashion-MNIST among six owners of public ViTs that were trained on 3,000 others."""
+    task = TaskConfig(fashion_mnist(skip=PUBLIC_IMAGES, limit=6000, test_limit=3000), "vit", patch_size=7)
+    base = _on_ladder(task, Partition("dirichlet", alpha=0.5, min_size=100), ancestor)
+    return replace(base, rounds=6, eval_every=3)
 
 
 def on_topics(ancestor: bool = False) -> Experiment:
@@ -89,6 +90,7 @@ PRIVATE = (  # no model of a participant leaves it
 )
 ANY_TARGET = ("fedgrow_residual preserving", "fedgrow_fused preserving", "fedkd")
 WITH_CLASSES = ("fedgrow_analytic preserving", "fedproto", "fedtgp", "analytic")
+ALIGNED_FORMS = ("fedgrow_analytic preserving aligned", "fedgrow_analytic preserving aligned apart")
 TRAINED_FIRST = (  # small models, before they grow
     "fedgrow_lowrank preserving apart",
     "fedgrow_no_federation_lowrank preserving apart",
@@ -96,11 +98,14 @@ TRAINED_FIRST = (  # small models, before they grow
     "fedgrow_residual preserving apart",
 )
 OPEN = ("fedavg", "fedavg_mid", "fedavg_small", "heterofl")
+MATCHED = "fedgrow_matched preserving"  # is Fed-Grow itself where small models are the public ones, as brought
+UNMATCHED = tuple(name for name in PRIVATE if name != MATCHED) + TRAINED_FIRST
 # On the costly task: the project's forms that can be afforded there, and who was ahead of its kind on digits.
 FEW = (
     "fedgrow_lowrank preserving",
     "fedgrow_no_federation_lowrank preserving",
     "fedgrow_analytic preserving",
+    "fedgrow_analytic preserving aligned",
     "fedgrow_core preserving",
     "local_only",
     "fedproto",
@@ -111,7 +116,7 @@ FEW = (
 )
 
 
-APART = " apart"
+APART, ALIGNED = " apart", " aligned"
 AS_BROUGHT = {"small_epochs": 0, "local_epochs": 0}  # small models stay as they are brought
 
 
@@ -119,8 +124,9 @@ AS_BROUGHT = {"small_epochs": 0, "local_epochs": 0}  # small models stay as they
 class Part:
     """One task in one regime: what is compared there, and at which rates.
 
-    - `tried`: rates of `study_grid`; `wider`: more of them, of methods whose best was on an edge.
+    - `tried`: rates of `study_grid`; `wider`: one more for each of some methods.
     - `rates`: of those that go on, chosen by validation with classes weighted evenly. - `batch_size`: of every method.
+    - `public`: what of the data's settings gives examples to forms that are `ALIGNED`. - `grid_rounds`: of the grid.
     """
 
     base: Callable[[], Experiment]
@@ -129,24 +135,27 @@ class Part:
     wider: Mapping[str, float]
     rates: Mapping[str, float]
     batch_size: int = 32
+    public: Mapping[str, Any] = field(default_factory=dict)
+    grid_rounds: int = 3
 
     def compared(self, rates: Iterable[tuple[str, float]], **changes: Any) -> list[Experiment]:
         """One epoch a round; a core grows from the larger of the public models."""
         base = replace(self.base(), **changes)
-        found = [self._set(name, *methods({name.removesuffix(APART): rate})) for name, rate in rates]
+        found = [self._set(name, base, *methods({plain(name): rate})) for name, rate in rates]
         return [replace(base, algorithm=method) for method in found]
 
-    def _set(self, name: str, method: Algorithm) -> Algorithm:
+    def _set(self, name: str, base: Experiment, method: Algorithm) -> Algorithm:
         """Small models as they are brought; or, `APART`, trained for five epochs, and Local for one."""
         apart = name.endswith(APART)
         stages = {"small_epochs": 5, "local_epochs": 1, "small_lr": 3e-3, "local_lr": 1e-3} if apart else AS_BROUGHT
-        method = changed(method, {**stages, "epochs": 1, "batch_size": self.batch_size})
+        aligned = {"align": replace(base.task.data, **self.public)} if ALIGNED in name else {}
+        method = changed(method, {**stages, **aligned, "epochs": 1, "batch_size": self.batch_size})
         return replace(method, of="intermediate") if isinstance(method, FedGrowCore) else method
 
     def grid(self) -> list[Experiment]:
-        """Three rounds, scored after the last."""
+        """A few rounds, scored after the last."""
         tried = ((name, rate) for name in self.names for rate in self.tried_for(name))
-        return self.compared(tried, rounds=3, eval_every=3)
+        return self.compared(tried, rounds=self.grid_rounds, eval_every=self.grid_rounds)
 
     def tried_for(self, name: str) -> tuple[float, ...]:
         more = (self.wider[name],) if name in self.wider else ()
@@ -155,9 +164,22 @@ class Part:
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 PARTS = {
-    "fashion_strangers": Part(on_fashion, PRIVATE + TRAINED_FIRST + WITH_CLASSES + OPEN, GRID, {}, {}),
+    "fashion_strangers": Part(
+        on_fashion,
+        UNMATCHED + WITH_CLASSES + ALIGNED_FORMS + OPEN,
+        (1e-3, 3e-3),
+        wider={},
+        rates={},
+        public={"skip": 0, "first": PUBLIC_IMAGES, "limit": 500, "test_limit": None},
+        grid_rounds=2,
+    ),
     "fashion_ancestor": Part(
-        lambda: on_fashion(ancestor=True), PRIVATE + TRAINED_FIRST + WITH_CLASSES + OPEN, GRID, {}, {}
+        lambda: on_fashion(ancestor=True),
+        UNMATCHED + WITH_CLASSES + OPEN,
+        (1e-3, 3e-3),
+        wider={},
+        rates={},
+        grid_rounds=2,
     ),
     "topics_strangers": Part(
         on_topics,
@@ -188,9 +210,22 @@ PARTS = {
         },
     ),
     "topics_ancestor": Part(
-        lambda: on_topics(ancestor=True), PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN, GRID, {}, {}
+        lambda: on_topics(ancestor=True),
+        UNMATCHED + ANY_TARGET + OPEN,
+        (1e-3, 3e-3),
+        wider={},
+        rates={},
+        grid_rounds=2,
     ),
-    "newsgroups": Part(on_newsgroups, FEW, (1e-4, 3e-4, 1e-3), {}, {}, batch_size=16),
+    "newsgroups": Part(
+        on_newsgroups,
+        FEW,
+        (1e-4, 3e-4, 1e-3),
+        wider={},
+        rates={},
+        batch_size=16,
+        public={"name": "r8", "num_classes": 8, "limit": 300},
+    ),
 }
 # The form of Fed-Grow that was best by validation on the tuning seed, by what names the part in the tables.
 FORMS = {"from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)"}
@@ -206,10 +241,15 @@ def study_grid() -> list[Experiment]:
     return [each for part in PARTS.values() for each in part.grid()]
 
 
+def plain(name: str) -> str:
+    """A method's name without what the study adds to it."""
+    return name.removesuffix(APART).removesuffix(ALIGNED)
+
+
 def changed(algorithm: Algorithm, changes: Mapping[str, Any]) -> Algorithm:
     """The algorithm with those of the changes that it has fields for."""
     concrete: Any = algorithm
-    names = {field.name for field in fields(concrete)}
+    names = {each.name for each in fields(concrete)}
     return replace(concrete, **{name: value for name, value in changes.items() if name in names})
 
 

@@ -8,11 +8,12 @@ import torch
 
 from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import State, Tree
+from fedsim.data.source import load
 from fedsim.learning.starts import initial
 
 
 if TYPE_CHECKING:
-    from fedsim.data.source import Split
+    from fedsim.data.source import DataConfig, Split
     from fedsim.learning.meter import Meter
     from fedsim.learning.starts import Start
     from fedsim.learning.task import Task
@@ -84,6 +85,7 @@ class ClientContext:
     - `precision`: "fp32", or "bf16": forward passes in training run under autocast; weights stay fp32.
     - `forms`: the clients' small forms, one a tier; empty stands for the client's own.
     - `start`: a public model that everyone may begin with.
+    - `data_dir`: where data that a method itself names are looked up, by `examples`.
     """
 
     seed: int
@@ -98,6 +100,11 @@ class ClientContext:
     precision: str = "fp32"
     forms: tuple["Form", ...] = ()
     start: "Start | None" = None
+    data_dir: str | None = None
+
+    def examples(self, data: "DataConfig") -> "Split":
+        """The training examples of public data, which a method names in a field of its own."""
+        return load(data, self.data_dir).train
 
     def generator(self, purpose: str) -> torch.Generator:
         """This client's random stream for one purpose in this round."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from baselines.fedavg import FedAvg, fedavg_small
 from baselines.lora import fedit
+from fedgrow_algo.grown import Grown
 from fedsim.core.canonical import canonical
 from fedsim.data import DataConfig, Partition, content, prepared
 from fedsim.data.source import _pinned
@@ -208,6 +209,22 @@ def test_a_sweep_is_not_joined_by_runs_of_other_data(texts: Path, tiny_experimen
     digits = dataclasses.replace(tiny_experiment, rounds=1)
     assert sweep([digits], out)[0] == [0, 1], "other data may join"
     assert sweep([experiment, second], out)[0] == [0, 1, 2] * 2, "all that have read them are computed again"
+
+
+def test_a_sweep_is_joined_by_runs_that_begin_with_another_public_model(
+    tiny_experiment: Experiment, tmp_path: Path
+) -> None:
+    """Two names may hold two contents."""
+    task, form, out = load_task(tiny_experiment.task, None), tiny_experiment.tiers[0].form, tmp_path / "out"
+    experiments = []
+    for seed in (0, 1):
+        saved(task.module(form, task.fresh(form, seed)), tmp_path / str(seed))
+        start = Grown((Checkpoint(str(tmp_path / str(seed))),))
+        method = fedavg_small(epochs=1)
+        experiments.append(dataclasses.replace(tiny_experiment, algorithm=method, start=start, rounds=1))
+    for experiment in experiments:
+        assert sweep([experiment], out)[0] == [0, 1]
+    assert load(out).runs.checkpoints_sha256.nunique() == 2
 
 
 def replace_weights(folder: Path) -> None:

@@ -64,8 +64,10 @@ class DataConfig:
     - `header`: whether the first line of a csv or tsv names the columns.
     - `skip`: the first so many training examples are nobody's: what a public model was trained on. Counted as those of
         `limit` are, and before it.
+    - `first`: training examples after the first so many are nobody's: with the number that another configuration
+        skips, what is public there.
     - `limit`: keep at most this many training, and at most this many test examples; the same for every seed. An
-        example of language modelling is a piece of `max_length` tokens.
+        example of language modelling is a piece of `max_length` tokens. - `test_limit`: of test examples, instead.
     - `image_size`, `channels`: what images are brought to.
     - `image_mean`, `image_std`: of each channel, for pixels of 0..1, as a checkpoint's `preprocessor_config.json` has
         them; empty for 0.5 each.
@@ -100,6 +102,8 @@ class DataConfig:
     image_mean: tuple[float, ...] = field(default=(), metadata={"later": True})
     image_std: tuple[float, ...] = field(default=(), metadata={"later": True})
     skip: int = field(default=0, metadata={"later": True, "most": WHOLE})
+    first: int | None = field(default=None, metadata={"later": True, "most": WHOLE})
+    test_limit: int | None = field(default=None, metadata={"later": True, "most": WHOLE})
     sha256: str | None = field(default=None, metadata={"placement": True})
 
     def __post_init__(self) -> None:
@@ -110,9 +114,10 @@ class DataConfig:
             accepted = "a name or a path; fedsim.data.from_frame writes frames to where every process can read them"
             refuse("task.data.name", type(self.name).__name__, accepted)
         check_types(self, "task.data")
-        check_range(self, "task.data", "limit", "image_size", "num_classes", least=1)
+        check_range(self, "task.data", "limit", "test_limit", "image_size", "num_classes", least=1)
         check_range(self, "task.data", "max_length", least=2)
         check_range(self, "task.data", "skip", least=0)
+        check_range(self, "task.data", "first", above=self.skip)
         for name in ("name", "config_name", "train_split", "test_split", "tokenizer"):
             if getattr(self, name) == "":
                 refuse(f"task.data.{name}", "", "not empty")

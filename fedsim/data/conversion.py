@@ -270,12 +270,20 @@ def _groups(config: DataConfig, tables: dict[str, Table], name: str | None) -> d
 
 
 def limited(n: int, config: DataConfig, split: str) -> np.ndarray:
-    """Sorted indices of what `skip` and `limit` keep; a larger limit keeps what a smaller one does and more.
+    """Sorted indices of what `first`, `skip` and a limit keep; a larger limit keeps what a smaller one does and more.
 
-    **Raises:** `ValueError` if `skip` leaves none.
+    **Raises:** `ValueError` if there are not so many as `first`, or `skip` leaves none.
     """
-    first = config.skip if split == "train" else 0
-    if first >= n:
-        refuse("task.data.skip", config.skip, f"below {n}, the training examples of task.data.name={config.name!r}")
+    first, limit, there = (
+        0,
+        config.test_limit or config.limit,
+        f"the training examples of task.data.name={config.name!r}",
+    )
+    if split == "train":
+        if config.skip >= n:
+            refuse("task.data.skip", config.skip, f"below {n}, {there}")
+        if config.first and config.first > n:
+            refuse("task.data.first", config.first, f"at most {n}, {there}")
+        first, limit, n = config.skip, config.limit, config.first or n
     rng = numpy_generator(SUBSET_SEED, f"data_limit_{split}")
-    return first + np.sort(rng.permutation(n - first)[: config.limit])
+    return first + np.sort(rng.permutation(n - first)[:limit])

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedsim.core.tree import sha256_of_text
 from fedsim.data.content import sha256s
-from fedsim.data.source import load, paths
+from fedsim.data.source import DataConfig, load, paths
 from fedsim.experiment import Experiment
 from fedsim.models import checkpoint as checkpoints
 from fedsim.models.checkpoint import Checkpoint
@@ -20,7 +21,8 @@ SHORT = 16  # digits of a hash in a message
 class Content:
     """What a run has read.
 
-    - `data_sha256`: of all examples, as tensors. - `checkpoints_sha256`: of all checkpoints; None: there are none.
+    - `data_sha256`: of all examples, as tensors. - `checkpoints_sha256`: of all checkpoints, and of data that a method
+      names; None: there are none.
     - `files`: hash of each file, by path. Two runs read the same if the two hashes above agree; files tell what
       differs if they do not.
     """
@@ -57,42 +59,51 @@ def pinned(experiment: Experiment, data_dir: str | None) -> Experiment:
 
     **Raises:** `ValueError` where the data are missing, or not as the experiment says.
     """
-    data = dataclasses.replace(experiment.task.data, sha256=load(experiment.task.data, data_dir).fingerprint)
-    return dataclasses.replace(_pinned(experiment), task=dataclasses.replace(experiment.task, data=data))
+    return _pinned(experiment, data_dir)
 
 
-def _pinned(value: Any) -> Any:
-    """The same with the content of every checkpoint in it."""
+def _pinned(value: Any, data_dir: str | None) -> Any:
+    """The same with the content of everything in it that is read."""
+    if isinstance(value, DataConfig):
+        return dataclasses.replace(value, sha256=load(value, data_dir).fingerprint)
     if isinstance(value, Checkpoint):
         checkpoints.check_content(value)
         return dataclasses.replace(value, sha256=checkpoints.sha256_of(value))
     if isinstance(value, tuple):
-        return tuple(map(_pinned, value))
-    if not dataclasses.is_dataclass(value) or isinstance(value, type) or not list(_checkpoints(value)):
+        return tuple(_pinned(each, data_dir) for each in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type) or not list(_read(value)):
         return value
     fields = [field.name for field in dataclasses.fields(value) if field.init]
-    return dataclasses.replace(value, **{name: _pinned(getattr(value, name)) for name in fields})
+    return dataclasses.replace(value, **{name: _pinned(getattr(value, name), data_dir) for name in fields})
 
 
-def _checkpoints(value: Any) -> Iterator[Checkpoint]:
-    """Every checkpoint in an experiment: its tiers', and those that its algorithm names."""
-    if isinstance(value, Checkpoint):
+def _read(value: Any) -> Iterator[Checkpoint | DataConfig]:
+    """All data and checkpoints in an experiment: its own, its tiers', and those that its algorithm names."""
+    if isinstance(value, Checkpoint | DataConfig):
         yield value
     elif isinstance(value, tuple):
-        yield from (each for item in value for each in _checkpoints(item))
+        yield from (each for item in value for each in _read(item))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from (each for field in dataclasses.fields(value) for each in _checkpoints(getattr(value, field.name)))
+        yield from (each for field in dataclasses.fields(value) for each in _read(getattr(value, field.name)))
 
 
 def content_of(experiment: Experiment, data_dir: str | None) -> Content:
     """What an experiment reads if it is run now."""
     experiment = pinned(experiment, data_dir)
-    named = list(_checkpoints(experiment))
-    read = [path for checkpoint in named for path in checkpoints.files_of(checkpoint)]
-    files = [sha256s(path) for path in (*paths(experiment.task.data, data_dir), *dict.fromkeys(read))]
-    together = "".join(f"{each.path} {each.sha256}\n" for each in named)
+    read = dict.fromkeys(path for each in _read(experiment) for path in _paths(each, data_dir))
+    files = [sha256s(path) for path in read]
+    named = [each for each in _read(experiment) if each is not experiment.task.data]
+    together = "".join(f"{_where(each)} {each.sha256}\n" for each in named)
     return Content(
         data_sha256=experiment.task.data.sha256,
         checkpoints_sha256=sha256_of_text(together) if named else None,
         files=functools.reduce(lambda one, other: one | other, files, {}),
     )
+
+
+def _where(read: Checkpoint | DataConfig) -> str:
+    return read.path if isinstance(read, Checkpoint) else read.name
+
+
+def _paths(read: Checkpoint | DataConfig, data_dir: str | None) -> Sequence[Path]:
+    return checkpoints.files_of(read) if isinstance(read, Checkpoint) else paths(read, data_dir)

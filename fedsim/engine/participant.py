@@ -232,6 +232,7 @@ class Participant:
             precision=self.experiment.precision,
             forms=self.experiment.forms,
             start=self.experiment.start,
+            data_dir=self.data_dir,
         )
 
     def _shard(self, everybodys: Split) -> Split:

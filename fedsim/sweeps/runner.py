@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -113,9 +113,18 @@ def check_joined(out: Place, experiments: Sequence[Experiment], stores: Mapping[
 
 
 def _reads(config: str) -> tuple[str, str]:
-    """What names the data, and the checkpoints, in an experiment's canonical JSON."""
+    """What names the data in an experiment's canonical JSON, and what names the rest that is read."""
     experiment = json.loads(config)
-    return json.dumps(experiment["task"]["data"]), json.dumps([tier.get("checkpoint") for tier in experiment["tiers"]])
+    data = experiment["task"].pop("data")
+    return json.dumps(data), json.dumps(list(_named(experiment)))
+
+
+def _named(value: Any) -> Iterator[Any]:
+    """All checkpoints and data in a part of an experiment's canonical JSON."""
+    if isinstance(value, dict) and value.get("class", "").endswith((".Checkpoint", ".DataConfig")):
+        yield value
+    elif isinstance(value, dict | list):
+        yield from (each for item in (value.values() if isinstance(value, dict) else value) for each in _named(item))
 
 
 def run_all(

@@ -78,6 +78,14 @@ def test_limit_keeps_more_of_the_same():
     assert len(load(digits(limit=10_000), None).train) == 1438
 
 
+def test_test_examples_may_have_a_limit_of_their_own():
+    data, both = load(digits(limit=50, test_limit=20), None), load(digits(limit=50), None)
+    assert (len(data.train), len(data.test), len(both.test)) == (50, 20, 50)
+    assert len(load(digits(test_limit=20), None).train) == 1438
+    rows = {row.numpy().tobytes() for row in both.test.inputs["pixel_values"]}
+    assert {row.numpy().tobytes() for row in data.test.inputs["pixel_values"]} < rows
+
+
 def test_skip_leaves_out_the_first_training_examples():
     whole, rest = load(digits(), None), load(digits(skip=1000), None)
     assert torch.equal(rest.train.inputs["pixel_values"], whole.train.inputs["pixel_values"][1000:])
@@ -89,6 +97,20 @@ def test_skip_leaves_out_the_first_training_examples():
     assert canonical(digits(skip=0)) == canonical(digits()) != canonical(digits(skip=1))
     with pytest.raises(ValueError, match=r"task\.data\.skip=1438: must be below 1438, the training examples"):
         load(digits(skip=1438), None)
+
+
+def test_first_keeps_what_skip_leaves_out():
+    """What a public model was trained on, and what nobody has seen, are all there is, and share nothing."""
+    parts = [load(config, None).train.inputs["pixel_values"] for config in (digits(first=400), digits(skip=400))]
+    assert torch.equal(torch.cat(parts), load(digits(), None).train.inputs["pixel_values"])
+    both, few = load(digits(skip=100, first=400), None), load(digits(first=400, limit=30), None)
+    assert torch.equal(both.train.inputs["pixel_values"], parts[0][100:]) and len(both.test) == 359
+    rows = {row.numpy().tobytes() for row in parts[0]}
+    assert len(few.train) == 30 and {row.numpy().tobytes() for row in few.train.inputs["pixel_values"]} <= rows
+    with pytest.raises(ValueError, match=r"task\.data\.first=1439: must be at most 1438, the training examples"):
+        load(digits(first=1439), None)
+    with pytest.raises(ValueError, match=r"task\.data\.first=100: must be greater than 100"):
+        digits(skip=100, first=100)
 
 
 # the kind of data, known before they are loaded -----------------------------------------------------------------------
