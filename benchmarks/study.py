@@ -89,8 +89,6 @@ PRIVATE = (  # no model of a participant leaves it
     "fedsb",
 )
 ANY_TARGET = ("fedgrow_residual preserving", "fedgrow_fused preserving", "fedkd")
-WITH_CLASSES = ("fedgrow_analytic preserving", "fedproto", "fedtgp", "analytic")
-ALIGNED_FORMS = ("fedgrow_analytic preserving aligned", "fedgrow_analytic preserving aligned apart")
 TRAINED_FIRST = (  # small models, before they grow
     "fedgrow_lowrank preserving apart",
     "fedgrow_no_federation_lowrank preserving apart",
@@ -98,9 +96,7 @@ TRAINED_FIRST = (  # small models, before they grow
     "fedgrow_residual preserving apart",
 )
 OPEN = ("fedavg", "fedavg_mid", "fedavg_small", "heterofl")
-MATCHED = "fedgrow_matched preserving"  # is Fed-Grow itself where small models are the public ones, as brought
-UNMATCHED = tuple(name for name in PRIVATE if name != MATCHED) + TRAINED_FIRST
-# On the costly task: the project's forms that can be afforded there, and who was ahead of its kind on digits.
+# Where a run is costly: the project's forms that can be afforded there, and who was ahead of its kind on digits.
 FEW = (
     "fedgrow_lowrank preserving",
     "fedgrow_no_federation_lowrank preserving",
@@ -114,6 +110,7 @@ FEW = (
     "fedavg",
     "fedavg_small",
 )
+MORE = ("fedgrow_residual preserving", "fedavg_mid")
 
 
 APART, ALIGNED = " apart", " aligned"
@@ -126,7 +123,8 @@ class Part:
 
     - `tried`: rates of `study_grid`; `wider`: one more for each of some methods.
     - `rates`: of those that go on, chosen by validation with classes weighted evenly. - `batch_size`: of every method.
-    - `public`: what of the data's settings gives examples to forms that are `ALIGNED`. - `grid_rounds`: of the grid.
+    - `public`: what of the data's settings gives examples to forms that are `ALIGNED`.
+    - `grid_rounds`: of the grid; 0: it has none, as its rates are those of strangers on the same task.
     """
 
     base: Callable[[], Experiment]
@@ -154,7 +152,7 @@ class Part:
 
     def grid(self) -> list[Experiment]:
         """A few rounds, scored after the last."""
-        tried = ((name, rate) for name in self.names for rate in self.tried_for(name))
+        tried = [(name, rate) for name in self.names for rate in self.tried_for(name)] if self.grid_rounds else []
         return self.compared(tried, rounds=self.grid_rounds, eval_every=self.grid_rounds)
 
     def tried_for(self, name: str) -> tuple[float, ...]:
@@ -166,21 +164,14 @@ GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 PARTS = {
     "fashion_strangers": Part(
         on_fashion,
-        UNMATCHED + WITH_CLASSES + ALIGNED_FORMS + OPEN,
+        FEW + MORE,
         (1e-3, 3e-3),
         wider={},
         rates={},
         public={"skip": 0, "first": PUBLIC_IMAGES, "limit": 500, "test_limit": None},
         grid_rounds=2,
     ),
-    "fashion_ancestor": Part(
-        lambda: on_fashion(ancestor=True),
-        UNMATCHED + WITH_CLASSES + OPEN,
-        (1e-3, 3e-3),
-        wider={},
-        rates={},
-        grid_rounds=2,
-    ),
+    "fashion_ancestor": Part(lambda: on_fashion(ancestor=True), FEW + MORE, (1e-3, 3e-3), {}, {}, grid_rounds=0),
     "topics_strangers": Part(
         on_topics,
         PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN,
@@ -211,11 +202,23 @@ PARTS = {
     ),
     "topics_ancestor": Part(
         lambda: on_topics(ancestor=True),
-        UNMATCHED + ANY_TARGET + OPEN,
-        (1e-3, 3e-3),
+        PRIVATE + ANY_TARGET + OPEN,
+        GRID,
         wider={},
-        rates={},
-        grid_rounds=2,
+        rates={
+            "fedgrow_residual preserving": 3e-4,
+            "fedgrow preserving": 1e-3,
+            "fedgrow_lowrank preserving": 3e-4,
+            "fedgrow_no_federation_lowrank preserving": 3e-3,
+            "fedgrow_core preserving": 1e-2,
+            "local_only": 3e-3,
+            "fedit": 3e-3,
+            "fedsb": 1e-2,
+            "fedavg": 1e-3,
+            "fedavg_mid": 1e-3,
+            "fedavg_small": 3e-3,
+        },
+        grid_rounds=0,
     ),
     "newsgroups": Part(
         on_newsgroups,
