@@ -26,6 +26,7 @@ from benchmarks.federations import (
     on_sst2,
     scaled,
 )
+from benchmarks.leakage import leakage, leakage_epsilon
 from benchmarks.methods import CIFAR, DIGITS, GRID, PUBLIC_DIGITS, RATE, SENTENCES, TOKENS, methods
 from benchmarks.robustness import robustness
 from benchmarks.study import AS_BROUGHT, changed, gates, study, study_grid
@@ -39,7 +40,16 @@ from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 
 
-__all__ = ["ablations", "ablations_grid", "gates", "robustness", "study", "study_grid"]
+__all__ = [
+    "ablations",
+    "ablations_grid",
+    "gates",
+    "leakage",
+    "leakage_epsilon",
+    "robustness",
+    "study",
+    "study_grid",
+]
 
 
 def quick() -> list[Experiment]:
