@@ -166,7 +166,8 @@ PARTS = {
         on_fashion,
         FEW + MORE,
         (1e-3, 3e-3),
-        wider={},
+        wider={name: 3e-4 for name in FEW + MORE}
+        | {"fedavg_mid": 1e-2, "fedgrow_analytic preserving aligned": 1e-2, "analytic": 1e-3},
         rates={},
         public={"skip": 0, "first": PUBLIC_IMAGES, "limit": 500, "test_limit": None},
         grid_rounds=2,

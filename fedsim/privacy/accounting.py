@@ -95,7 +95,7 @@ def noise_multiplier(
     if accountant == "pld":  # needs about as much, and each try takes longer
         known: dict[str, Any] = {"sampling_rate": sampling_rate, "steps": steps, "delta": delta, "sampling": sampling}
         start = noise_multiplier(epsilon=epsilon, **known)
-    found = _least(enough, start)
+    found = least(enough, start)
     if found == math.inf:
         refuse("epsilon", epsilon, f"more: at delta={delta} no noise_multiplier up to {MOST:g} is enough")
     return found
@@ -121,10 +121,35 @@ def delta(
         known = float(sampling_rate), float(noise_multiplier), steps
         return delta >= 1 or _epsilon(*known, delta, accountant, sampling) <= epsilon
 
-    found = _least(enough, 1e-5, least=1e-30)
+    found = least(enough, 1e-5, smallest=1e-30)
     if found >= 1:
         refuse("epsilon", epsilon, f"more, with noise_multiplier={noise_multiplier}: no delta below 1 goes with it")
     return found
+
+
+def skellam_epsilon(*, variance: float, moved: float, size: int, steps: int, delta: float) -> float:
+    """The epsilon of sums of whole numbers under Skellam noise: Agarwal, Kairouz, Liu 2021, theorem 3.5, composed.
+
+        eps(alpha) = alpha D2^2 / 2 mu + min(((2 alpha - 1) D2^2 + 6 D1) / 4 mu^2, 3 D1 / 2 mu),  D1 <= sqrt(d) D2, D2^2
+
+    **Arguments:**
+
+    - `variance`: mu, of the noise of a sum. - `moved`: D2, by how much a participant moves it. - `size`: d, of numbers.
+    - `steps`: rounds, everyone in each. - `delta`: as of `epsilon`.
+    """
+    _check_above(variance=variance, moved=moved)
+    _check_delta(delta)
+    _, rdp, _ = _library()
+    divergences = skellam_divergence(np.array(WHOLE_ORDERS, float), variance, moved, size)
+    spent, _ = rdp.compute_epsilon(WHOLE_ORDERS, steps * divergences, delta)
+    return max(0.0, float(spent))
+
+
+def skellam_divergence(order: np.ndarray, variance: float, moved: float, size: int) -> np.ndarray:
+    """eps(alpha) of one sum, for whole orders."""
+    D1 = moved * min(math.sqrt(size), moved)
+    more = np.minimum(((2 * order - 1) * moved**2 + 6 * D1) / (4 * variance**2), 3 * D1 / (2 * variance))
+    return order * moved**2 / (2 * variance) + more
 
 
 # by the theorems ------------------------------------------------------------------------------------------------------
@@ -198,7 +223,7 @@ def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
     return dp_accounting, rdp_privacy_accountant, pld
 
 
-def _least(enough: Callable[[float], bool], start: float, least: float = 1e-6) -> float:
+def least(enough: Callable[[float], bool], start: float, smallest: float = 1e-6) -> float:
     """The least number that is enough, where all larger ones are, too; never too little. Infinity: none is."""
     low = high = start
     while not enough(high):
@@ -207,7 +232,7 @@ def _least(enough: Callable[[float], bool], start: float, least: float = 1e-6) -
             return math.inf
     while low == high or enough(low):
         low, high = low / 2, low
-        if low < least:
+        if low < smallest:
             return high
     while high / low > FINE:
         middle = math.sqrt(low * high)

@@ -16,6 +16,10 @@ Who adds the noise (`noise`):
 - "central": the server, once a round. It sees every update, and is trusted.
 - "distributed": each client a share N(0, sigma^2 C^2 / m). Only a sum of all m is private: for use under secure sums,
   and refused where somebody may be missing. Shares are real Gaussians, which a sum of whole numbers would round.
+- "skellam": the same in whole numbers, for which the theorem holds as it is computed (Agarwal, Kairouz, Liu 2021): what
+  is sent is rounded to multiples of a step s, and each share is s times the difference of two Poisson numbers of mean
+  sigma^2 C^2 / 2 s^2 m. Shares add up to one such number exactly. For `SecureSum` or `FixedPointSum` of equal
+  `numbers`, and everyone in every round. Compared are a participant and one who sends back what it received.
 - "local": each client N(0, sigma^2 C^2). Its own update is private, from everybody. One value stands against any other:
   they are up to 2C apart, so sigma counts as half, and nothing is amplified by sampling.
 
@@ -37,9 +41,11 @@ import secrets
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from fedsim.algorithm import (
+    LATER,
     Algorithm,
     ClientContext,
     ClientUpdate,
@@ -55,12 +61,14 @@ from fedsim.core.tree import flat, nested
 from fedsim.experiment import Experiment
 from fedsim.privacy import accounting
 from fedsim.privacy.accounting import Accountant, Sampled
-from fedsim.privacy.mechanism import clipped, noised
+from fedsim.privacy.fixed_point import FixedPoint
+from fedsim.privacy.mechanism import clipped, noised, noised_whole
 from fedsim.privacy.pairs import Around, Arriving, Pair
 
 
 COUNT = "privacy.unclipped"  # beside an update: b_k - 1/2
 CLIP = "clip"  # in the pair's state: C of the next round
+MOST_VARIANCE = 2.0**40  # of Poisson numbers, whose probabilities are computed in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +81,7 @@ class ParticipantDP(Pair):
       experiment's: `calibrated` puts them in. - `accountant`: by which epsilon is computed.
     - `noise`, `clipping`: as above. - `quantile`, `clip_lr`: of the adaptive clip, where it goes and how fast (eta).
     - `count_noise`: sigma_b; None: m / 20, as in the paper, or sigma where that is more.
+    - `numbers`, `size`: where noise is "skellam", those of the sum, and how many an update has (at most).
     - `deployable`: noise comes from the operating system's randomness, which nobody can compute again from the seed.
       Such a run cannot be repeated, and a round that is computed twice has other numbers.
     """
@@ -84,11 +93,13 @@ class ParticipantDP(Pair):
     cohort: int | None = None
     sampling: Sampled = "full"
     accountant: Accountant = "rdp"
-    noise: Literal["central", "distributed", "local"] = "central"
+    noise: Literal["central", "distributed", "skellam", "local"] = "central"
     clipping: Literal["flat", "per_tensor", "adaptive"] = "flat"
     quantile: float = 0.5
     clip_lr: float = 0.2
     count_noise: float | None = None
+    numbers: FixedPoint = dataclasses.field(default=FixedPoint(fraction=16), metadata=LATER)
+    size: int | None = dataclasses.field(default=None, metadata=LATER)
     deployable: bool = False
 
     def __post_init__(self) -> None:
@@ -105,15 +116,35 @@ class ParticipantDP(Pair):
             for name in ("clip", "delta", "cohort"):
                 if getattr(self, name) is None:
                     refuse(f"privacy.{name}", None, f"given where privacy.noise_multiplier={self.noise_multiplier}")
+        if self.noise == "skellam" and self.noise_multiplier:
+            self._check_whole()
         if self._adaptive:
             for name in ("clip", "cohort"):
                 if getattr(self, name) is None:
                     refuse(f"privacy.{name}", None, "given where privacy.clipping='adaptive'")
-            if self.noise == "local":
-                refuse("privacy.clipping", self.clipping, "'flat' or 'per_tensor' where privacy.noise='local'")
+            if self.noise in ("local", "skellam"):
+                refuse("privacy.clipping", self.clipping, f"'flat' or 'per_tensor' where privacy.noise={self.noise!r}")
             if self.noise_multiplier and 2 * self._sigma_b <= self.noise_multiplier:
                 accepted = f"more than half of privacy.noise_multiplier={self.noise_multiplier}"
                 refuse("privacy.count_noise", self.count_noise, accepted)
+
+    def _check_whole(self) -> None:
+        told = "where privacy.noise='skellam'"
+        check_range(self, "privacy", "size", least=1)
+        if self.size is None:
+            refuse("privacy.size", None, f"given {told}: rounding moves an update by up to its root")
+        for name, wanted in (("accountant", "rdp"), ("sampling", "full")):
+            if getattr(self, name) != wanted:
+                refuse(f"privacy.{name}", getattr(self, name), f"{wanted!r} {told}: no theorem for others")
+        if self._variance > MOST_VARIANCE:
+            accepted = f"smaller {told}: shares of a variance of {self._variance:.3g} steps cannot be drawn exactly"
+            refuse("privacy.numbers.fraction", self.numbers.fraction, accepted)
+
+    @property
+    def _variance(self) -> float:
+        """Of a share of whole noise, in squared steps."""
+        assert self.clip is not None and self.cohort is not None
+        return (self.noise_multiplier * self.clip * 2**self.numbers.fraction) ** 2 / self.cohort
 
     @property
     def _adaptive(self) -> bool:
@@ -162,12 +193,15 @@ class ParticipantDP(Pair):
         if self.sampling == "fixed" and conditions.availability < 1:
             accepted = "1 with noise and sampling='fixed': the share of those who are there is not known"
             refuse("conditions.availability", conditions.availability, accepted)
-        pairs = getattr(experiment.algorithm, "pairs", ())
+        pairs: tuple[Any, ...] = getattr(experiment.algorithm, "pairs", ())
         noisy = [pair for pair in pairs if isinstance(pair, ParticipantDP) and pair._uniform]
         if len(noisy) > 1:  # their noise would be one stream
             refuse("algorithm.pairs", pairs, "at most one ParticipantDP with noise")
-        if self.noise == "distributed":
+        if self.noise in ("distributed", "skellam"):
             self._check_nobody_missing(experiment)
+        if self.noise == "skellam" and not (pairs[-1].hides and getattr(pairs[-1], "numbers", None) == self.numbers):
+            accepted = f"with a SecureSum or FixedPointSum of numbers={self.numbers} as the last: noise is 'skellam'"
+            refuse("algorithm.pairs", [type(pair).__name__ for pair in pairs], accepted)
         self.spent(experiment, experiment.rounds)
 
     def _check_nobody_missing(self, experiment: Experiment) -> None:
@@ -181,17 +215,27 @@ class ParticipantDP(Pair):
             ("conditions.memory", conditions.memory if conditions.memory == "exclude" else "", ""),
         ):
             if found != wanted:
-                refuse(name, found, "another where privacy.noise='distributed': shares of who is missing are lacking")
+                refuse(name, found, f"another where privacy.noise={self.noise!r}: shares of who is missing are lacking")
 
     def spent(self, experiment: Experiment, round: int) -> dict[str, float]:
         if not self.noise_multiplier:
             return {}
         assert self.delta is not None
         steps = shared_rounds(experiment, round)
+        spent = self._epsilon(experiment, steps) if steps else 0.0
+        return {"epsilon": spent, "delta": self.delta, "noise_multiplier": self.noise_multiplier}
+
+    def _epsilon(self, experiment: Experiment, steps: int) -> float:
+        assert self.delta is not None
+        if self.noise == "skellam":
+            assert self.clip is not None and self.cohort is not None and self.size is not None
+            moved = self.clip * 2**self.numbers.fraction + math.sqrt(self.size)
+            return accounting.skellam_epsilon(
+                variance=self.cohort * self._variance, moved=moved, size=self.size, steps=steps, delta=self.delta
+            )
         known = self._promised(experiment)
         sigma = self.noise_multiplier * known.pop("factor")
-        spent = 0.0 if not steps else accounting.epsilon(noise_multiplier=sigma, steps=steps, delta=self.delta, **known)
-        return {"epsilon": spent, "delta": self.delta, "noise_multiplier": self.noise_multiplier}
+        return accounting.epsilon(noise_multiplier=sigma, steps=steps, delta=self.delta, **known)
 
     def _promised(self, experiment: Experiment) -> dict[str, Any]:
         """What the theorem is told, and the `factor` by which it counts sigma."""
@@ -210,7 +254,11 @@ class ParticipantDP(Pair):
         tree, within = clipped(flat(update.tree), received, clip, per_tensor=self.clipping == "per_tensor")
         if self._uniform:
             self._check_tree(tree, received)
-        share = {"central": 0.0, "distributed": (self.cohort or 1) ** -0.5, "local": 1.0}[self.noise]
+        share = {"central": 0.0, "distributed": (self.cohort or 1) ** -0.5, "local": 1.0, "skellam": 0.0}[self.noise]
+        if self.noise == "skellam" and self._uniform:
+            if (found := sum(tensor.numel() for tensor in tree.values())) > (self.size or 0):
+                refuse("privacy.size", self.size, f"at least {found}, the numbers of an update")
+            tree = noised_whole(tree, 2.0**-self.numbers.fraction, self._variance, self._drawn(ctx))
         tree = noised(tree, share * self._sigma_delta * clip, self._stream("noise", ctx))
         if self._adaptive:
             bit = {COUNT: torch.tensor(within - 0.5, dtype=torch.float64)}
@@ -258,6 +306,9 @@ class ParticipantDP(Pair):
         tree = noised(tree, central * self._sigma_delta * clip, self._stream("noise", ctx))
         return iter([Partial(tree, self.cohort)]), state
 
+    def _drawn(self, ctx: ClientContext) -> np.random.Generator:
+        return np.random.default_rng(None if self.deployable else ctx.derive("privacy/noise"))
+
     def _stream(self, purpose: str, ctx: ClientContext | ServerContext) -> torch.Generator:
         if self.deployable:
             return torch.Generator().manual_seed(secrets.randbits(63))
@@ -293,6 +344,12 @@ def calibrated(
         promised = pair._promised(experiment)
         factor, steps = promised.pop("factor"), shared_rounds(experiment, experiment.rounds)
         sigma = accounting.noise_multiplier(epsilon=epsilon, delta=delta, steps=steps, **promised) / factor
+        if pair.noise == "skellam":  # takes a little more than Gaussian noise
+
+            def enough(sigma: float) -> bool:
+                return dataclasses.replace(pair, noise_multiplier=sigma)._epsilon(experiment, steps) <= epsilon
+
+            sigma = accounting.least(enough, sigma)
         pair = dataclasses.replace(pair, noise_multiplier=sigma)
     method = experiment.algorithm
     inner, others = (method.method, method.pairs) if isinstance(method, Around) else (method, ())

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import comb
-from scipy.stats import norm
+from scipy.special import comb, logsumexp
+from scipy.stats import norm, skellam
 
 from fedsim.privacy import delta, epsilon, noise_multiplier
-from fedsim.privacy.accounting import Accountant, Sampled
+from fedsim.privacy.accounting import Accountant, Sampled, skellam_divergence, skellam_epsilon
 
 
 STEP: dict[str, Any] = {"sampling_rate": 0.04, "noise_multiplier": 1.5, "steps": 2250, "delta": 1e-5}
@@ -188,3 +188,37 @@ def test_orders_that_are_left_out_are_not_told_one_by_one(caplog: pytest.LogCapt
         logging.getLogger("absl").removeHandler(caplog.handler)
     assert caplog.records == [] and 7.9 < spent < 8.1
     assert logging.getLogger("absl").isEnabledFor(logging.WARNING), "what others say of themselves is told"
+
+
+# whole numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moved, variance, near", [(1, 4.0, 1.8), (2, 30.0, 1.3), (20, 4000.0, 1.01)])
+def test_the_bound_on_skellam_noise_holds_and_is_near(moved: int, variance: float, near: float) -> None:
+    """Against the divergence itself, summed over all whole numbers that have any mass."""
+    reach = int(moved + 20 * variance**0.5)
+    numbers = np.arange(-reach, reach + 1)
+    here, there = (skellam.logpmf(numbers - shift, variance / 2, variance / 2) for shift in (0, moved))
+    for order in (2, 5, 20):
+        held = np.isfinite(here) & np.isfinite(there)
+        exact = float(logsumexp((order * there + (1 - order) * here)[held])) / (order - 1)
+        bound = float(skellam_divergence(np.array(order), variance, moved, size=1))
+        assert exact <= bound <= near * exact, (order, exact, bound)
+
+
+def test_fine_steps_make_it_gaussian_and_coarse_ones_cost() -> None:
+    gaussian = epsilon(sampling_rate=1, noise_multiplier=3.0, steps=10, delta=1e-5, sampling="full")
+    found = []
+    for step in (1e-6, 1e-2, 1.0):
+        moved, size = 1 / step, 1
+        whole = skellam_epsilon(variance=(3 * moved) ** 2, moved=moved + 1, size=size, steps=10, delta=1e-5)
+        found.append(whole)
+    assert found == sorted(found) and found[0] == pytest.approx(gaussian, rel=0.02) and found[2] > 1.5 * gaussian
+
+
+@pytest.mark.parametrize(
+    "bad, field", [({"variance": 0.0}, "variance"), ({"moved": -1.0}, "moved"), ({"delta": 1.0}, "delta")]
+)
+def test_bad_numbers_of_whole_noise_are_refused(bad: dict, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}="):
+        skellam_epsilon(**{"variance": 9.0, "moved": 1.0, "size": 4, "steps": 1, "delta": 1e-5} | bad)

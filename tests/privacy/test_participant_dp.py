@@ -13,7 +13,7 @@ from torch import Tensor
 from baselines.fedavg import FedAvg
 from baselines.heterofl import heterofl_clean
 from fedsim.algorithm import ClientUpdate, Partial, State, whole_sum
-from fedsim.core.seeding import generator
+from fedsim.core.seeding import derive, generator
 from fedsim.core.tree import flat
 from fedsim.data.config import digits
 from fedsim.devices import Conditions
@@ -22,6 +22,8 @@ from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 from fedsim.privacy import Around, ParticipantDP, calibrated, epsilon
 from fedsim.privacy.dp import CLIP, COUNT
+from fedsim.privacy.fixed_point import FixedPoint
+from fedsim.privacy.secure import FixedPointSum, SecureSum
 from tests.support.small_federation import ALIKE, LOCAL, Federation, assert_same_bits, without_counting
 
 
@@ -30,7 +32,10 @@ DRAWS = 1000
 
 
 def context(round: int = 1, client: int = -1) -> Any:
-    return SimpleNamespace(generator=lambda purpose: generator(0, purpose, round, client), round=round)
+    streams = {"generator": generator, "derive": derive}
+    return SimpleNamespace(
+        **{name: lambda purpose, of=of: of(0, purpose, round, client) for name, of in streams.items()}, round=round
+    )
 
 
 def sent_by(pair: ParticipantDP, tree: State, received: State, sent: State | None = None, client: int = 0):
@@ -323,3 +328,62 @@ def test_what_was_not_received_is_refused_where_a_round_may_have_nobody() -> Non
         sent_by(pair, {"a": tensor(1.0), "b": tensor(1.0)}, {"a": tensor(1.0)})
     with pytest.raises(ValueError, match=r"ClientUpdate.tree\['a'\]=torch.int64: must be of floats"):
         sent_by(pair, {"a": torch.tensor([1])}, {"a": torch.tensor([1])})
+
+
+# whole noise ----------------------------------------------------------------------------------------------------------
+
+
+WHOLE: dict[str, Any] = {"clip": 1.0, "noise_multiplier": 2.0, "delta": 1e-3, "noise": "skellam", "size": 50_000}
+NUMBERS = FixedPoint(fraction=16)
+
+
+def test_whole_shares_add_up_to_noise_of_the_whole_round() -> None:
+    """Four shares of variance sigma^2 C^2 / 4, in whole steps."""
+    pair, received = ParticipantDP(**WHOLE | {"cohort": 4, "size": 4 * DRAWS}), {"a": torch.zeros(4 * DRAWS)}
+    shares = [sent_by(pair, received, received, client=client).tree["a"] for client in range(4)]
+    for share in shares:
+        assert share.dtype == torch.float64 and torch.equal(share * 2**16, torch.round(share * 2**16))
+    assert_standard_deviation(shares[0], 2.0 / 4**0.5)
+    assert_standard_deviation(torch.stack(shares).sum(0), 2.0)
+    assert not torch.equal(shares[0], shares[1])
+
+
+def test_a_sum_of_words_holds_whole_noise_exactly(monkeypatch: pytest.MonkeyPatch, tiny_experiment: Experiment) -> None:
+    without_counting(monkeypatch)
+    states = []
+    for total in (FixedPointSum(NUMBERS), SecureSum(NUMBERS)):
+        base = dataclasses.replace(tiny_experiment, algorithm=Around(FedAvg(**LOCAL), (total,)), cohort=None)
+        private = calibrated(base, clip=0.5, epsilon=8.0, delta=1e-3, noise="skellam", size=50_000, numbers=NUMBERS)
+        spent = private.algorithm.spent(private, private.rounds)
+        assert 7.99 < spent["epsilon"] <= 8.0
+        gaussian = calibrated(base, clip=0.5, epsilon=8.0, delta=1e-3).algorithm.spent(private, 1)["noise_multiplier"]
+        assert 1 < spent["noise_multiplier"] / gaussian < 1.2
+        federation = Federation(private.algorithm)
+        federation.run(1)
+        states.append(federation.server)
+    assert_same_bits(states[0], states[1])
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"size": None}, r"privacy\.size=None: must be given"),
+        ({"size": 0}, r"privacy\.size=0: must be at least 1"),
+        ({"accountant": "pld"}, r"privacy\.accountant='pld': must be 'rdp'"),
+        ({"sampling": "fixed"}, r"privacy\.sampling='fixed': must be 'full'"),
+        ({"clipping": "adaptive"}, r"privacy\.clipping='adaptive': must be 'flat' or 'per_tensor'"),
+        ({"numbers": FixedPoint(fraction=30)}, r"privacy\.numbers\.fraction=30: must be smaller"),
+    ],
+)
+def test_whole_noise_is_refused_where_nothing_is_known_of_it(changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParticipantDP(**WHOLE | {"cohort": 4} | changed)
+
+
+def test_whole_noise_asks_for_a_sum_of_words_and_room_for_an_update(tiny_experiment: Experiment) -> None:
+    base = dataclasses.replace(tiny_experiment, algorithm=FedAvg(**LOCAL), cohort=None)
+    with pytest.raises(ValueError, match=r"algorithm\.pairs=\['ParticipantDP'\]: must be with a SecureSum"):
+        calibrated(base, **{name: value for name, value in WHOLE.items() if name != "noise_multiplier"}, epsilon=8.0)
+    pair = ParticipantDP(**WHOLE | {"cohort": 4, "size": 3})
+    with pytest.raises(ValueError, match=r"privacy\.size=3: must be at least 4"):
+        sent_by(pair, {"a": torch.zeros(4)}, {"a": torch.zeros(4)})
