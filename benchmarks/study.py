@@ -160,6 +160,20 @@ class Part:
         return ((0.01, 0.1, 1.0) if name in RATE else self.tried) + more
 
 
+FASHION_RATES = {
+    "fedgrow_core preserving": 1e-3,
+    "fedgrow_lowrank preserving": 1e-3,
+    "fedgrow_residual preserving": 1e-3,
+    "fedgrow_no_federation_lowrank preserving": 3e-4,
+    "fedgrow_analytic preserving": 1e-3,
+    "local_only": 3e-4,
+    "fedproto": 1e-3,
+    "fedit": 1e-3,
+    "analytic": 1e-2,
+    "fedavg": 3e-4,
+    "fedavg_mid": 3e-3,
+    "fedavg_small": 3e-4,
+}
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 PARTS = {
     "fashion_strangers": Part(
@@ -168,11 +182,13 @@ PARTS = {
         (1e-3, 3e-3),
         wider={name: 3e-4 for name in FEW + MORE}
         | {"fedavg_mid": 1e-2, "fedgrow_analytic preserving aligned": 1e-2, "analytic": 1e-3},
-        rates={},
+        rates=FASHION_RATES | {"fedgrow_analytic preserving aligned": 3e-3},
         public={"skip": 0, "first": PUBLIC_IMAGES, "limit": 500, "test_limit": None},
         grid_rounds=2,
     ),
-    "fashion_ancestor": Part(lambda: on_fashion(ancestor=True), FEW + MORE, (1e-3, 3e-3), {}, {}, grid_rounds=0),
+    "fashion_ancestor": Part(
+        lambda: on_fashion(ancestor=True), FEW + MORE, (3e-4, 1e-3, 3e-3), {}, FASHION_RATES, grid_rounds=0
+    ),
     "topics_strangers": Part(
         on_topics,
         PRIVATE + TRAINED_FIRST + ANY_TARGET + OPEN,
@@ -233,6 +249,7 @@ PARTS = {
 }
 # The form of Fed-Grow that was best by validation on the tuning seed, by what names the part in the tables.
 FORMS = {"from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)"}
+NAMED = {"from gpt2-24x1, gpt2-32x2": "next byte of reference text, owners of whole topics; two strangers' models"}
 
 
 def study() -> list[Experiment]:

@@ -1,8 +1,9 @@
 """What the study found:  python benchmarks/when_it_helps.py [DIR ...]
 
 Of results folders of the suite `study` the tables are gathered in `benchmarks/study_tables` (runs, rounds, and what
-every participant deployed); without folders they are read there. Written from them: `docs/when-it-helps.svg`, the
-numbers, `docs/when-it-helps.json`, and on standard output the tables of `docs/when-it-helps.md`.
+every participant deployed), beside those of other runs that lie there; all of these are read. Written from them:
+`docs/when-it-helps.svg`, the numbers, `docs/when-it-helps.json`, and on standard output the tables of
+`docs/when-it-helps.md`, of which the first is the README's.
 
 A form of Fed-Grow is held against the others at equal bytes: every run is read at its last scored round within what
 `fedgrow_lowrank` sent and received in its whole run. The form is the one that was best by validation on the tuning
@@ -27,7 +28,7 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.readme_figure import markdown  # noqa: E402
-from benchmarks.study import FORMS  # noqa: E402
+from benchmarks.study import FORMS, NAMED  # noqa: E402
 from fedsim.algorithm import PRIVATE  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
 from fedsim.report.comparison import BUDGETS, Difference, differences  # noqa: E402
@@ -79,6 +80,7 @@ def tell(directories: Sequence[str]) -> int:
         for setting, runs in settings.items()
     }
     PAGE.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{overview(found)}\n")
     for setting, part in found.items():
         print(f"**{setting}**, seeds {part['seeds']}\n\n{markdown(cells(part['table'], COLUMNS), COLUMNS)}\n")
         for question, text in part["verdicts"].items():
@@ -94,7 +96,11 @@ def gather(results: Results, folder: Path) -> None:
     """Write what figures are made of: three Parquet files, a row a run, a round, and a participant at the end."""
     folder.mkdir(exist_ok=True)
     for name, frame in {"runs": results.runs, "rounds": results.rounds, "deployed": results.deployed}.items():
-        frame.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+        path = folder / f"{name}.parquet"
+        if path.exists():
+            before = pd.read_parquet(path)
+            frame = pd.concat([before[~before.run_id.isin(frame.run_id)], frame], ignore_index=True)
+        frame.to_parquet(path, index=False, compression="zstd")
 
 
 def gathered(folder: Path) -> Results:
@@ -104,12 +110,35 @@ def gathered(folder: Path) -> Results:
     return results
 
 
+def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a setting: what the form reaches at equal bytes, beside the best of each question's rivals."""
+    lines = ["| task and regime | form of Fed-Grow | best rival (P) | best of all (A) |", "|:--|:--|:--|:--|"]
+    for setting, part in found.items():
+        rows = part["table"]
+        ours = next(row for row in rows if row["method"] == part["form"])
+        rivals = [row for row in rows if not row["algorithm"].startswith("fedgrow")]
+        among = [row for row in rivals if row["leaves"] in PRIVATE], rivals
+        best = [max(each, key=lambda row: row["equal_bytes_accuracy"]) for each in among]
+        told = [f"`{row['method'].split()[0]}` {reached(row)}" for row in (ours, *best)]
+        lines.append(f"| {NAMED[naming(setting)]} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def reached(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['equal_bytes_accuracy']:.1f} ± {100 * row['equal_bytes_accuracy_ci']:.1f}"
+
+
 # answers --------------------------------------------------------------------------------------------------------------
+
+
+def naming(setting: str) -> str:
+    """The public models that a setting is told by."""
+    return next(part for part in FORMS if part in setting)
 
 
 def form_of(setting: str) -> str:
     """The Fed-Grow form that goes for a setting."""
-    return next(form for part, form in FORMS.items() if part in setting)
+    return FORMS[naming(setting)]
 
 
 def answers(runs: Sequence[Mapping[str, Any]], form: str) -> dict[str, dict[str, Difference]]:
