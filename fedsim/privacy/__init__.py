@@ -1,7 +1,8 @@
 """What protects participants, what attacks them, and what either costs: pairs around any method that averages."""
 
 from fedsim.privacy.accounting import delta, epsilon, noise_multiplier
-from fedsim.privacy.dp import ParticipantDP, calibrated
+from fedsim.privacy.calibration import calibrated
+from fedsim.privacy.dp import ParticipantDP
 from fedsim.privacy.example_dp import ExampleDP
 from fedsim.privacy.hostile import Hostile
 from fedsim.privacy.pairs import Around, Pair

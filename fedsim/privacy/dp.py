@@ -63,7 +63,7 @@ from fedsim.privacy import accounting
 from fedsim.privacy.accounting import Accountant, Sampled
 from fedsim.privacy.fixed_point import FixedPoint
 from fedsim.privacy.mechanism import clipped, noised, noised_whole
-from fedsim.privacy.pairs import Around, Arriving, Pair
+from fedsim.privacy.pairs import Arriving, Pair
 
 
 COUNT = "privacy.unclipped"  # beside an update: b_k - 1/2
@@ -222,10 +222,11 @@ class ParticipantDP(Pair):
             return {}
         assert self.delta is not None
         steps = shared_rounds(experiment, round)
-        spent = self._epsilon(experiment, steps) if steps else 0.0
+        spent = self.spent_in(experiment, steps) if steps else 0.0
         return {"epsilon": spent, "delta": self.delta, "noise_multiplier": self.noise_multiplier}
 
-    def _epsilon(self, experiment: Experiment, steps: int) -> float:
+    def spent_in(self, experiment: Experiment, steps: int) -> float:
+        """Epsilon of so many rounds."""
         assert self.delta is not None
         if self.noise == "skellam":
             assert self.clip is not None and self.cohort is not None and self.size is not None
@@ -233,11 +234,11 @@ class ParticipantDP(Pair):
             return accounting.skellam_epsilon(
                 variance=self.cohort * self._variance, moved=moved, size=self.size, steps=steps, delta=self.delta
             )
-        known = self._promised(experiment)
+        known = self.promised(experiment)
         sigma = self.noise_multiplier * known.pop("factor")
         return accounting.epsilon(noise_multiplier=sigma, steps=steps, delta=self.delta, **known)
 
-    def _promised(self, experiment: Experiment) -> dict[str, Any]:
+    def promised(self, experiment: Experiment) -> dict[str, Any]:
         """What the theorem is told, and the `factor` by which it counts sigma."""
         if self.noise == "local":
             return {"sampling_rate": 1.0, "sampling": "full", "accountant": self.accountant, "factor": 0.5}
@@ -316,44 +317,6 @@ class ParticipantDP(Pair):
 
 
 # an experiment's ------------------------------------------------------------------------------------------------------
-
-
-def calibrated(
-    experiment: Experiment,
-    *,
-    clip: float,
-    delta: float,
-    epsilon: float | None = None,
-    noise_multiplier: float | None = None,
-    **fields: Any,
-) -> Experiment:
-    """The same experiment with a `ParticipantDP` around its method, for its rounds, cohort and sampling.
-
-    **Arguments:**
-
-    - `epsilon`: after the last round; the noise is solved for. - `noise_multiplier`: the noise; epsilon is in the
-      tables. One of them. - `delta`: with either. - `clip`, `fields`: further fields of the pair.
-
-    **Raises:** `ValueError` for both or neither, and where no theorem holds.
-    """
-    if (epsilon is None) == (noise_multiplier is None):
-        refuse("epsilon, noise_multiplier", (epsilon, noise_multiplier), "one of them given, the other solved for")
-    known = {"cohort": expected(experiment), "sampling": sampling_of(experiment), "delta": delta}
-    pair = ParticipantDP(clip, noise_multiplier or 1.0, **known, **fields)
-    if epsilon is not None:
-        promised = pair._promised(experiment)
-        factor, steps = promised.pop("factor"), shared_rounds(experiment, experiment.rounds)
-        sigma = accounting.noise_multiplier(epsilon=epsilon, delta=delta, steps=steps, **promised) / factor
-        if pair.noise == "skellam":  # takes a little more than Gaussian noise
-
-            def enough(sigma: float) -> bool:
-                return dataclasses.replace(pair, noise_multiplier=sigma)._epsilon(experiment, steps) <= epsilon
-
-            sigma = accounting.least(enough, sigma)
-        pair = dataclasses.replace(pair, noise_multiplier=sigma)
-    method = experiment.algorithm
-    inner, others = (method.method, method.pairs) if isinstance(method, Around) else (method, ())
-    return dataclasses.replace(experiment, algorithm=Around(inner, (pair, *others)))
 
 
 def expected(experiment: Experiment) -> int:
