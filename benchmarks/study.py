@@ -248,8 +248,14 @@ PARTS = {
     ),
 }
 # The form of Fed-Grow that was best by validation on the tuning seed, by what names the part in the tables.
-FORMS = {"from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)"}
-NAMED = {"from gpt2-24x1, gpt2-32x2": "next byte of reference text, owners of whole topics; two strangers' models"}
+FORMS = {
+    "from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)",
+    "from vit-24x1, vit-32x2": "fedgrow_core (preserving)",
+}
+NAMED = {
+    "from gpt2-24x1, gpt2-32x2": "T: next byte of reference text, owners of whole topics; two strangers' models",
+    "from vit-24x1, vit-32x2": "F: Fashion-MNIST, skewed labels; two strangers' models",
+}
 
 
 def study() -> list[Experiment]:
