@@ -174,6 +174,7 @@ FASHION_RATES = {
     "fedavg_mid": 3e-3,
     "fedavg_small": 3e-4,
 }
+FAR_BEHIND = ("fedgrow_analytic preserving", "fedproto")  # among strangers, and no control
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 PARTS = {
     "fashion_strangers": Part(
@@ -187,7 +188,12 @@ PARTS = {
         grid_rounds=2,
     ),
     "fashion_ancestor": Part(
-        lambda: on_fashion(ancestor=True), FEW + MORE, (3e-4, 1e-3, 3e-3), {}, FASHION_RATES, grid_rounds=0
+        lambda: on_fashion(ancestor=True),
+        FEW + MORE,
+        (3e-4, 1e-3, 3e-3),
+        wider={},
+        rates={name: rate for name, rate in FASHION_RATES.items() if name not in FAR_BEHIND},
+        grid_rounds=0,
     ),
     "topics_strangers": Part(
         on_topics,
