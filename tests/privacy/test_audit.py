@@ -20,6 +20,7 @@ from fedsim.experiment import Experiment, Tier
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 from fedsim.privacy import audit as auditing
+from fedsim.privacy import told
 from fedsim.privacy.attacks.reconstruction import Inversion
 from fedsim.privacy.attacks.replay import Exchange, Replay, change, knowledge, without_data
 from fedsim.privacy.audit import audit
@@ -56,7 +57,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auditing, "SEARCH", Inversion(starts=1, iterations=2))
+    monkeypatch.setattr(told, "SEARCH", Inversion(starts=1, iterations=2))
+    monkeypatch.setattr(told, "SEARCH_UPDATE", Inversion(starts=1, iterations=2))
     monkeypatch.setattr(auditing, "GRADIENTS", 8)
 
 
@@ -83,11 +85,11 @@ def test_an_audit_writes_one_row_a_value(kept: Path, quickly: None, tmp_path: Pa
     assert len(table) == len(rows) and {*table.run_id} == {run_id} and {*table.method} == {"fedavg"}
     assert {*table.attack} == {
         *("loss", "loss_deployed", "likelihood", "alignment", "residual", "labels"),
-        *("inversion", "inputs", "attribution"),
+        *("inversion", "inversion_update", "inputs", "attribution"),
     }
     assert {*table.knowledge} == {"shared"}  # of FedAvg nothing is private
-    told = table[table.low.notna()]
-    assert (told.low <= told.value).all() and (told.value <= told.high).all()
+    bounded = table[table.low.notna()]
+    assert (bounded.low <= bounded.value).all() and (bounded.value <= bounded.high).all()
     assert (table[(table.attack == "inputs") & (table.metric == "psnr")].value > 60).all()
     (top1,) = table[table.metric == "top1"].value
     assert top1 in (0, 1 / 3, 2 / 3, 1) and load(out).runs.run_id.tolist() == [run_id]
