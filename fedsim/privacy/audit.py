@@ -141,9 +141,13 @@ def on_update(
         yield "labels", told.labels(properties.histogram(bias), run.shard(client).labels)
     if (embedding := of_axis(run, moved, "=token", 2)) is not None:
         yield "tokens", told.tokens(run.task, embedding, run.shard(client))
-    if examples and run.task.inputs.kind == "image":
+    if not examples:
+        return
+    if run.task.inputs.kind == "image":
         yield from told.image(run, replay, asked)
         yield "inversion_update", told.images_of_update(run, replay, asked, moved)
+    elif values := told.tokens_of_step(run, replay, asked):
+        yield "dager", values
 
 
 def on_deployed(run: Run) -> Found:

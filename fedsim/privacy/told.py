@@ -8,19 +8,22 @@ from torch import Tensor
 
 from fedsim.algorithm import Training
 from fedsim.core.seeding import generator, numpy_generator
-from fedsim.core.tree import Tree, flat
+from fedsim.core.submodel import ParamSpec
+from fedsim.core.tree import PATH, Tree, flat
 from fedsim.data.source import Split
 from fedsim.data.vision import floats
 from fedsim.learning.task import Task
 from fedsim.learning.training import train
 from fedsim.privacy.attacks import properties, reconstruction
-from fedsim.privacy.attacks.replay import Replay, change
+from fedsim.privacy.attacks.replay import Replay, change, seen_by
 from fedsim.privacy.kept import Run
 from fedsim.privacy.measures import Value, nearest, psnr, share, ssim
 
 
 SEARCH = reconstruction.Inversion(starts=2, iterations=40)  # of one image a run, round and level
 SEARCH_UPDATE = reconstruction.Inversion(starts=1, iterations=20)  # of several at once, from a whole update
+READS = "<embed"  # how a family declares the dimension of a weight that reads the residual stream
+PLACES = 32  # of a text, the first so many are looked at
 IMAGES = 4  # that are looked for in an update
 PUBLIC = 2000  # images nobody trained on: of their mean
 
@@ -80,6 +83,36 @@ def images_of_update(run: Run, replay: Replay, asked: Training, moved: Tree) -> 
     return nearest(found, truth, span) | chance
 
 
+def tokens_of_step(run: Run, replay: Replay, asked: Training) -> dict[str, Value] | None:
+    """Which token stood at which place of one text, from what would have been sent of it alone: DAGER's span test.
+
+    The first block's projections of queries, keys and values read what a token and its place say alone, so that every
+    token at every place can be tested. None where these are not among what is sent. How long the text is, is known.
+    """
+    own, start, moved = of_one_step(run, replay, asked)
+    specs, weights = run.task.specs(run.experiment.target), flat(start.start)
+    found = [(name, spec) for name in moved if (spec := specs.get(name.rpartition(PATH)[2])) and projects(spec)]
+    if not found or not replay.sends_what_it_receives:
+        return None
+    model = replay.model(replay.exchange.received)
+    layer = model.get_submodule(found[0][0].rpartition(PATH)[2].rpartition(".")[0])
+    rows, before = (
+        torch.cat([tree[name].T if spec.dims[0] == READS else tree[name] for name, spec in found])
+        for tree in (moved, weights)
+    )
+    ids = torch.arange(run.task.inputs.vocab_size or 0)[:, None]
+
+    def candidates(place: int) -> Tensor:
+        at = {"attention_mask": torch.ones_like(ids), "position_ids": torch.tensor([[place]])}
+        return seen_by(layer, model, {"input_ids": ids, **at})[:, 0]
+
+    text = own.examples(torch.arange(1))
+    there = text["input_ids"][text["attention_mask"] > 0][:PLACES].tolist()
+    said = reconstruction.tokens_in_span(rows, candidates, len(there), reconstruction.rounding_of(before))
+    hits, of = sum(token in each for token, each in zip(there, said, strict=True)), sum(map(len, said))
+    return {"token_recall": share(hits, len(there))} | ({"token_precision": share(hits, of)} if of else {})
+
+
 # parts --------------------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +132,12 @@ def of_one_step(run: Run, replay: Replay, asked: Training) -> tuple[Split, Train
     start, end = flat(trained.start), flat(done.parameters)
     names = change(asked, replay.exchange.sent) or {}
     return own, dataclasses.replace(asked, **step), {name: start[name] - end[name] for name in names}
+
+
+def projects(spec: ParamSpec) -> bool:
+    """Whether this is a weight of the first block that makes queries, keys or values of the residual stream."""
+    made = any(text.startswith(("query:", "key:", "value:")) for text in spec.dims)
+    return spec.layer == 0 and made and READS in spec.dims
 
 
 def bounds(task: Task, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:

@@ -1,5 +1,6 @@
 """`fedsim audit`, from a run that keeps its updates to the table; and what an attacker knows at each level."""
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedsim.algorithm import Algorithm
 from fedsim.cli import main
 from fedsim.core.tree import flat
 from fedsim.data.partition import Partition
-from fedsim.data.source import digits
+from fedsim.data.source import digits, pydoc
 from fedsim.experiment import Experiment, Tier
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
@@ -95,6 +96,18 @@ def test_an_audit_writes_one_row_a_value(kept: Path, quickly: None, tmp_path: Pa
     assert top1 in (0, 1 / 3, 2 / 3, 1) and load(out).runs.run_id.tolist() == [run_id]
     again = audit(out, run_id, None)
     assert again == {run_id: rows}
+
+
+def test_texts_are_audited_for_their_tokens(quickly: None, tmp_path: Path) -> None:
+    """Seven of eight tokens, and where they stood, of a model of 16 coordinates: the last one predicts no other."""
+    of_texts = TaskConfig(pydoc(max_length=8, limit=24), "gpt2")
+    algorithm = FedAvg(lr=5e-2, epochs=1, batch_size=8, optimizer="sgd", clip=None)
+    inline(dataclasses.replace(experiment(algorithm), task=of_texts, rounds=1), tmp_path, keep_updates=True)
+    ((_, rows),) = audit(tmp_path, None, None).items()
+    found = {(row["attack"], row["metric"]): row["value"] for row in rows if row["client"] is not None}
+    assert found["dager", "token_recall"] == 7 / 8 and found["dager", "token_precision"] == 1
+    assert found["tokens", "token_precision"] < 0.1  # the embedding is the head, too: all of its rows change
+    assert not {"inversion", "inversion_update"} & {attack for attack, _ in found}
 
 
 def test_a_command_audits_and_clean_frees_what_was_kept(

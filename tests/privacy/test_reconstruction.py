@@ -121,8 +121,19 @@ def test_tokens_in_the_span_of_a_layers_change() -> None:
     tokens, places = torch.randn(5, 8, generator=stream), torch.randn(2, 8, generator=stream)
     seen = torch.stack([tokens[3] + places[0], tokens[1] + places[1]])
     moved = torch.randn(6, 2, generator=stream) @ seen
-    found = reconstruction.tokens_in_span(moved, lambda place: tokens + places[place], 2, 1e-3)
+    found = reconstruction.tokens_in_span(moved, lambda place: tokens + places[place], 2, 0.0)
     assert [each.tolist() for each in found] == [[3], [1]]
+    everything = torch.randn(8, 8, generator=stream)
+    found = reconstruction.tokens_in_span(everything, lambda place: tokens + places[place], 2, 0.0)
+    assert [each.tolist() for each in found] == [[0, 1, 2, 3, 4]] * 2
+    found = reconstruction.tokens_in_span(moved, lambda place: tokens + places[place], 2, float(moved.norm()))
+    assert [each.tolist() for each in found] == [[], []]  # all of it may be rounding
+
+
+def test_rounding_is_about_as_large_as_it_is_said_to_be() -> None:
+    weights = torch.randn(40, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = float(torch.linalg.matrix_norm(weights.float().double() - weights, 2))
+    assert 0.5 * error < reconstruction.rounding_of(weights) < 2 * error
 
 
 def test_a_change_is_of_the_part_that_is_sent() -> None:

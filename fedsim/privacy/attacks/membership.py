@@ -22,7 +22,7 @@ from fedsim.core.tree import Tree
 from fedsim.data.source import Split
 from fedsim.data.text import IGNORED
 from fedsim.learning.task import Task
-from fedsim.privacy.attacks.replay import gradient, vector
+from fedsim.privacy.attacks.replay import gradient, seen_by, vector
 from fedsim.privacy.measures import Value, auc, tpr
 
 
@@ -106,15 +106,10 @@ def residual(change: Tensor, inputs: Sequence[Tensor]) -> np.ndarray:
 
 def inputs_of(model: nn.Module, layer: str, task: Task, split: Split) -> list[Tensor]:
     """What a layer of the model sees of each example: `(tokens, in)`."""
-    seen: list[Tensor] = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda _, given, __: seen.append(given[0].detach()))
-    try:
-        with torch.no_grad():
-            for index in _each(split):
-                model(**{name: tensor for name, tensor in task.batch(split, index).items() if name != "labels"})
-    finally:
-        hook.remove()
-    return [each.flatten(0, -2) for each in seen]
+    at = model.get_submodule(layer)
+    batches = (task.batch(split, index) for index in _each(split))
+    inputs = ({name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches)
+    return [seen_by(at, model, each).flatten(0, -2) for each in inputs]
 
 
 def _each(split: Split) -> Sequence[Tensor]:
