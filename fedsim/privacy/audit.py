@@ -139,6 +139,10 @@ def on_update(
             yield "residual", membership.readings(*(membership.residual(rows, each) for each in seen))
     if (bias := of_axis(run, moved, "=class", 1)) is not None:
         yield "labels", told.labels(properties.histogram(bias), run.shard(client).labels)
+    if run.task.inputs.kind in ("image", "text"):
+        names = sorted(moved)
+        mix = properties.mix(told.gradients_of_classes(run.task, asked, names), vector(moved, names))
+        yield "labels_by_gradients", told.labels(mix, run.shard(client).labels)
     if (embedding := of_axis(run, moved, "=token", 2)) is not None:
         yield "tokens", told.tokens(run.task, embedding, run.shard(client))
     if not examples:

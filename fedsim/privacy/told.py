@@ -15,7 +15,7 @@ from fedsim.data.vision import floats
 from fedsim.learning.task import Task
 from fedsim.learning.training import train
 from fedsim.privacy.attacks import properties, reconstruction
-from fedsim.privacy.attacks.replay import Replay, change, seen_by
+from fedsim.privacy.attacks.replay import Replay, change, gradient, seen_by
 from fedsim.privacy.kept import Run
 from fedsim.privacy.measures import Value, nearest, psnr, share, ssim
 
@@ -23,6 +23,7 @@ from fedsim.privacy.measures import Value, nearest, psnr, share, ssim
 SEARCH = reconstruction.Inversion(starts=2, iterations=40)  # of one image a run, round and level
 SEARCH_UPDATE = reconstruction.Inversion(starts=1, iterations=20)  # of several at once, from a whole update
 READS = "<embed"  # how a family declares the dimension of a weight that reads the residual stream
+OF_A_CLASS = 16  # test examples, of the gradient of a class
 PLACES = 32  # of a text, the first so many are looked at
 IMAGES = 4  # that are looked for in an update
 PUBLIC = 2000  # images nobody trained on: of their mean
@@ -35,6 +36,17 @@ def labels(found: Tensor, there: Tensor) -> dict[str, Value]:
     correlation = torch.corrcoef(torch.stack([found, truth]))[0, 1].nan_to_num()
     distances = {"distance": properties.distance(found, truth), "distance_chance": properties.distance(even, truth)}
     return {"correlation": Value(float(correlation))} | {name: Value(value) for name, value in distances.items()}
+
+
+def gradients_of_classes(task: Task, asked: Training, names: list[str]) -> Tensor:
+    """Of the objective at the start, on some of the test set's examples of each class: `(classes, size)`."""
+    assert task.dataset is not None
+    test, found = task.dataset.test, []
+    size = sum(flat(asked.start)[name].numel() for name in names)
+    for label in range(task.inputs.num_classes):
+        places = (test.labels == label).nonzero().flatten()[:OF_A_CLASS]
+        found.append(gradient(asked, names, task.batch(test, places)) if len(places) else torch.zeros(size))
+    return torch.stack(found)
 
 
 def tokens(task: Task, embedding: Tensor, shard: Split) -> dict[str, Value]:

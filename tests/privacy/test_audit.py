@@ -85,7 +85,7 @@ def test_an_audit_writes_one_row_a_value(kept: Path, quickly: None, tmp_path: Pa
     table = load(out).attacks
     assert len(table) == len(rows) and {*table.run_id} == {run_id} and {*table.method} == {"fedavg"}
     assert {*table.attack} == {
-        *("loss", "loss_deployed", "likelihood", "alignment", "residual", "labels"),
+        *("loss", "loss_deployed", "likelihood", "alignment", "residual", "labels", "labels_by_gradients"),
         *("inversion", "inversion_update", "inputs", "attribution"),
     }
     assert {*table.knowledge} == {"shared"}  # of FedAvg nothing is private

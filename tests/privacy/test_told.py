@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from baselines.fedavg import FedAvg
+from fedgrow_algo.fedgrow import FedGrow
 from fedsim.algorithm import Algorithm
 from fedsim.data.config import DataConfig
 from fedsim.data.dataset import Split
 from fedsim.learning.task import Task, TaskConfig
 from fedsim.models import Form
 from fedsim.privacy import told
-from fedsim.privacy.attacks.replay import Exchange, Replay, without_data
+from fedsim.privacy.attacks import properties
+from fedsim.privacy.attacks.replay import Exchange, Replay, change, without_data
 from fedsim.testing import Federation
 from tests.support.family_rows import LENGTH, NEXT_TOKEN, TAGS, TEXTS
 from tests.support.small_federation import without_counting
@@ -86,3 +88,23 @@ def test_the_sign_of_a_gradient_tells_no_token() -> None:
     assert asked is not None
     found = told.tokens_of_step(run, replay, asked)
     assert found is not None and found["token_precision"].value < 0.05
+
+
+@pytest.mark.parametrize(
+    "algorithm", [FedAvg(**SGD), FedGrow(**SGD, local_epochs=0, small_epochs=0)], ids=lambda each: each.name
+)
+def test_a_mix_of_two_classes_is_told_of_models_and_of_operators(algorithm: Algorithm) -> None:
+    """What is sent is a mix of gradients on the test set's own examples. Fed-Grow's maps have no bias of classes."""
+    federation = Federation(algorithm)
+    update = federation.update(1, 0)
+    exchange = Exchange(1, 0, federation.payload(1, 0), update.tree)
+    asked = Replay(algorithm, exchange, federation.state(0), without_data(federation.at_client(1, 0))).asked()
+    assert asked is not None
+    names = sorted(change(asked, update.tree) or {})
+    gradients = told.gradients_of_classes(federation.task, asked, names)
+    found = properties.mix(gradients, gradients[2] + 3 * gradients[7])
+    values = told.labels(found, torch.tensor([2, 7, 7, 7]))
+    assert values["distance"].value == pytest.approx(0, abs=1e-4) and values["distance_chance"].value == 0.8
+    assert values["correlation"].value == pytest.approx(1)
+    elsewhere = told.labels(found, torch.tensor([0, 1, 1, 1]))
+    assert elsewhere["distance"].value > 0.99 and elsewhere["correlation"].value < 0
