@@ -2,13 +2,16 @@
 
     of every run              the experiment and its data, each round's exchanges, private states, the last checkpoint
     first and last round      membership, labels and reconstruction, of a few participants, at each level of knowledge
+    runs of three seeds       membership, by models that have seen an example and others that have not
     all rounds                which participant an update came from
     the last checkpoint       membership, of the models that are deployed
 
 Only runs with `--keep-updates` can be audited. What is measured: docs/audits.md.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from fedsim.algorithm import State
 from fedsim.core.fields import refuse
 from fedsim.core.tree import PATH, Tree, flat
-from fedsim.privacy import told
+from fedsim.privacy import online, told
 from fedsim.privacy.attacks import membership, properties
 from fedsim.privacy.attacks.replay import (
     INTERMEDIATE,
@@ -63,9 +66,10 @@ def audit(
         refuse("DIR", str(directory), "a folder with a finished run")
     opened = [opened_run(directory, id_, data_dir, modules) for id_ in chosen]
     found: dict[str, list[dict[str, Any]]] = {}
+    by_seed = across_seeds(opened)
     for run in opened:
         say(f"{run.method}, seed {run.experiment.seed}: run {run.run_id}")
-        found[run.run_id] = [row_of("attacks", record) for record in records(run)]
+        found[run.run_id] = [row_of("attacks", record) for record in records(run, by_seed.get(run.run_id, {}))]
         write_table(directory, "attacks", run.run_id, found[run.run_id])
     return found
 
@@ -73,14 +77,18 @@ def audit(
 # what is measured ---------------------------------------------------------------------------------------------------
 
 
-Found = Iterator[tuple[str, str, int | None, dict[str, Value]]]  # attack, knowledge, participant, values by metric
+Attacked = tuple[str, str, int | None, dict[str, Value]]  # attack, knowledge, participant, values by metric
+Found = Iterator[Attacked]
 
 
-def records(run: Run) -> Iterator[AttackRecord]:
-    """Every value that is measured on a run; of what is measured of several participants, the mean as well."""
-    first, *_, last = [*run.rounds, *run.rounds]
+def records(run: Run, by_seed: Mapping[int, list[Attacked]]) -> Iterator[AttackRecord]:
+    """Every value that is measured on a run; of what is measured of several participants, the mean as well.
+
+    - `by_seed`: what other seeds help to find, by round.
+    """
     whole = SimpleNamespace(run_id=run.run_id, experiment=run.experiment, method=run.method)
-    attacked = [(round, of_round(run, round)) for round in dict.fromkeys((first, last))]
+    attacked = [(round, itertools.chain(of_round(run, round), by_seed.get(round, ()))) for round in ends(run)]
+    last = ends(run)[-1]
     for round, found in (*attacked, (last, on_deployed(run)), (last, attribution(run))):
         several: dict[tuple[str, str, str], list[float]] = {}
         for attack, level, client, values in found:
@@ -98,6 +106,23 @@ def records(run: Run) -> Iterator[AttackRecord]:
                 metric,
                 *(mean(each) if metric.removesuffix("_chance") in UNBOUNDED else mean(each, 0.0, 1.0)),
             )
+
+
+def ends(run: Run) -> list[int]:
+    """The first and the last round."""
+    return [*dict.fromkeys((min(run.rounds), max(run.rounds)))]
+
+
+def across_seeds(opened: Sequence[Run]) -> dict[str, dict[int, list[Attacked]]]:
+    """What runs that differ in their seed alone tell of each other, by run and round."""
+    alike, found = dict[str, list[Run]](), dict[str, dict[int, list[Attacked]]]()
+    for run in opened:
+        alike.setdefault(dataclasses.replace(run.experiment, seed=0).run_id, []).append(run)
+    for runs in alike.values():
+        for round in ends(runs[0]):
+            for run_id, values in online.across_seeds(runs, round, PARTICIPANTS, EXAMPLES):
+                found.setdefault(run_id, {}).setdefault(round, []).append(values)
+    return found
 
 
 def of_round(run: Run, round: int) -> Found:

@@ -98,6 +98,23 @@ def test_an_audit_writes_one_row_a_value(kept: Path, quickly: None, tmp_path: Pa
     assert again == {run_id: rows}
 
 
+def test_three_seeds_are_attacked_together_and_two_are_not(
+    quickly: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "of_round", lambda run, round: iter(()))
+    for seed in range(3):
+        inline(dataclasses.replace(experiment(), rounds=1, seed=seed), tmp_path, keep_updates=True)
+        if seed == 1:
+            assert all(
+                row["attack"] != "likelihood_online" for rows in audit(tmp_path, None, None).values() for row in rows
+            )
+    for rows in audit(tmp_path, None, None).values():
+        found = [row for row in rows if row["attack"] == "likelihood_online" and row["metric"] == "auc"]
+        assert [row["client"] for row in found] == [0, 1, 2, None]
+        assert all(row["round"] == 1 and row["knowledge"] == "shared" for row in found)
+        assert 0 <= found[-1]["value"] <= 1
+
+
 def test_texts_are_audited_for_their_tokens(quickly: None, tmp_path: Path) -> None:
     """Seven of eight tokens, and where they stood, of a model of 16 coordinates: the last one predicts no other."""
     of_texts = TaskConfig(pydoc(max_length=8, limit=24), "gpt2")

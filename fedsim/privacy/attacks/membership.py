@@ -74,6 +74,24 @@ def likelihood_ratio(target: np.ndarray, out: np.ndarray) -> np.ndarray:
     return (target - out.mean(0)) / sigma
 
 
+def likelihood_ratio_online(target: np.ndarray, models: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """LiRA's online score, of phi `(N,)` under the target and `(models, N)` under others, some of which have seen x.
+
+    One sigma for all examples on each side, as the paper has for few models.
+
+    - `held`: `(models, N)`, which model has seen which example; NaN where fewer than two have, or have not.
+    """
+
+    def log_density(where: np.ndarray) -> np.ndarray:
+        count = where.sum(0)
+        mean = np.where(where, models, 0).sum(0) / np.maximum(1, count)
+        free = np.maximum(0, count - 1).sum()
+        variance = (np.where(where, models - mean, 0) ** 2).sum() / max(1, free) or 1.0
+        return np.where(count > 1, -((target - mean) ** 2) / (2 * variance) - np.log(variance) / 2, np.nan)
+
+    return log_density(held) - log_density(~held)
+
+
 def alignment(asked: Training, change: Tree, task: Task, split: Split) -> np.ndarray:
     """Cosine of each example's gradient at the start and the change that was sent."""
     names = sorted(change)
