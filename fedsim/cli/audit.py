@@ -24,7 +24,7 @@ def audit_command(options: argparse.Namespace, console: Console) -> int:
             tell(f"run {rows[0]['run_id']}" if rows else "nothing could be attacked")
             for row in (row for row in rows if row["client"] is None):
                 interval = "" if row["low"] is None else f"  ({row['low']:.3f} .. {row['high']:.3f})"
-                what = f"round {row['round']:<4} {row['attack']:<14}{row['knowledge']:<13}{row['metric']:<20}"
+                what = f"round {row['round']:<4} {row['attack']:<20}{row['knowledge']:<13}{row['metric']:<20}"
                 tell(f"  {what}{row['value']:8.3f}{interval}")
     tell(f"written: {directory}/attacks")
     return 0

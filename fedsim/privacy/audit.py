@@ -2,6 +2,7 @@
 
     of every run              the experiment and its data, each round's exchanges, private states, the last checkpoint
     first and last round      membership, labels and reconstruction, of a few participants, at each level of knowledge
+    runs of three seeds       membership, by models that have seen an example and others that have not
     all rounds                which participant an update came from
     the last checkpoint       membership, of the models that are deployed
 
@@ -9,7 +10,8 @@ Only runs with `--keep-updates` can be audited. What is measured: docs/audits.md
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,15 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.algorithm import State, Training
+from fedsim.algorithm import State
 from fedsim.core.fields import refuse
-from fedsim.core.seeding import generator, numpy_generator
 from fedsim.core.tree import PATH, Tree, flat
-from fedsim.data.source import Split
-from fedsim.data.vision import floats
-from fedsim.learning.task import Task
-from fedsim.learning.training import train
-from fedsim.privacy.attacks import membership, properties, reconstruction
+from fedsim.privacy import online, told
+from fedsim.privacy.attacks import membership, properties
 from fedsim.privacy.attacks.replay import (
     INTERMEDIATE,
     SHARED,
@@ -34,7 +32,7 @@ from fedsim.privacy.attacks.replay import (
     vector,
 )
 from fedsim.privacy.kept import Run, opened_run
-from fedsim.privacy.measures import Value, mean, psnr, share, ssim
+from fedsim.privacy.measures import Value, mean, share
 from fedsim.privacy.pairs import bare
 from fedsim.results.columns import row_of
 from fedsim.results.export import deployed
@@ -45,7 +43,6 @@ from fedsim.storage.place import Place
 
 
 PARTICIPANTS = 6  # of a run are attacked one by one
-SEARCH = reconstruction.Inversion(starts=2, iterations=40)  # of one image a run, round and level
 EXAMPLES, GRADIENTS = 2000, 32  # pairs of a member and another: where each costs a forward pass, or a gradient
 
 UNBOUNDED = ("psnr", "ssim", "correlation")  # all others are shares
@@ -69,9 +66,10 @@ def audit(
         refuse("DIR", str(directory), "a folder with a finished run")
     opened = [opened_run(directory, id_, data_dir, modules) for id_ in chosen]
     found: dict[str, list[dict[str, Any]]] = {}
+    by_seed = across_seeds(opened)
     for run in opened:
         say(f"{run.method}, seed {run.experiment.seed}: run {run.run_id}")
-        found[run.run_id] = [row_of("attacks", record) for record in records(run)]
+        found[run.run_id] = [row_of("attacks", record) for record in records(run, by_seed.get(run.run_id, {}))]
         write_table(directory, "attacks", run.run_id, found[run.run_id])
     return found
 
@@ -79,14 +77,18 @@ def audit(
 # what is measured ---------------------------------------------------------------------------------------------------
 
 
-Found = Iterator[tuple[str, str, int | None, dict[str, Value]]]  # attack, knowledge, participant, values by metric
+Attacked = tuple[str, str, int | None, dict[str, Value]]  # attack, knowledge, participant, values by metric
+Found = Iterator[Attacked]
 
 
-def records(run: Run) -> Iterator[AttackRecord]:
-    """Every value that is measured on a run; of what is measured of several participants, the mean as well."""
-    first, *_, last = [*run.rounds, *run.rounds]
+def records(run: Run, by_seed: Mapping[int, list[Attacked]]) -> Iterator[AttackRecord]:
+    """Every value that is measured on a run; of what is measured of several participants, the mean as well.
+
+    - `by_seed`: what other seeds help to find, by round.
+    """
     whole = SimpleNamespace(run_id=run.run_id, experiment=run.experiment, method=run.method)
-    attacked = [(round, of_round(run, round)) for round in dict.fromkeys((first, last))]
+    attacked = [(round, itertools.chain(of_round(run, round), by_seed.get(round, ()))) for round in ends(run)]
+    last = ends(run)[-1]
     for round, found in (*attacked, (last, on_deployed(run)), (last, attribution(run))):
         several: dict[tuple[str, str, str], list[float]] = {}
         for attack, level, client, values in found:
@@ -102,8 +104,25 @@ def records(run: Run) -> Iterator[AttackRecord]:
                 round,
                 None,
                 metric,
-                *(mean(each) if metric in UNBOUNDED else mean(each, 0.0, 1.0)),
+                *(mean(each) if metric.removesuffix("_chance") in UNBOUNDED else mean(each, 0.0, 1.0)),
             )
+
+
+def ends(run: Run) -> list[int]:
+    """The first and the last round."""
+    return [*dict.fromkeys((min(run.rounds), max(run.rounds)))]
+
+
+def across_seeds(opened: Sequence[Run]) -> dict[str, dict[int, list[Attacked]]]:
+    """What runs that differ in their seed alone tell of each other, by run and round."""
+    alike, found = dict[str, list[Run]](), dict[str, dict[int, list[Attacked]]]()
+    for run in opened:
+        alike.setdefault(dataclasses.replace(run.experiment, seed=0).run_id, []).append(run)
+    for runs in alike.values():
+        for round in ends(runs[0]):
+            for run_id, values in online.across_seeds(runs, round, PARTICIPANTS, EXAMPLES):
+                found.setdefault(run_id, {}).setdefault(round, []).append(values)
+    return found
 
 
 def of_round(run: Run, round: int) -> Found:
@@ -113,16 +132,16 @@ def of_round(run: Run, round: int) -> Found:
     for client in clients[:PARTICIPANTS]:
         for level, replay in run.replays(round, client).items():
             others = [each for other, each in sent.items() if other != client]
-            for attack, values in on_update(run, replay, others, images=client == clients[0]):
+            for attack, values in on_update(run, replay, others, examples=client == clients[0]):
                 yield attack, level, client, values
 
 
 def on_update(
-    run: Run, replay: Replay, others: Sequence[State], images: bool
+    run: Run, replay: Replay, others: Sequence[State], examples: bool
 ) -> Iterator[tuple[str, dict[str, Value]]]:
     """Attacks on one update, at one level of knowledge.
 
-    - `others`: what others sent in the same round. - `images`: whether to reconstruct one.
+    - `others`: what others sent in the same round. - `examples`: whether to reconstruct any.
     """
     client = replay.exchange.client
     many, few = run.pairs(client, EXAMPLES), run.pairs(client, GRADIENTS)
@@ -144,59 +163,20 @@ def on_update(
             seen = [membership.inputs_of(model, name, run.task, each) for each in few]
             yield "residual", membership.readings(*(membership.residual(rows, each) for each in seen))
     if (bias := of_axis(run, moved, "=class", 1)) is not None:
-        yield "labels", labels_told(bias, run.shard(client).labels)
+        yield "labels", told.labels(properties.histogram(bias), run.shard(client).labels)
+    if run.task.inputs.kind in ("image", "text"):
+        names = sorted(moved)
+        mix = properties.mix(told.gradients_of_classes(run.task, asked, names), vector(moved, names))
+        yield "labels_by_gradients", told.labels(mix, run.shard(client).labels)
     if (embedding := of_axis(run, moved, "=token", 2)) is not None:
-        yield "tokens", tokens_told(run.task, embedding, run.shard(client))
-    if images and run.task.inputs.kind == "image":
-        yield from images_told(run, replay, asked)
-
-
-def labels_told(bias: Tensor, labels: Tensor) -> dict[str, Value]:
-    """How well a shard's histogram of labels is told; `_chance`: by one who says that all classes are alike."""
-    truth = torch.bincount(labels, minlength=len(bias)).double() / len(labels)
-    found, even = properties.histogram(bias), torch.full_like(truth, 1 / len(bias))
-    correlation = torch.corrcoef(torch.stack([found, truth]))[0, 1].nan_to_num()
-    distances = {"distance": properties.distance(found, truth), "distance_chance": properties.distance(even, truth)}
-    return {"correlation": Value(float(correlation))} | {name: Value(value) for name, value in distances.items()}
-
-
-def tokens_told(task: Task, embedding: Tensor, shard: Split) -> dict[str, Value]:
-    """Which of a shard's tokens are told by the rows that changed."""
-    batch = task.batch(shard, torch.arange(len(shard)))
-    there = {*batch["input_ids"][batch["attention_mask"] > 0].tolist()}
-    found = {*reconstruction.tokens_there(embedding).tolist()}
-    values = {"token_recall": share(len(found & there), len(there))}
-    return values | ({"token_precision": share(len(found & there), len(found))} if found else {})
-
-
-def images_told(run: Run, replay: Replay, asked: Training) -> Iterator[tuple[str, dict[str, Value]]]:
-    """One of the participant's images, from what it would have sent if it had held no other: after one step."""
-    client, config = replay.exchange.client, run.task.config.data
-    shard = run.shard(client)
-    own = shard.select(numpy_generator(run.experiment.seed, "audit/image", client=client).integers(len(shard), size=1))
-    truly = dataclasses.replace(replay, state=run.replays(replay.exchange.round, client).popitem()[1].state)
-    trained = truly.asked()
-    assert trained is not None
-    step = {"epochs": 1, "batch_size": 1, "accumulate": 1}
-    ctx = dataclasses.replace(replay.ctx, train=own)
-    done = train(ctx, dataclasses.replace(trained, **step))
-    start, end = flat(trained.start), flat(done.parameters)
-    names = change(asked, replay.exchange.sent) or {}
-    moved = {name: start[name] - end[name] for name in names}
-    truth = run.task.batch(own, torch.arange(1))["pixel_values"]
-    low, high = (floats(torch.full((1, *truth.shape[1:]), edge, dtype=torch.uint8), config)[0] for edge in (0, 255))
-    span = float((high - low).max())
-
-    def told(image: Tensor) -> dict[str, Value]:
-        return {"psnr": Value(psnr(image, truth, span)), "ssim": Value(ssim(image[0], truth[0], span))}
-
-    stream = generator(run.experiment.seed, "audit/invert", replay.exchange.round, client)
-    shape, bounds = tuple(truth.shape[1:]), (low[:, :1, :1], high[:, :1, :1])
-    asked = dataclasses.replace(asked, **step)
-    yield "inversion", told(reconstruction.invert(asked, moved, 1, own.labels, shape, bounds, stream, SEARCH))
-    if (patches := reconstruction.patches(moved)) is not None:
-        image = reconstruction.patches_to_images(reconstruction.inputs(*patches), shape)
-        yield "inputs", told(torch.minimum(torch.maximum(image, low), high))
+        yield "tokens", told.tokens(run.task, embedding, run.shard(client))
+    if not examples:
+        return
+    if run.task.inputs.kind == "image":
+        yield from told.image(run, replay, asked)
+        yield "inversion_update", told.images_of_update(run, replay, asked, moved)
+    elif values := told.tokens_of_step(run, replay, asked):
+        yield "dager", values
 
 
 def on_deployed(run: Run) -> Found:
@@ -204,9 +184,9 @@ def on_deployed(run: Run) -> Found:
     for client in sorted({id_ for ids in run.rounds.values() for id_ in ids})[:PARTICIPANTS]:
         if (both := run.pairs(client, EXAMPLES)) is None:
             continue
-        model, told = deployed(run.directory, dict(run.row), run.experiment, client)
+        model, made_of = deployed(run.directory, dict(run.row), run.experiment, client)
         scores = [membership.confidences(run.task, model, split)[:, 0] for split in both]
-        yield "loss_deployed", INTERMEDIATE if told.private else SHARED, client, membership.readings(*scores)
+        yield "loss_deployed", INTERMEDIATE if made_of.private else SHARED, client, membership.readings(*scores)
 
 
 def attribution(run: Run) -> Found:

@@ -24,6 +24,16 @@ from fedsim.storage.checkpoint import RECEIVED, SENT, exchanges_of, private_of
 from fedsim.storage.place import Place
 
 
+class Uncounted(dict[tuple, StepCost]):
+    """Costs of steps that nobody asks for: none is measured."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: tuple) -> StepCost:
+        return StepCost((0, 0), (0, 0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run whose updates were kept. `rounds`: those with exchanges, and who took part in each."""
@@ -34,7 +44,6 @@ class Run:
     task: Task
     population: Sequence[Member]
     rounds: Mapping[int, Sequence[int]]
-    counted: dict[tuple, StepCost] = dataclasses.field(default_factory=dict)
 
     @property
     def run_id(self) -> str:
@@ -61,7 +70,7 @@ class Run:
         found = dataclasses.replace(found, received=received)
         versions = private_of(self.private, client)
         held = versions.load(round) or versions.load(round + 1)  # a state made in its first round has that number
-        ctx = DryRun(self.experiment, self.counted).client(self.population[client].info, round)
+        ctx = DryRun(self.experiment, Uncounted()).client(self.population[client].info, round)
         levels = knowledge(algorithm, held.state if held else {}, dataclasses.replace(ctx, round=0))
         return {level: Replay(algorithm, found, state, ctx) for level, state in levels.items()}
 

@@ -92,5 +92,13 @@ def ssim(found: Tensor, truth: Tensor, range: float) -> float:
     return float(similar.mean())
 
 
+def nearest(found: Tensor, truth: Tensor, range: float) -> dict[str, Value]:
+    """Mean PSNR and SSIM of images `(n, C, H, W)`, each with the nearest of `(N, C, H, W)` by squared distance."""
+    places = torch.cdist(found.flatten(1).double(), truth.flatten(1).double()).argmin(1)
+    pairs = [*zip(found, truth[places], strict=True)]
+    by_name = (("psnr", psnr), ("ssim", ssim))
+    return {name: Value(float(np.mean([of(*pair, range) for pair in pairs]))) for name, of in by_name}
+
+
 def _normal() -> float:
     return float(stats.norm.ppf((1 + LEVEL) / 2))

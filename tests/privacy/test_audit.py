@@ -1,5 +1,6 @@
 """`fedsim audit`, from a run that keeps its updates to the table; and what an attacker knows at each level."""
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -15,11 +16,12 @@ from fedsim.algorithm import Algorithm
 from fedsim.cli import main
 from fedsim.core.tree import flat
 from fedsim.data.partition import Partition
-from fedsim.data.source import digits
+from fedsim.data.source import digits, pydoc
 from fedsim.experiment import Experiment, Tier
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
 from fedsim.privacy import audit as auditing
+from fedsim.privacy import told
 from fedsim.privacy.attacks.reconstruction import Inversion
 from fedsim.privacy.attacks.replay import Exchange, Replay, change, knowledge, without_data
 from fedsim.privacy.audit import audit
@@ -56,7 +58,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auditing, "SEARCH", Inversion(starts=1, iterations=2))
+    monkeypatch.setattr(told, "SEARCH", Inversion(starts=1, iterations=2))
+    monkeypatch.setattr(told, "SEARCH_UPDATE", Inversion(starts=1, iterations=2))
     monkeypatch.setattr(auditing, "GRADIENTS", 8)
 
 
@@ -82,17 +85,46 @@ def test_an_audit_writes_one_row_a_value(kept: Path, quickly: None, tmp_path: Pa
     table = load(out).attacks
     assert len(table) == len(rows) and {*table.run_id} == {run_id} and {*table.method} == {"fedavg"}
     assert {*table.attack} == {
-        *("loss", "loss_deployed", "likelihood", "alignment", "residual", "labels"),
-        *("inversion", "inputs", "attribution"),
+        *("loss", "loss_deployed", "likelihood", "alignment", "residual", "labels", "labels_by_gradients"),
+        *("inversion", "inversion_update", "inputs", "attribution"),
     }
     assert {*table.knowledge} == {"shared"}  # of FedAvg nothing is private
-    told = table[table.low.notna()]
-    assert (told.low <= told.value).all() and (told.value <= told.high).all()
+    bounded = table[table.low.notna()]
+    assert (bounded.low <= bounded.value).all() and (bounded.value <= bounded.high).all()
     assert (table[(table.attack == "inputs") & (table.metric == "psnr")].value > 60).all()
     (top1,) = table[table.metric == "top1"].value
     assert top1 in (0, 1 / 3, 2 / 3, 1) and load(out).runs.run_id.tolist() == [run_id]
     again = audit(out, run_id, None)
     assert again == {run_id: rows}
+
+
+def test_three_seeds_are_attacked_together_and_two_are_not(
+    quickly: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "of_round", lambda run, round: iter(()))
+    for seed in range(3):
+        inline(dataclasses.replace(experiment(), rounds=1, seed=seed), tmp_path, keep_updates=True)
+        if seed == 1:
+            assert all(
+                row["attack"] != "likelihood_online" for rows in audit(tmp_path, None, None).values() for row in rows
+            )
+    for rows in audit(tmp_path, None, None).values():
+        found = [row for row in rows if row["attack"] == "likelihood_online" and row["metric"] == "auc"]
+        assert [row["client"] for row in found] == [0, 1, 2, None]
+        assert all(row["round"] == 1 and row["knowledge"] == "shared" for row in found)
+        assert 0 <= found[-1]["value"] <= 1
+
+
+def test_texts_are_audited_for_their_tokens(quickly: None, tmp_path: Path) -> None:
+    """Seven of eight tokens, and where they stood, of a model of 16 coordinates: the last one predicts no other."""
+    of_texts = TaskConfig(pydoc(max_length=8, limit=24), "gpt2")
+    algorithm = FedAvg(lr=5e-2, epochs=1, batch_size=8, optimizer="sgd", clip=None)
+    inline(dataclasses.replace(experiment(algorithm), task=of_texts, rounds=1), tmp_path, keep_updates=True)
+    ((_, rows),) = audit(tmp_path, None, None).items()
+    found = {(row["attack"], row["metric"]): row["value"] for row in rows if row["client"] is not None}
+    assert found["dager", "token_recall"] == 7 / 8 and found["dager", "token_precision"] == 1
+    assert found["tokens", "token_precision"] < 0.1  # the embedding is the head, too: all of its rows change
+    assert not {"inversion", "inversion_update"} & {attack for attack, _ in found}
 
 
 def test_a_command_audits_and_clean_frees_what_was_kept(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.privacy.measures import auc, mean, psnr, share, ssim, tpr
+from fedsim.privacy.measures import auc, mean, nearest, psnr, share, ssim, tpr
 
 
 def test_auc_by_hand() -> None:
@@ -61,3 +61,11 @@ def test_psnr_and_ssim_by_hand() -> None:
     grey, white = torch.full((1, 8, 8), 0.5), torch.ones(1, 8, 8)  # without structure the luminance alone is compared
     assert ssim(grey, white, 1.0) == pytest.approx((2 * 0.5 + 1e-4) / (1.25 + 1e-4))
     assert ssim(1 - image, image, 1.0) < 0
+
+
+def test_an_image_is_compared_with_the_nearest_one() -> None:
+    truth = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = nearest(truth[[3, 1]] + torch.tensor([0.1, 0.01])[:, None, None, None], truth, 1.0)
+    assert found["psnr"].value == pytest.approx((20 + 40) / 2, abs=1e-3) and 0.9 < found["ssim"].value < 1
+    assert nearest(truth[:1], truth, 1.0) == {"psnr": (100.0, None, None), "ssim": (pytest.approx(1.0), None, None)}
+    assert nearest(truth.mean(0, keepdim=True), truth, 1.0)["psnr"].value < 15

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedsim.privacy.attacks.properties import distance, histogram, nearest
+from fedsim.privacy.attacks.properties import distance, histogram, mix, nearest
 
 
 def test_a_histogram_follows_from_the_change_of_the_bias() -> None:
@@ -19,6 +19,15 @@ def test_without_a_missing_class_differences_are_overstated() -> None:
     truth = torch.tensor([0.5, 0.3, 0.2])
     found = histogram(1 / 3 - truth)
     assert float(found.min()) == pytest.approx(0.0, abs=1e-7) and float(found.max()) > 0.5 + 0.05
+
+
+def test_a_mix_of_gradients_is_taken_apart_and_what_is_none_is_even() -> None:
+    gradients = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    gradients[3] = 0  # a class that no public example is of
+    shares = torch.tensor([0.25, 0.0, 0.75, 0.0])
+    assert torch.allclose(mix(gradients, 0.01 * shares @ gradients), shares.double(), atol=1e-6)
+    assert torch.equal(mix(gradients, torch.zeros(20)), torch.full((4,), 0.25).double())
+    assert torch.equal(mix(gradients[:1], -gradients[0]), torch.ones(1).double())
 
 
 def test_distance_is_half_of_l1() -> None:

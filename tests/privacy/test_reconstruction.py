@@ -1,5 +1,6 @@
 """Reconstruction: the picture of one step comes back, and does not from noise or from another's update."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,12 +9,12 @@ from torch import Tensor
 
 from baselines.fedavg import FedAvg
 from fedsim.algorithm import Training
-from fedsim.core.tree import Tree
+from fedsim.core.tree import Tree, mapped
 from fedsim.models import Form
 from fedsim.privacy.attacks import reconstruction
 from fedsim.privacy.attacks.reconstruction import Inversion, replayed
 from fedsim.privacy.attacks.replay import Exchange, Replay, change, without_data
-from fedsim.privacy.measures import psnr
+from fedsim.privacy.measures import nearest, psnr
 from fedsim.testing import Federation
 
 
@@ -120,8 +121,19 @@ def test_tokens_in_the_span_of_a_layers_change() -> None:
     tokens, places = torch.randn(5, 8, generator=stream), torch.randn(2, 8, generator=stream)
     seen = torch.stack([tokens[3] + places[0], tokens[1] + places[1]])
     moved = torch.randn(6, 2, generator=stream) @ seen
-    found = reconstruction.tokens_in_span(moved, lambda place: tokens + places[place], 2, 1e-3)
+    found = reconstruction.tokens_in_span(moved, lambda place: tokens + places[place], 2, 0.0)
     assert [each.tolist() for each in found] == [[3], [1]]
+    everything = torch.randn(8, 8, generator=stream)
+    found = reconstruction.tokens_in_span(everything, lambda place: tokens + places[place], 2, 0.0)
+    assert [each.tolist() for each in found] == [[0, 1, 2, 3, 4]] * 2
+    found = reconstruction.tokens_in_span(moved, lambda place: tokens + places[place], 2, float(moved.norm()))
+    assert [each.tolist() for each in found] == [[], []]  # all of it may be rounding
+
+
+def test_rounding_is_about_as_large_as_it_is_said_to_be() -> None:
+    weights = torch.randn(40, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = float(torch.linalg.matrix_norm(weights.float().double() - weights, 2))
+    assert 0.5 * error < reconstruction.rounding_of(weights) < 2 * error
 
 
 def test_a_change_is_of_the_part_that_is_sent() -> None:
@@ -132,3 +144,16 @@ def test_a_change_is_of_the_part_that_is_sent() -> None:
     assert found is not None and found.keys() == {"shared::a"}
     assert found["shared::a"].tolist() == [0.5, -1.0]
     assert change(nested, {"b": torch.zeros(2)}) is None
+
+
+def test_the_image_of_several_steps_comes_back_as_if_of_one_and_not_from_anothers_update() -> None:
+    """At a low rate, in float64: lr times the sum of gradients that hardly differ. A cosine sees neither factor."""
+    asked, moved, image, label = of_one_image()
+    slow, batch = dataclasses.replace(asked, lr=1e-4), {"pixel_values": image.double(), "labels": label}
+    slow = dataclasses.replace(slow, start=mapped(reconstruction.doubled, slow.start))
+    steps = {name: each.detach() for name, each in replayed(slow, sorted(moved), 3, batch).items()}
+    search, stream = Inversion(starts=1, iterations=150), torch.Generator().manual_seed(0)
+    found = reconstruction.invert(asked, steps, 1, label, SHAPE, BOUNDS, stream, search)
+    assert nearest(found, image, 2.0)["psnr"].value > 20
+    _, _, other, _ = of_one_image(client=1)
+    assert nearest(found, other, 2.0)["psnr"].value < 20

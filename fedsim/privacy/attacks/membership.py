@@ -22,7 +22,7 @@ from fedsim.core.tree import Tree
 from fedsim.data.source import Split
 from fedsim.data.text import IGNORED
 from fedsim.learning.task import Task
-from fedsim.privacy.attacks.replay import gradient, vector
+from fedsim.privacy.attacks.replay import gradient, seen_by, vector
 from fedsim.privacy.measures import Value, auc, tpr
 
 
@@ -74,6 +74,24 @@ def likelihood_ratio(target: np.ndarray, out: np.ndarray) -> np.ndarray:
     return (target - out.mean(0)) / sigma
 
 
+def likelihood_ratio_online(target: np.ndarray, models: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """LiRA's online score, of phi `(N,)` under the target and `(models, N)` under others, some of which have seen x.
+
+    One sigma for all examples on each side, as the paper has for few models.
+
+    - `held`: `(models, N)`, which model has seen which example; NaN where fewer than two have, or have not.
+    """
+
+    def log_density(where: np.ndarray) -> np.ndarray:
+        count = where.sum(0)
+        mean = np.where(where, models, 0).sum(0) / np.maximum(1, count)
+        free = np.maximum(0, count - 1).sum()
+        variance = (np.where(where, models - mean, 0) ** 2).sum() / max(1, free) or 1.0
+        return np.where(count > 1, -((target - mean) ** 2) / (2 * variance) - np.log(variance) / 2, np.nan)
+
+    return log_density(held) - log_density(~held)
+
+
 def alignment(asked: Training, change: Tree, task: Task, split: Split) -> np.ndarray:
     """Cosine of each example's gradient at the start and the change that was sent."""
     names = sorted(change)
@@ -106,15 +124,10 @@ def residual(change: Tensor, inputs: Sequence[Tensor]) -> np.ndarray:
 
 def inputs_of(model: nn.Module, layer: str, task: Task, split: Split) -> list[Tensor]:
     """What a layer of the model sees of each example: `(tokens, in)`."""
-    seen: list[Tensor] = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda _, given, __: seen.append(given[0].detach()))
-    try:
-        with torch.no_grad():
-            for index in _each(split):
-                model(**{name: tensor for name, tensor in task.batch(split, index).items() if name != "labels"})
-    finally:
-        hook.remove()
-    return [each.flatten(0, -2) for each in seen]
+    at = model.get_submodule(layer)
+    batches = (task.batch(split, index) for index in _each(split))
+    inputs = ({name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches)
+    return [seen_by(at, model, each).flatten(0, -2) for each in inputs]
 
 
 def _each(split: Split) -> Sequence[Tensor]:

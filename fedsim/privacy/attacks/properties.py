@@ -2,11 +2,14 @@
 
 histogram   the classifier's bias changes by p_c - y_c, summed over examples, and p_c is about even where many
             classes are learned: h_c = 1 / C - s d_c, with the largest s that leaves no class below 0
+mix         what is sent is about sum_c h_c g_c, of the objective's gradients g_c on public examples of each class:
+            non-negative least squares; of whatever is sent, with or without a classifier
 nearest     the change of a round belongs to whoever sent the most alike one before: cosines of changes from which
             the round's mean is taken, for that is what all share
 """
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +23,15 @@ def histogram(bias: Tensor) -> Tensor:
     even = torch.full_like(centred, 1 / len(centred))
     largest = float(centred.max())
     return even if largest <= 0 else even - centred / (largest * len(centred))
+
+
+def mix(gradients: Tensor, change: Tensor) -> Tensor:
+    """Shares of the classes in a shard `(C,)`, from the change `(size,)` and the classes' gradients `(C, size)`.
+
+    Even where no class goes the change's way. A class without examples has a gradient of zeros, and no share.
+    """
+    found = torch.from_numpy(nnls(gradients.double().T.numpy(), change.double().numpy())[0])
+    return found / found.sum() if found.any() else torch.full_like(found, 1 / len(found))
 
 
 def distance(found: Tensor, truth: Tensor) -> float:

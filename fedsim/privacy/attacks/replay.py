@@ -7,6 +7,7 @@
 What an attacker knows is that state and no more (`knowledge`), so one attack is run at every level, on every method.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
@@ -93,6 +94,28 @@ def gradient(asked: Training, names: list[str], batch: Batch) -> Tensor:
     parameters = {name: tensor.detach().requires_grad_() for name, tensor in flat(asked.start).items()}
     found = torch.autograd.grad(loss(asked, parameters, batch), [parameters[name] for name in names])
     return torch.cat([part.flatten() for part in found])
+
+
+@torch.no_grad()
+def seen_by(layer: nn.Module, model: nn.Module, inputs: Batch) -> Tensor:
+    """What a layer of a model reads of some inputs; what comes after it is not computed."""
+
+    class Reached(Exception):
+        pass
+
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(given[0])
+        raise Reached
+
+    hook = layer.register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(Reached):
+            model(**inputs)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def vector(tree: Tree, names: list[str]) -> Tensor:
