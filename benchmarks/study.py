@@ -257,10 +257,12 @@ PARTS = {
 FORMS = {
     "from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)",
     "from vit-24x1, vit-32x2": "fedgrow_core (preserving)",
+    "from vit-24x1, grown": "fedgrow_residual (preserving)",
 }
 NAMED = {
     "from gpt2-24x1, gpt2-32x2": "T: next byte of reference text, owners of whole topics; two strangers' models",
     "from vit-24x1, vit-32x2": "F: Fashion-MNIST, skewed labels; two strangers' models",
+    "from vit-24x1, grown": "F; one public ancestor",
 }
 
 
