@@ -14,22 +14,25 @@ class Recorder:
     """Writes a run's rows. A round's `wall_seconds` go from the writing of the round before to its report.
 
     - `profile`: whether to write down where the time of every round went.
+    - `publish`: leave out what is private (`fedsim.results.columns`), also of what displays are told.
     """
 
-    def __init__(self, store: RunStore, run: RunFacts, population: Sequence[Member], profile: bool) -> None:
-        self.store, self.run, self.population, self.profile = store, run, population, profile
+    def __init__(
+        self, store: RunStore, run: RunFacts, population: Sequence[Member], profile: bool, publish: bool = False
+    ) -> None:
+        self.store, self.run, self.population, self.profile, self.publish = store, run, population, profile, publish
         self.started = time.perf_counter()
 
     def round(self, round: int, cohort: RoundCohort, report: RoundReport) -> Row:
         """A round is finished. **Returns:** its row, once it is on disk."""
         run, stage, seconds = self.run, self.run.stage(round), time.perf_counter() - self.started
         before = self.store.rounds[-1] if self.store.rounds else None
-        row = row_of("rounds", RoundRecord(run, round, cohort, report, before, seconds))
+        row = row_of("rounds", RoundRecord(run, round, cohort, report, before, seconds), self.publish)
         clients = [
             ClientRecord(run, round, stage, self.population[id_].info, each, report.places.get(id_, {}))
             for id_, each in sorted(report.clients.items())
         ]
-        self.store.commit(round, row, columns_of("clients", clients))
+        self.store.commit(round, row, columns_of("clients", clients, self.publish))
         if self.profile:
             total = time.perf_counter() - self.started
             spent = {"driver": {"write": total - seconds}} | dict(report.spent)
@@ -40,4 +43,4 @@ class Recorder:
 
     def finish(self, error: str | None = None) -> None:
         """The run finished, or failed with `error`."""
-        self.store.finish(row_of("runs", RunRecord(self.run, self.store.wall_seconds, error)))
+        self.store.finish(row_of("runs", RunRecord(self.run, self.store.wall_seconds, error), self.publish))
