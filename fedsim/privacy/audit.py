@@ -33,11 +33,13 @@ from fedsim.privacy.attacks.replay import (
     change,
     vector,
 )
+from fedsim.privacy.evidence import Evidence, curves, pictures
 from fedsim.privacy.kept import Run, opened_run
-from fedsim.privacy.measures import Value, mean, psnr, share, ssim
+from fedsim.privacy.measures import Told, Value, mean, psnr, share, ssim
 from fedsim.privacy.pairs import bare
 from fedsim.results.columns import row_of
 from fedsim.results.export import deployed
+from fedsim.results.pictures import write_pictures
 from fedsim.results.records import AttackRecord
 from fedsim.results.store import runs_in
 from fedsim.results.tables import write_table
@@ -56,7 +58,8 @@ Say = Callable[[str], None]
 def audit(
     directory: Place, run_id: str | None, data_dir: str | None, modules: Sequence[ModuleType] = (), say: Say = print
 ) -> dict[str, list[dict[str, Any]]]:
-    """Attack the finished runs of a folder, or one of them, and write the table `attacks`.
+    """Attack the finished runs of a folder, or one of them, and write the tables `attacks` and `roc`, and images that
+    were found (`fedsim.results.pictures`).
 
     - `modules`: where classes of a run's config may lie, as of `export`. - `say`: is told which run is next.
 
@@ -71,8 +74,11 @@ def audit(
     found: dict[str, list[dict[str, Any]]] = {}
     for run in opened:
         say(f"{run.method}, seed {run.experiment.seed}: run {run.run_id}")
-        found[run.run_id] = [row_of("attacks", record) for record in records(run)]
+        evidence = list[Evidence]()
+        found[run.run_id] = [row_of("attacks", record) for record in records(run, evidence)]
         write_table(directory, "attacks", run.run_id, found[run.run_id])
+        write_table(directory, "roc", run.run_id, [row_of("roc", record) for record in curves(run, evidence)])
+        write_pictures(directory, run.run_id, pictures(evidence))
     return found
 
 
@@ -82,14 +88,19 @@ def audit(
 Found = Iterator[tuple[str, str, int | None, dict[str, Value]]]  # attack, knowledge, participant, values by metric
 
 
-def records(run: Run) -> Iterator[AttackRecord]:
-    """Every value that is measured on a run; of what is measured of several participants, the mean as well."""
+def records(run: Run, evidence: list[Evidence]) -> Iterator[AttackRecord]:
+    """Every value that is measured on a run; of what is measured of several participants, the mean as well.
+
+    - `evidence`: receives what the values were measured of.
+    """
     first, *_, last = [*run.rounds, *run.rounds]
     whole = SimpleNamespace(run_id=run.run_id, experiment=run.experiment, method=run.method)
     attacked = [(round, of_round(run, round)) for round in dict.fromkeys((first, last))]
     for round, found in (*attacked, (last, on_deployed(run)), (last, attribution(run))):
         several: dict[tuple[str, str, str], list[float]] = {}
         for attack, level, client, values in found:
+            if isinstance(values, Told):
+                evidence.append(Evidence(round, attack, level, client, values))
             for metric, value in values.items():
                 yield AttackRecord(whole, attack, level, round, client, metric, *value)
                 if client is not None:
@@ -187,8 +198,10 @@ def images_told(run: Run, replay: Replay, asked: Training) -> Iterator[tuple[str
     low, high = (floats(torch.full((1, *truth.shape[1:]), edge, dtype=torch.uint8), config)[0] for edge in (0, 255))
     span = float((high - low).max())
 
-    def told(image: Tensor) -> dict[str, Value]:
-        return {"psnr": Value(psnr(image, truth, span)), "ssim": Value(ssim(image[0], truth[0], span))}
+    def told(image: Tensor) -> Told:
+        values = {"psnr": Value(psnr(image, truth, span)), "ssim": Value(ssim(image[0], truth[0], span))}
+        true, found = (((each[0] - low) / (high - low)).clamp(0, 1) for each in (truth, image))
+        return Told(values, images=(true, found))
 
     stream = generator(run.experiment.seed, "audit/invert", replay.exchange.round, client)
     shape, bounds = tuple(truth.shape[1:]), (low[:, :1, :1], high[:, :1, :1])

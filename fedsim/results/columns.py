@@ -237,19 +237,28 @@ ATTACKS = (
     Column("high", "float?", "high", "its upper end"),
 )
 
+ROC = (
+    *OF_RUN,
+    METHOD,
+    *(column for column in ATTACKS if column.name in ("round", "client", "attack", "knowledge")),
+    Column("fpr", "float", "fpr", "share of others above a threshold"),
+    Column("tpr", "float", "tpr", "share of members above it: at no more others, none tells more"),
+)
+
 COLUMNS: Mapping[str, Sequence[Column]] = {
     "runs": RUNS,
     "rounds": ROUNDS,
     "clients": CLIENTS,
     "profile": PROFILE,
     "attacks": ATTACKS,
+    "roc": ROC,
 }
 TABLES: Mapping[str, pa.Schema] = {
     table: pa.schema([column.field for column in columns], metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
     for table, columns in COLUMNS.items()
 }
-# Of every run: `profile` is written with `--profile` alone, `attacks` by `fedsim audit`.
-SCHEMAS = {table: schema for table, schema in TABLES.items() if table not in ("profile", "attacks")}
+# Of every run: `profile` is written with `--profile` alone, `attacks` and `roc` by `fedsim audit`.
+SCHEMAS = {table: schema for table, schema in TABLES.items() if table not in ("profile", "attacks", "roc")}
 # Of what participants would deploy at the end: read without the rest of `clients`.
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
 PRIVATE = {table: frozenset(c.name for c in columns if c.private) for table, columns in COLUMNS.items()}
@@ -282,6 +291,8 @@ def reference() -> str:
         "clients": "One row for every participant and round in which it was sampled or scored.",
         "profile": "One row for every place and round: where the time went. Written with `--profile`.",
         "attacks": "One row for every value that an attack measured. Written by `fedsim audit` (audits.md).",
+        "roc": "One row for every point of the curves of `attacks` on membership: at most 60 a curve, evenly spread in "
+        "the logarithm of `fpr`. `client` null: all participants' scores as one.",
     }
     lines = [
         "# Tables",

@@ -280,6 +280,19 @@ class AttackRecord:
     high: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class CurveRecord:
+    """A point of the curve of an attack that scores examples. `run`: as of `AttackRecord`."""
+
+    run: Any
+    attack: str
+    knowledge: str
+    round: int
+    client: int | None
+    fpr: float
+    tpr: float
+
+
 def mean_metrics(reports: Sequence[ClientReport]) -> str | None:
     """JSON of each metric's mean over updates in time, by their weights; None if there is nothing."""
     totals: dict[str, list[float]] = {}
