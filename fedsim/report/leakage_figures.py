@@ -45,7 +45,7 @@ def roc_figure(curves: Mapping[str, Mapping[str, Sequence[Points]]]) -> Figure |
     figure.supxlabel("share of others taken for members", fontsize=9)
     figure.supylabel("share of members found", fontsize=9)
     handles = [Line2D([], [], label=label_of(method), **_style(place)) for place, method in enumerate(methods)]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 0.98), frameon=False, fontsize=8)
     return figure
 
 
@@ -84,8 +84,8 @@ def pictures_figure(found: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | N
         return None
     shown = [*found.items()][:MOST_LINES]
     columns = max(len(images) for _, images in shown)
-    figure = Figure(figsize=(1.25 * columns + 1.6, 1.5 * len(shown) + 0.2), layout="constrained")
-    grid = figure.subplots(len(shown), columns, squeeze=False)
+    figure = Figure(figsize=(1.25 * columns + 1.6, 1.6 * len(shown) + 0.2))
+    grid = figure.subplots(len(shown), columns, squeeze=False, gridspec_kw={"hspace": 0.5})  # names may be long
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
