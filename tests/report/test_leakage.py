@@ -146,6 +146,16 @@ def test_the_page_has_every_part_and_none_without_attacks(tmp_path: Path) -> Non
     assert len(re.findall(r"0-(?:roc|trade-off|pictures)\.svg", markdown)) == 3
 
 
+def test_methods_are_called_by_what_is_around_them(tmp_path: Path) -> None:
+    method = {"class": "baselines.fedavg.FedAvg", "name": "fedavg", "lr": 0.1}
+    pairs = [{"class": "fedsim.privacy.example_dp.ExampleDP", "clip": 1, "accountant": "rdp"}]
+    private = {"class": "fedsim.privacy.pairs.Around", "method": method, "pairs": pairs}
+    for algorithm in (method, private):
+        add_run(tmp_path, "fedavg", [0.1, 0.9], 250, config={"algorithm": algorithm})
+    names = {run["method"] for run in read(load(tmp_path)).runs}
+    assert names == {"fedavg", "fedavg around=ExampleDP(clip=1)"}, "rdp is the default"
+
+
 def test_names_of_attacks_are_text(tmp_path: Path) -> None:
     add_quick(tmp_path)
     run_id = load(tmp_path).runs.run_id[0]
