@@ -57,7 +57,7 @@ def seen(leaves: Leaves) -> tuple[Seen, ...]:
     """A row: what each of `WATCHERS` sees where this leaves a participant."""
     if leaves == "nothing":
         return OWN, NOTHING, NOTHING, NOTHING, TABLES, ALL
-    sent = {"auxiliary model": "small model"}.get(leaves, leaves)
+    sent = "small model" if leaves == "auxiliary model" else leaves
     single = Seen("each", f"each one's\n{sent}")
     summed = Seen("sum", f"sum of the\n{sent}{'' if sent.endswith('s') else 's'}")
     return OWN, single, summed, summed, TABLES, ALL
