@@ -174,16 +174,17 @@ def test_what_is_spent_is_that_of_the_worst_participant() -> None:
 def test_the_tables_say_it_for_what_everyone_has_trained(tmp_path: Path, tiny_experiment: Experiment) -> None:
     """Two of four take part in each round; the stages before count once, of whoever has sent something."""
     pair = ExampleDP(1.0, 2.0, 1e-3)
+    assert isinstance(tiny_experiment.algorithm, FedGrow)
     method = dataclasses.replace(tiny_experiment.algorithm, small_epochs=1, local_epochs=1, epochs=2, batch_size=16)
     private = dataclasses.replace(tiny_experiment, algorithm=Around(method, (pair,)), participants=4, cohort=2)
     with pytest.raises(Interrupted):
         inline(private, tmp_path, progress=Cut(1))
     inline(private, tmp_path, resume=True)
     found = load(tmp_path)
-    clients = found.clients[found.clients.outcome.notna()]
+    clients = found.clients.loc[found.clients.outcome.notna()]
     assert found.rounds.epsilon[0] == 0.0 and found.rounds.delta.tolist() == [1e-3] * 3
     for round in (1, 2):
-        sent = clients[clients["round"] <= round].groupby("client")
+        sent = clients.loc[clients["round"] <= round].groupby("client")
         spent = [
             pair.epsilon(examples=int(rows.num_examples.iloc[0]), batch_size=16, epochs=2 + 2 * len(rows))
             for _, rows in sent
