@@ -101,6 +101,7 @@ def run(
     numerics: str | None = None,
     resume_anywhere: bool = False,
     keep_updates: bool = False,
+    publish: bool = False,
 ) -> "Study":
     """Run one experiment with a progress display, resume it if it was cut, and return its folder's results.
 
@@ -108,6 +109,8 @@ def run(
       on a CPU. None: portable, unless this process has computed with torch before; a message says so.
     - `resume_anywhere`: go on with a cut run also where its rounds to come have other bits.
     - `keep_updates`: keep what every participant receives and sends, for `fedsim audit`; no part of the run's id.
+    - `publish`: leave what tells of participants' data out of the tables and the report (`docs/privacy.md`), so that
+      these may be given away, and nothing else of the folder; no part of the run's id either.
 
     **Raises:** `ValueError` for a request that cannot be met, or a folder that holds another experiment (`sweep` takes
     several); `fedsim.simulation.RunFailed` for a run that broke.
@@ -125,6 +128,7 @@ def run(
         numerics=numerics,
         resume_anywhere=resume_anywhere,
         keep_updates=keep_updates,
+        publish=publish,
     )
     return load(out)
 
@@ -143,6 +147,7 @@ def sweep(
     numerics: str | None = None,
     resume_anywhere: bool = False,
     keep_updates: bool = False,
+    publish: bool = False,
 ) -> "Study":
     """Compute what is missing of some experiments in one folder, and return its results.
 
@@ -172,5 +177,6 @@ def sweep(
         numerics=numerics,
         resume_anywhere=resume_anywhere,
         keep_updates=keep_updates,
+        publish=publish,
     )
     return load(out)

@@ -30,13 +30,22 @@ The smallest algorithm there is, federated averaging of a single number, trains 
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedsim.contexts import ClientContext, ClientInfo, Payload, ServerContext
 from fedsim.core.fields import check_range, check_types
 from fedsim.core.tree import State, Tree
-from fedsim.core.updates import PRIVATE, ClientUpdate, Leaves, Partial, weighted_mean, weighted_sum, whole_sum
+from fedsim.core.updates import (
+    PRIVATE,
+    ClientUpdate,
+    Leaves,
+    Partial,
+    Trainings,
+    weighted_mean,
+    weighted_sum,
+    whole_sum,
+)
 from fedsim.learning.objectives import Frozen, Objective, TaskLoss
 from fedsim.learning.server_opt import AVERAGE, ServerOptimizer, model_of
 from fedsim.learning.steps import Steps
@@ -75,6 +84,7 @@ __all__ = [
     "TaskLoss",
     "Trained",
     "Training",
+    "Trainings",
     "Tree",
     "model_of",
     "weighted_mean",
@@ -117,9 +127,9 @@ class Algorithm(abc.ABC):
         """Refuse, with a `ValueError`, an `Experiment` this algorithm cannot work in. Called before anything starts."""
         return None
 
-    def spent(self, experiment: Any, round: int) -> Mapping[str, float]:
+    def spent(self, experiment: Any, round: int, trained: Collection[Trainings] = ()) -> Mapping[str, float]:
         """What of privacy an `Experiment` has spent after a round: `epsilon`, `delta` and `noise_multiplier`; nothing
-        where nothing is promised."""
+        where nothing is promised. `trained`: of each participant whose updates were asked for."""
         return {}
 
     @property

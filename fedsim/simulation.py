@@ -55,6 +55,7 @@ def run(
     resume_anywhere: bool = False,
     counted: dict[tuple, StepCost] | None = None,
     keep_updates: bool = False,
+    publish: bool = False,
 ) -> str:
     """Run one experiment into a results folder that the caller has locked; the runtime stays open for the next.
 
@@ -65,6 +66,7 @@ def run(
         profile: write down where the time of every round went, as one more table.
         counted: costs of training steps that are known; receives those of this run. For the next run of a sweep.
         keep_updates: keep what every participant receives and sends, for `fedsim audit`.
+        publish: leave what is private out of the tables.
 
     **Returns:** the run's id. **Raises:** `ValueError` for a request that cannot be met, before anything is computed;
     `RunFailed` for a run that broke, with everything finished so far on disk and a row saying why.
@@ -105,7 +107,7 @@ def run(
         numerics=numerics | {"before": store.numerics[:-1]},
         command=command,
     )
-    recorder = Recorder(store, facts, population, profile)
+    recorder = Recorder(store, facts, population, profile, publish)
     progress.begin(experiment, first)
     if store.damage:
         progress.noted(store.damage)

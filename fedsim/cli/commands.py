@@ -53,6 +53,7 @@ def run_command(options: argparse.Namespace, console: Console) -> int:
             profile=options.profile,
             resume_anywhere=options.resume_anywhere,
             keep_updates=options.keep_updates,
+            publish=options.publish,
         )
         if options.profile:
             print_profile(load(out).profile, console)

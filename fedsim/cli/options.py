@@ -81,9 +81,14 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
     add_numerics(command)
     command.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")
     command.add_argument("--profile", action="store_true", help="also write and print where every round's time went")
+    add_privacy(command)
+
+
+def add_privacy(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--keep-updates", action="store_true", help="keep what participants receive and send, for `fedsim audit`"
     )
+    command.add_argument("--publish", action="store_true", help="tables without what tells of participants' data")
 
 
 def add_import(command: argparse.ArgumentParser) -> None:

@@ -74,6 +74,7 @@ def sweep_command(options: argparse.Namespace, console: Console) -> int:
                 profile=options.profile,
                 resume_anywhere=options.resume_anywhere,
                 keep_updates=options.keep_updates,
+                publish=options.publish,
             )
         if any((out / "runs").glob("*.parquet")):  # not even one row is left of a run whose process died early
             results = load(out)

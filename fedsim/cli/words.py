@@ -18,6 +18,7 @@ from fedsim.cli.options import (
     add_experiment,
     add_import,
     add_numerics,
+    add_privacy,
     add_reference,
     add_resume_anywhere,
     add_runtime,
@@ -135,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     add_resume_anywhere(submit)
     add_numerics(submit)
     submit.add_argument("--profile", action="store_true", help="also write where every round's time went")
+    add_privacy(submit)
     submit.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="no secrets")
     submit.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="is not sent")
     submit.add_argument("--detach", action="store_true", help="do not follow it")

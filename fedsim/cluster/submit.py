@@ -146,6 +146,8 @@ def entrypoint(options: argparse.Namespace, hosts: int | None, wait: float) -> l
     words += ["--wait", f"{wait:g}"] if wait and hosts is not None else []
     words += ["--resume"] if options.resume and options.target else []
     words += ["--profile"] if options.profile else []
+    words += ["--keep-updates"] if options.keep_updates else []
+    words += ["--publish"] if options.publish else []
     words += ["--numerics", options.numerics] if options.numerics else []
     words += ["--resume-anywhere"] if options.resume_anywhere else []
     for name in ("seeds", "only", "data", "scale"):

@@ -16,6 +16,17 @@ PRIVATE: tuple[Leaves, ...] = ("nothing", "statistics", "operator", "adapter", "
 
 
 @dataclasses.dataclass(frozen=True)
+class Trainings:
+    """All trainings of a participant whose results it has sent. - `examples`: of its shard.
+
+    - `epochs`: of all trainings together that have a batch size: pairs (batch size, epochs).
+    """
+
+    examples: int
+    epochs: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class ClientUpdate:
     """What one client uploads.
 

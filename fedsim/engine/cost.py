@@ -46,6 +46,8 @@ class ParticipantCost:
     private_bytes: int
     flops_per_step: dict[str, int]
     peak_bytes: int
+    begun_epochs: tuple[tuple[int, int], ...] = ()  # of trainings that make its private state: batch size, epochs
+    round_epochs: tuple[tuple[int, int], ...] = ()  # ... and of those of a round
 
     @property
     def trainable_params(self) -> int:
@@ -299,6 +301,8 @@ def _participant(task: Task, tier: Tier, count: int, begun: Call, call: Call) ->
         private_bytes=private,
         flops_per_step={work.purpose: work.flops_per_step for work in works},
         peak_bytes=max((_peak(work, private) for work in works), default=0),
+        begun_epochs=tuple((work.batch_size, work.epochs) for work in begun.work),
+        round_epochs=tuple((work.batch_size, work.epochs) for work in call.work),
     )
 
 

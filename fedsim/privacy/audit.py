@@ -31,11 +31,13 @@ from fedsim.privacy.attacks.replay import (
     change,
     vector,
 )
+from fedsim.privacy.evidence import Evidence, curves, pictures
 from fedsim.privacy.kept import Run, opened_run
-from fedsim.privacy.measures import Value, mean, share
+from fedsim.privacy.measures import Told, Value, mean, share
 from fedsim.privacy.pairs import bare
 from fedsim.results.columns import row_of
 from fedsim.results.export import deployed
+from fedsim.results.pictures import write_pictures
 from fedsim.results.records import AttackRecord
 from fedsim.results.store import runs_in
 from fedsim.results.tables import write_table
@@ -53,7 +55,8 @@ Say = Callable[[str], None]
 def audit(
     directory: Place, run_id: str | None, data_dir: str | None, modules: Sequence[ModuleType] = (), say: Say = print
 ) -> dict[str, list[dict[str, Any]]]:
-    """Attack the finished runs of a folder, or one of them, and write the table `attacks`.
+    """Attack the finished runs of a folder, or one of them, and write the tables `attacks` and `roc`, and images that
+    were found (`fedsim.results.pictures`).
 
     - `modules`: where classes of a run's config may lie, as of `export`. - `say`: is told which run is next.
 
@@ -69,8 +72,13 @@ def audit(
     by_seed = across_seeds(opened)
     for run in opened:
         say(f"{run.method}, seed {run.experiment.seed}: run {run.run_id}")
-        found[run.run_id] = [row_of("attacks", record) for record in records(run, by_seed.get(run.run_id, {}))]
+        evidence = list[Evidence]()
+        found[run.run_id] = [
+            row_of("attacks", record) for record in records(run, by_seed.get(run.run_id, {}), evidence)
+        ]
         write_table(directory, "attacks", run.run_id, found[run.run_id])
+        write_table(directory, "roc", run.run_id, [row_of("roc", record) for record in curves(run, evidence)])
+        write_pictures(directory, run.run_id, pictures(evidence))
     return found
 
 
@@ -81,10 +89,10 @@ Attacked = tuple[str, str, int | None, dict[str, Value]]  # attack, knowledge, p
 Found = Iterator[Attacked]
 
 
-def records(run: Run, by_seed: Mapping[int, list[Attacked]]) -> Iterator[AttackRecord]:
+def records(run: Run, by_seed: Mapping[int, list[Attacked]], evidence: list[Evidence]) -> Iterator[AttackRecord]:
     """Every value that is measured on a run; of what is measured of several participants, the mean as well.
 
-    - `by_seed`: what other seeds help to find, by round.
+    - `by_seed`: what other seeds help to find, by round. - `evidence`: receives what the values were measured of.
     """
     whole = SimpleNamespace(run_id=run.run_id, experiment=run.experiment, method=run.method)
     attacked = [(round, itertools.chain(of_round(run, round), by_seed.get(round, ()))) for round in ends(run)]
@@ -92,6 +100,8 @@ def records(run: Run, by_seed: Mapping[int, list[Attacked]]) -> Iterator[AttackR
     for round, found in (*attacked, (last, on_deployed(run)), (last, attribution(run))):
         several: dict[tuple[str, str, str], list[float]] = {}
         for attack, level, client, values in found:
+            if isinstance(values, Told):
+                evidence.append(Evidence(round, attack, level, client, values))
             for metric, value in values.items():
                 yield AttackRecord(whole, attack, level, round, client, metric, *value)
                 if client is not None:

@@ -38,7 +38,7 @@ sigma_Delta^-2 = sigma^-2 - (2 sigma_b)^-2.
 import dataclasses
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +53,7 @@ from fedsim.algorithm import (
     Payload,
     ServerContext,
     State,
+    Trainings,
     Tree,
     whole_sum,
 )
@@ -217,7 +218,7 @@ class ParticipantDP(Pair):
             if found != wanted:
                 refuse(name, found, f"another where privacy.noise={self.noise!r}: shares of who is missing are lacking")
 
-    def spent(self, experiment: Experiment, round: int) -> dict[str, float]:
+    def spent(self, experiment: Experiment, round: int, trained: Collection[Trainings] = ()) -> dict[str, float]:
         if not self.noise_multiplier:
             return {}
         assert self.delta is not None

@@ -2,6 +2,7 @@
 
     every training of a participant    DP-SGD (`fedsim.learning.per_example`), with sigma and C
     after T steps in all               epsilon of T steps at rate B / n   (Mironov, Talwar, Zhang 2019)
+    in the tables                      the largest epsilon of any participant
 
     B  batch size, in the mean    n  examples of the shard, which is taken as public, as weights of means are
 
@@ -13,8 +14,9 @@ only as far as it follows from these trainings.
 
 import dataclasses
 import math
+from collections.abc import Collection
 
-from fedsim.algorithm import Algorithm, ClientContext, Training
+from fedsim.algorithm import Algorithm, ClientContext, Training, Trainings
 from fedsim.core.fields import check_types, refuse
 from fedsim.experiment import Experiment
 from fedsim.learning.per_example import PerExample
@@ -52,6 +54,7 @@ class ExampleDP(Pair):
             refuse("algorithm.method", algorithm.name, "a method that sends what it trained, and no statistics of data")
 
     def check_experiment(self, experiment: Experiment) -> None:
+        self.spent(experiment, 0, [Trainings(1, ((1, 1),))])  # what it needs of accounting is missing now, or never
         augmentation = experiment.task.augmentation
         for name in ("mixup", "cutmix") if augmentation is not None else ():
             if found := getattr(augmentation, name):
@@ -60,6 +63,21 @@ class ExampleDP(Pair):
     def training(self, asked: Training, ctx: ClientContext) -> Training:
         return dataclasses.replace(asked, per_example=self._per_example, clip=None)
 
+    def spent(self, experiment: Experiment, round: int, trained: Collection[Trainings] = ()) -> dict[str, float]:
+        """Of the participant that has spent most: all of its trainings, at the rate of its largest batches."""
+        if not self.noise_multiplier:
+            return {}
+        taken = {self._taken(each) for each in trained}
+        least = {steps: max(rate for rate, other in taken if other == steps) for _, steps in taken}
+        worst = max((self._of(rate, steps) for steps, rate in least.items()), default=0.0)
+        return {"epsilon": worst, "delta": self.delta, "noise_multiplier": self.noise_multiplier}
+
+    def _taken(self, trained: Trainings) -> tuple[float, int]:
+        """The largest rate at which a participant draws its examples, and how many steps it has taken."""
+        n = trained.examples
+        rate = max(min(1.0, size / n) for size, _ in trained.epochs)
+        return rate, sum(epochs * math.ceil(n / size) for size, epochs in trained.epochs)
+
     def epsilon(self, *, examples: int, batch_size: int, epochs: int) -> float:
         """What a participant has spent.
 
@@ -67,10 +85,13 @@ class ExampleDP(Pair):
 
         **Raises:** `ValueError` where there is no noise.
         """
+        return self._of(*self._taken(Trainings(examples, ((batch_size, epochs),))))
+
+    def _of(self, rate: float, steps: int) -> float:
         return accounting.epsilon(
-            sampling_rate=min(1.0, batch_size / examples),
+            sampling_rate=rate,
             noise_multiplier=self.noise_multiplier,
-            steps=epochs * math.ceil(examples / batch_size),
+            steps=steps,
             delta=self.delta,
             accountant=self.accountant,
         )

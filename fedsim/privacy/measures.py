@@ -4,10 +4,12 @@ auc       P(score of a member > score of another), ties count half; DeLong et al
 tpr       share of members above the score that a share `fpr` of the others exceeds; Clopper & Pearson 1934
 mean      of values that are alike and independent; Student's t
 psnr      10 log10(range^2 / mean squared error), in dB
+roc       tpr against fpr, over all thresholds
 ssim      structural similarity, Wang et al. 2004, equation 13: Gaussian window of 11 pixels, sigma 1.5, K = .01, .03
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 
 LEVEL = 0.95
+POINTS = 60  # of a curve
 LARGEST_PSNR = 100.0  # dB: what equals the truth to rounding would have one without end
 
 
@@ -27,6 +30,23 @@ class Value(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
+
+
+class Told(dict[str, Value]):
+    """Values by metric, and what they were measured of.
+
+    - `scores`: of members `(m,)` and of others `(n,)`. - `images`: true and found, `(C, H, W)`, from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Value],
+        *,
+        scores: tuple[np.ndarray, np.ndarray] | None = None,
+        images: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        dict.__init__(self, values)
+        self.scores, self.images = scores, images
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> Value:
@@ -50,6 +70,17 @@ def tpr(members: np.ndarray, others: np.ndarray, fpr: float) -> Value:
     """
     threshold = np.sort(others)[len(others) - 1 - math.floor(fpr * len(others))]
     return share(int((members > threshold).sum()), len(members))
+
+
+def roc(members: np.ndarray, others: np.ndarray) -> list[tuple[float, float]]:
+    """False-positive rates and, at each, the largest share of members above a threshold that no more others exceed.
+
+    At most `POINTS`: no false positive, and then as many as are evenly spread in the logarithm, up to all.
+    """
+    n, ranked = len(others), np.append(np.sort(others)[::-1], -np.inf)
+    allowed = {0, n, *np.geomspace(1, n, POINTS - 2).astype(int).tolist()}
+    thresholds = [ranked[count] for count in sorted(allowed)]
+    return [*dict.fromkeys((float((others > t).mean()), float((members > t).mean())) for t in thresholds)]
 
 
 def share(hits: int, of: int) -> Value:

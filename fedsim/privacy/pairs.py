@@ -9,7 +9,7 @@ A pair is written once and works for every method that averages; methods know of
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from fedsim.algorithm import (
     State,
     Steps,
     Training,
+    Trainings,
     Tree,
 )
 from fedsim.core import tree as trees
@@ -75,8 +76,8 @@ class Pair:
         """Refuse, with a `ValueError`, an experiment that this pair cannot work in."""
         return None
 
-    def spent(self, experiment: "Experiment", round: int) -> Mapping[str, float]:
-        """What of privacy is spent after a round, for the tables: `epsilon`, `delta` and `noise_multiplier`."""
+    def spent(self, experiment: "Experiment", round: int, trained: Collection[Trainings] = ()) -> Mapping[str, float]:
+        """What of privacy is spent after a round, for the tables: as `Algorithm.spent` says."""
         return {}
 
     # at the aggregator ----------------------------------------------------------------------------------------------
@@ -186,8 +187,8 @@ class Around(Algorithm):
         for pair in self.pairs:
             pair.check_experiment(experiment)
 
-    def spent(self, experiment: "Experiment", round: int) -> Mapping[str, float]:
-        return next((found for pair in self.pairs if (found := pair.spent(experiment, round))), {})
+    def spent(self, experiment: "Experiment", round: int, trained: Collection[Trainings] = ()) -> Mapping[str, float]:
+        return next((found for pair in self.pairs if (found := pair.spent(experiment, round, trained))), {})
 
     def stage(self, round: int) -> str:
         return self.method.stage(round)

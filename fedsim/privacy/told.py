@@ -17,7 +17,7 @@ from fedsim.learning.training import train
 from fedsim.privacy.attacks import properties, reconstruction
 from fedsim.privacy.attacks.replay import Replay, change, gradient, seen_by
 from fedsim.privacy.kept import Run
-from fedsim.privacy.measures import Value, nearest, psnr, share, ssim
+from fedsim.privacy.measures import Told, Value, nearest, psnr, share, ssim
 
 
 SEARCH = reconstruction.Inversion(starts=2, iterations=40)  # of one image a run, round and level
@@ -64,8 +64,10 @@ def image(run: Run, replay: Replay, asked: Training) -> Iterator[tuple[str, dict
     truth = run.task.batch(own, torch.arange(1))["pixel_values"]
     low, high, span = bounds(run.task, truth.shape[1:])
 
-    def compared(image: Tensor) -> dict[str, Value]:
-        return {"psnr": Value(psnr(image, truth, span)), "ssim": Value(ssim(image[0], truth[0], span))}
+    def compared(image: Tensor) -> Told:
+        values = {"psnr": Value(psnr(image, truth, span)), "ssim": Value(ssim(image[0], truth[0], span))}
+        true, found = (((each[0] - low) / (high - low)).clamp(0, 1) for each in (truth, image))
+        return Told(values, images=(true, found))
 
     stream, shape = stream_of(run, replay, "audit/invert"), tuple(truth.shape[1:])
     found = reconstruction.invert(asked, moved, 1, own.labels, shape, (low, high), stream, SEARCH)
@@ -131,7 +133,8 @@ def tokens_of_step(run: Run, replay: Replay, asked: Training) -> dict[str, Value
 def of_one_step(run: Run, replay: Replay, asked: Training) -> tuple[Split, Training, Tree]:
     """One of the participant's examples, that step, and the change (start - sent) it would have sent of it alone.
 
-    It trains from its true private state, whatever the attacker takes for that.
+    It trains from its true private state, whatever the attacker takes for that, and as pairs around the method have it
+    train; what they do to the update afterwards is left out.
     """
     client = replay.exchange.client
     shard = run.shard(client)
@@ -140,7 +143,10 @@ def of_one_step(run: Run, replay: Replay, asked: Training) -> tuple[Split, Train
     trained = truly.asked()
     assert trained is not None
     step = {"epochs": 1, "batch_size": 1, "accumulate": 1}
-    done = train(dataclasses.replace(replay.ctx, train=own), dataclasses.replace(trained, **step))
+    ctx, private = dataclasses.replace(replay.ctx, train=own), dataclasses.replace(trained, **step)
+    for pair in getattr(run.experiment.algorithm, "pairs", ()):
+        private = pair.training(private, ctx)
+    done = train(ctx, private)
     start, end = flat(trained.start), flat(done.parameters)
     names = change(asked, replay.exchange.sent) or {}
     return own, dataclasses.replace(asked, **step), {name: start[name] - end[name] for name in names}

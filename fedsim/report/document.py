@@ -5,6 +5,7 @@ config. What it says is in `templates/report.j2`; here is what that is filled wi
 """
 
 import json
+import operator
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from fedsim.report.figures import (
     svg,
     time_figure,
 )
+from fedsim.report.leakage import curves, leakage, pictures, rows_of, trade_off
+from fedsim.report.leakage_figures import pictures_figure, roc_figure, trade_off_figure
 from fedsim.report.notes import notes
 from fedsim.report.page import Picture, rendered, write_figures
 from fedsim.report.readings import WORST_SHARE, Readings, by_method, by_setting, read, records
@@ -62,10 +65,11 @@ def content_of(results: Results, readings: Readings, title: str, commands: Seque
     """What the page's template is filled with."""
     settings, runs_of, runs = by_setting(records(summary(readings))), by_setting(readings.runs), records(results.runs)
     typed = dict.fromkeys(run["command"] for run in runs if run["command"])
+    leaked = rows_of(results, "attacks"), rows_of(results, "roc")
     return {
         "title": title,
         "settings": [
-            _setting(number, name, rows, runs_of[name], results, readings)
+            _setting(number, name, rows, runs_of[name], results, readings, *leaked)
             for number, (name, rows) in enumerate(settings.items())
         ],
         "legend": [f"{column}: {meaning}." for column, meaning in LEGEND.items()],
@@ -78,9 +82,19 @@ def content_of(results: Results, readings: Readings, title: str, commands: Seque
 
 
 def _setting(
-    number: int, name: str, rows: Sequence[Row], runs: Sequence[Row], results: Results, readings: Readings
+    number: int,
+    name: str,
+    rows: Sequence[Row],
+    runs: Sequence[Row],
+    results: Results,
+    readings: Readings,
+    attacks: Sequence[Row],
+    roc: Sequence[Row],
 ) -> dict[str, Any]:
-    """Tables and figures of one setting. - `rows`: of `summary`. - `number`: in the names of its figures."""
+    """Tables and figures of one setting. - `rows`: of `summary`. - `number`: in the names of its figures.
+
+    - `attacks`, `roc`: of `fedsim.report.leakage.rows_of`.
+    """
     by_seed = {run["seed"]: run for run in runs}.values()
     budgets = {
         "MB": [run["budget_mb"] for run in by_seed if run["budget_method"]],
@@ -88,6 +102,7 @@ def _setting(
     }
     means = {against: sum(found) / len(found) for against, found in budgets.items() if found}
     labelled = next((run for run in runs if run["labels"] and _histograms(run["labels"])), None)
+    leaked = leakage(runs, attacks)
     figures = {
         f"accuracy-{against.lower()}": accuracy_figure(
             runs, readings.rounds, against=against, budget=means.get(against)
@@ -99,6 +114,9 @@ def _setting(
         "participants": spread_figure(runs, results.deployed),
         "time": time_figure(rows),
         "data": labels_figure(_histograms(labelled["labels"])) if labelled else None,
+        "roc": roc_figure(curves(runs, roc)),
+        "trade-off": trade_off_figure(trade_off(runs, attacks, readings.rounds)),
+        "pictures": pictures_figure(pictures(runs, results) if leaked else {}),
     }
     return {
         "name": name,
@@ -108,6 +126,7 @@ def _setting(
         "differences": _grid(rows, DIFFERENCES),
         "costs": _grid(rows, COSTS),
         "targets": _grid(rows, TARGETS) if any(row["target"] == row["target"] for row in rows) else None,
+        "leakage": _grid(leaked, {name: operator.itemgetter(name) for name in leaked[0]}) if leaked else None,
         "per_seed": _grid(runs, PER_SEED, reference_of(runs, readings.reference)),
         "figures": {key: Picture(f"{number}-{key}", svg(each)) if each else None for key, each in figures.items()},
         "seeds": len(by_seed),

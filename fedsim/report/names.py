@@ -11,6 +11,7 @@ from typing import Any
 from fedsim.core.canonical import class_known
 
 
+AROUND = "around"  # what stands around a method: pairs of `fedsim.privacy`
 NOT_A_VARIANT = {"seed", "name", "suite"}  # what may differ between two configs of the same variant
 
 Row = Mapping[str, Any]
@@ -80,6 +81,7 @@ def _methods(runs: Runs, *, rates: bool = True) -> list[str]:
     has that, else the one that more runs have than any other. Learning rates, which are tuned for each variant, are
     named only where nothing else tells two variants apart; without `rates` not even there.
     """
+    runs = [{**run, "parsed": _unwrapped(run["parsed"])} for run in runs]
     configs = [_flat(run["parsed"]) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config if field not in NOT_A_VARIANT)
     differing = [field for field in fields if len({config.get(field) for config in configs}) > 1]
@@ -95,10 +97,32 @@ def _named(
     return [
         " ".join(
             [method_name(run)]
-            + [f"{_short(f)}={config.get(f, '-')}" for f in fields if usual[f] is None or config.get(f) != usual[f]]
+            + [
+                f"{_short(f)}={config.get(f, '-')}"
+                for f in fields
+                if usual[f] is None or config.get(f, "-") != usual[f]
+            ]
         )
         for run, config in zip(runs, configs, strict=True)
     ]
+
+
+def _unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with a method as if nothing were around it, and what is, by its settings, as one more field."""
+    method = config.get("algorithm")
+    if not isinstance(method, dict) or not isinstance(method.get("method"), dict):
+        return config
+    pairs = method.get("pairs")
+    around = ", ".join(_pair(pair) for pair in pairs if isinstance(pair, dict)) if isinstance(pairs, list) else ""
+    return {**config, "algorithm": method["method"] | ({AROUND: around} if around else {})}
+
+
+def _pair(pair: Mapping[str, Any]) -> str:
+    """`ExampleDP(clip=1, noise_multiplier=2)`: what has its default goes without saying."""
+    kind = str(pair.get("class", ""))
+    defaults = _defaults(kind)
+    told = [f"{n}={_text(v)}" for n, v in pair.items() if n != "class" and defaults.get(n) != _text(v)]
+    return f"{kind.rpartition('.')[2]}({', '.join(told)})"
 
 
 def _is_rate(field: str) -> bool:
@@ -114,6 +138,8 @@ def _short(field: str) -> str:
 
 def _usual(field: str, runs: Runs, configs: Sequence[Mapping[str, str]]) -> str | None:
     found = Counter(config.get(field, "-") for config in configs)
+    if field == f"algorithm.{AROUND}":
+        return "-"
     default = _default(runs[0]["parsed"], field)
     if default in found:
         return default

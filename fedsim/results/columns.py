@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -19,19 +20,25 @@ TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 @dataclasses.dataclass(frozen=True)
 class Column:
     """One column. `kind`: str, int or float; with `?` it may be null. `source`: a path from the row's record
-    (`fedsim.results.records`)."""
+    (`fedsim.results.records`). `private`: null in runs with `publish=True`, for it tells of participants' own examples
+    otherwise than by what they send, or of one participant's model alone."""
 
     name: str
     kind: str
     source: str
     meaning: str
     unit: str = ""
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        assert not self.private or self.kind.endswith("?"), f"{self.name}: what may be left out may be null"
 
     @property
     def field(self) -> pa.Field:
         return pa.field(self.name, TYPES[self.kind.rstrip("?")], nullable=self.kind.endswith("?"))
 
 
+Private = functools.partial(Column, private=True)
 RUN_ID = Column("run_id", "str", "run.run_id", "hash of the experiment")
 ALGORITHM = Column("algorithm", "str", "run.experiment.algorithm.name", "the method")
 SEED = Column("seed", "int", "run.experiment.seed", "the experiment's seed")
@@ -66,8 +73,8 @@ RUNS = (
     Column("model", "str?", "model", "the target form, for example 128x4"),
     Column("federation_sha256", "str?", "run.federation_sha256", "of shards, small forms and cohorts: equal for all "
            "methods that met the same federation"),
-    Column("error", "str?", "error", "which participant, and the traceback's last line; null unless it failed"),
-    Column("labels", "str?", "run.labels", "JSON: label histograms of participants; null in large populations"),
+    Private("error", "str?", "error", "which participant, and the traceback's last line; null unless it failed"),
+    Private("labels", "str?", "run.labels", "JSON: label histograms of participants; null in large populations"),
     Column("held_bytes", "int?", "held_bytes", "largest private state and download of any participant, by count",
            "bytes"),
     Column("peak_bytes", "int?", "peak_bytes", "largest memory of any participant in a training step, by count",
@@ -87,18 +94,18 @@ ROUNDS = (
     Column("accuracy_mean", "float?", "scores.accuracy.mean", "on the global test set, over the participants scored"),
     Column("accuracy_std", "float?", "scores.accuracy.std", "the same: spread over participants"),
     Column("accuracy_min", "float?", "scores.accuracy.min", "the same: worst participant"),
-    Column(
+    Private(
         "accuracy_local_mean",
         "float?",
         "scores.accuracy_local.mean",
         "weighted by each label mix; tokens: accuracy_val",
     ),
-    Column("accuracy_local_std", "float?", "scores.accuracy_local.std", "the same: spread over participants"),
-    Column("accuracy_local_min", "float?", "scores.accuracy_local.min", "the same: worst participant"),
-    Column("accuracy_val_mean", "float?", "scores.accuracy_val.mean", "on own validation data: for tuning"),
+    Private("accuracy_local_std", "float?", "scores.accuracy_local.std", "the same: spread over participants"),
+    Private("accuracy_local_min", "float?", "scores.accuracy_local.min", "the same: worst participant"),
+    Private("accuracy_val_mean", "float?", "scores.accuracy_val.mean", "on own validation data: for tuning"),
     Column("accuracy_global", "float?", "report.accuracy_global", "of the server's own model; null where it has none"),
     Column("loss_mean", "float?", "scores.loss.mean", "on the global test set, over the participants scored"),
-    Column("train_loss", "float?", "scores.train_loss.mean", "over the last local epoch, over participants"),
+    Private("train_loss", "float?", "scores.train_loss.mean", "over the last local epoch, over participants"),
     Column("bytes_up", "int", "bytes_up", "sent by the cohort, by numel x itemsize", "bytes"),
     Column(
         "bytes_down",
@@ -117,8 +124,8 @@ ROUNDS = (
     Column("bytes_moved", "int?", "report.bytes_moved", "that physically moved inside the cluster", "bytes"),
     Column("seam_bytes_up", "int?", "report.traffic.up", "bytes_up by the runtime's own count", "bytes"),
     Column("seam_bytes_down", "int?", "report.traffic.down", "bytes_down by the runtime's own count", "bytes"),
-    Column("accuracy_val_std", "float?", "scores.accuracy_val.std", "accuracy_val: spread over participants"),
-    Column("accuracy_val_min", "float?", "scores.accuracy_val.min", "accuracy_val: worst participant"),
+    Private("accuracy_val_std", "float?", "scores.accuracy_val.std", "accuracy_val: spread over participants"),
+    Private("accuracy_val_min", "float?", "scores.accuracy_val.min", "accuracy_val: worst participant"),
     Column("failed", "int", "failed", "participants that raised, in training or in scoring, where the run goes on"),
     Column("precision_mean", "float?", "scores.precision.mean", "of entities; null unless token classes tag entities"),
     Column("recall_mean", "float?", "scores.recall.mean", "of entities"),
@@ -135,7 +142,7 @@ ROUNDS = (
     Column("late", "int?", "late", "of the cohort: updates that came when the round was over"),
     Column("dropped_out", "int?", "dropped_out", "received what was sent and were not heard of again"),
     Column("excluded", "int?", "excluded", "whose device is too small for the method"),
-    Column(
+    Private(
         "metrics",
         "str?",
         "metrics",
@@ -144,7 +151,7 @@ ROUNDS = (
     PRESET,
     METHOD,
     Column("bytes_once", "int?", "bytes_once", "public models, downloaded by those who then began", "bytes"),
-    Column(
+    Private(
         "accuracy_val_even_mean",
         "float?",
         "scores.accuracy_val_even.mean",
@@ -153,8 +160,8 @@ ROUNDS = (
     Column("epsilon", "float?", "spent.epsilon", "spent by participants since round 0, at delta; null without noise"),
     Column("delta", "float?", "spent.delta", "for which epsilon is computed"),
     Column("noise_multiplier", "float?", "spent.noise_multiplier", "standard deviation of a round's noise over clip"),
-    Column("clipped_share", "float?", "clipped_share", "of the updates in time: clipped, without noise: no part of "
-           "what epsilon covers"),
+    Private("clipped_share", "float?", "clipped_share", "of the updates in time: clipped, without noise: no part of "
+            "what epsilon covers"),
 )  # fmt: skip
 
 CLIENTS = (
@@ -162,17 +169,17 @@ CLIENTS = (
     Column("round", "int", "round", "as in rounds"),
     Column("client", "int", "info.id", "the participant"),
     Column("tier", "str?", "info.tier", "its tier"),
-    Column("num_examples", "int", "info.num_examples", "training examples it holds"),
+    Private("num_examples", "int?", "info.num_examples", "training examples it holds; null with publish alone"),
     Column("num_test_examples", "int?", "report.num_test_examples", "it was scored on"),
-    Column("accuracy", "float?", "report.accuracy", "of the model it would deploy, on the global test set"),
-    Column("accuracy_local", "float?", "report.accuracy_local", "weighted by its label mix; tokens: accuracy_val"),
-    Column("accuracy_val", "float?", "report.accuracy_val", "on its own validation data: for tuning"),
-    Column("loss", "float?", "report.loss", "on the global test set"),
-    Column("train_loss", "float?", "report.train_loss", "over the last local epoch"),
+    Private("accuracy", "float?", "report.accuracy", "of the model it would deploy, on the global test set"),
+    Private("accuracy_local", "float?", "report.accuracy_local", "weighted by its label mix; tokens: accuracy_val"),
+    Private("accuracy_val", "float?", "report.accuracy_val", "on its own validation data: for tuning"),
+    Private("loss", "float?", "report.loss", "on the global test set"),
+    Private("train_loss", "float?", "report.train_loss", "over the last local epoch"),
     Column("bytes_up", "int", "report.bytes_up", "it sent, by numel x itemsize", "bytes"),
     Column("bytes_down", "int", "report.bytes_down", "it received", "bytes"),
-    Column("train_seconds", "float?", "report.train_seconds", "of local work, without scoring", "s"),
-    Column("flops", "int?", "report.flops", "of its training, forward and backward, by count"),
+    Private("train_seconds", "float?", "report.train_seconds", "of local work, without scoring", "s"),
+    Private("flops", "int?", "report.flops", "of its training, forward and backward, by count"),
     Column("peak_memory_bytes", "int?", "report.peak_memory_bytes", "high-water mark of its process (on a GPU: of its "
            "allocations) during the call; null where it cannot be read", "bytes"),
     Column("host", "str?", "host", "the process it was in"),
@@ -182,20 +189,20 @@ CLIENTS = (
     Column("model", "str?", "model", "its small form, for example 64x2"),
     Column("trainable_params", "int?", "report.trainable_params", "trained in this round", "scalars"),
     Column("upload_params", "int?", "report.upload_params", "in its upload", "scalars"),
-    Column("precision", "float?", "report.precision", "of entities, on the global test set"),
-    Column("recall", "float?", "report.recall", "of entities"),
-    Column("f1", "float?", "report.f1", "of entities"),
-    Column("small_sha256", "str?", "report.small_sha256", "of the small model it trained, in the round it did"),
-    Column("simulated_seconds", "float?", "report.simulated_seconds", "from the payload to the update, and of making "
-           "its private state where it did, by its device", "s"),
+    Private("precision", "float?", "report.precision", "of entities, on the global test set"),
+    Private("recall", "float?", "report.recall", "of entities"),
+    Private("f1", "float?", "report.f1", "of entities"),
+    Private("small_sha256", "str?", "report.small_sha256", "of the small model it trained, in the round it did"),
+    Private("simulated_seconds", "float?", "report.simulated_seconds", "from the payload to the update, and of making "
+            "its private state where it did, by its device", "s"),
     Column("outcome", "str?", "report.outcome", "in_time, late, dropped_out, excluded or failed; null where it was "
            "only scored"),
-    Column("metrics", "str?", "metrics", "JSON: what its method reported (ClientUpdate.metrics, client_scores)"),
+    Private("metrics", "str?", "metrics", "JSON: what its method reported (ClientUpdate.metrics, client_scores)"),
     PRESET,
     METHOD,
-    Column("error", "str?", "report.error", "the traceback's last line, where it raised and the run went on"),
+    Private("error", "str?", "report.error", "the traceback's last line, where it raised and the run went on"),
     Column("bytes_once", "int?", "report.bytes_once", "of the public models it began with, where it did", "bytes"),
-    Column("accuracy_val_even", "float?", "report.accuracy_val_even", "accuracy_val, its classes weighted evenly"),
+    Private("accuracy_val_even", "float?", "report.accuracy_val_even", "accuracy_val, its classes weighted evenly"),
 )  # fmt: skip
 
 PROFILE = (
@@ -230,33 +237,47 @@ ATTACKS = (
     Column("high", "float?", "high", "its upper end"),
 )
 
+ROC = (
+    *OF_RUN,
+    METHOD,
+    *(column for column in ATTACKS if column.name in ("round", "client", "attack", "knowledge")),
+    Column("fpr", "float", "fpr", "share of others above a threshold"),
+    Column("tpr", "float", "tpr", "share of members above it: at no more others, none tells more"),
+)
+
 COLUMNS: Mapping[str, Sequence[Column]] = {
     "runs": RUNS,
     "rounds": ROUNDS,
     "clients": CLIENTS,
     "profile": PROFILE,
     "attacks": ATTACKS,
+    "roc": ROC,
 }
 TABLES: Mapping[str, pa.Schema] = {
     table: pa.schema([column.field for column in columns], metadata={SCHEMA_KEY: str(SCHEMA_VERSION).encode()})
     for table, columns in COLUMNS.items()
 }
-# Of every run: `profile` is written with `--profile` alone, `attacks` by `fedsim audit`.
-SCHEMAS = {table: schema for table, schema in TABLES.items() if table not in ("profile", "attacks")}
+# Of every run: `profile` is written with `--profile` alone, `attacks` and `roc` by `fedsim audit`.
+SCHEMAS = {table: schema for table, schema in TABLES.items() if table not in ("profile", "attacks", "roc")}
 # Of what participants would deploy at the end: read without the rest of `clients`.
 DEPLOYED = ("run_id", "algorithm", "seed", "round", "client", "tier", "num_examples", "accuracy", "accuracy_local")
+PRIVATE = {table: frozenset(c.name for c in columns if c.private) for table, columns in COLUMNS.items()}
 _GETTERS = {table: {c.name: attrgetter(c.source) for c in columns} for table, columns in COLUMNS.items()}
 
 
-def row_of(table: str, record: Any) -> dict[str, Any]:
-    """A record as a row of a table."""
-    return {name: get(record) for name, get in _GETTERS[table].items()}
+def row_of(table: str, record: Any, publish: bool = False) -> dict[str, Any]:
+    """A record as a row of a table. - `publish`: what is private is left out, and not even looked at."""
+    hidden = PRIVATE[table] if publish else ()
+    return {name: None if name in hidden else get(record) for name, get in _GETTERS[table].items()}
 
 
-def columns_of(table: str, records: Sequence[Any]) -> dict[str, list]:
+def columns_of(table: str, records: Sequence[Any], publish: bool = False) -> dict[str, list]:
     """Records of one run as a table, column by column: there may be thousands, so what is the run's is read once."""
     found: dict[str, list] = {}
     for column in COLUMNS[table]:
+        if publish and column.private:
+            found[column.name] = [None] * len(records)
+            continue
         get, of_the_run = _GETTERS[table][column.name], column.source.startswith("run.")
         found[column.name] = [get(records[0])] * len(records) if of_the_run and records else list(map(get, records))
     return found
@@ -270,21 +291,25 @@ def reference() -> str:
         "clients": "One row for every participant and round in which it was sampled or scored.",
         "profile": "One row for every place and round: where the time went. Written with `--profile`.",
         "attacks": "One row for every value that an attack measured. Written by `fedsim audit` (audits.md).",
+        "roc": "One row for every point of the curves of `attacks` on membership: at most 60 a curve, evenly spread in "
+        "the logarithm of `fpr`. `client` null: all participants' scores as one.",
     }
     lines = [
         "# Tables",
         "",
         "Made from `fedsim/results/columns.py`. A type with `?` may be null. `source` is where the value comes from:",
-        "a path from the row's record in `fedsim/results/records.py`.",
+        "a path from the row's record in `fedsim/results/records.py`. `private`: null in runs with `publish=True`",
+        "([privacy.md](privacy.md)).",
     ]
     for table, columns in COLUMNS.items():
-        lines += ["", f"## {table}", "", about[table], "", "| column | type | unit | meaning | source |"]
-        lines += ["|---|---|---|---|---|", *_rows(columns)]
+        lines += ["", f"## {table}", "", about[table], "", "| column | type | unit | private | meaning | source |"]
+        lines += ["|---|---|---|---|---|---|", *_rows(columns)]
     return "\n".join(lines) + "\n"
 
 
 def _rows(columns: Iterable[Column]) -> Iterable[str]:
-    return (f"| `{c.name}` | {c.kind} | {c.unit} | {c.meaning} | `{c.source}` |" for c in columns)
+    for c in columns:
+        yield f"| `{c.name}` | {c.kind} | {c.unit} | {'yes' if c.private else ''} | {c.meaning} | `{c.source}` |"
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def deployed(
     if last != experiment.rounds:
         raise ValueError(f"{folder}: holds round {last} of a finished run of {experiment.rounds}: put back the last")
     clients = results.rows_of(results.read_run(directory, "clients", run_id), "clients")
-    sizes = {row["client"]: row["num_examples"] for row in clients}
+    sizes = {row["client"]: row["num_examples"] or 0 for row in clients}  # null in a run that is published
     try:
         held, state = states_of(folder, last, participant, sealed=manifests.FILES in manifest)
     except Damaged as error:

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedsim.algorithm import ClientInfo
+from fedsim.algorithm import ClientInfo, Trainings
 from fedsim.engine.cohort import RoundCohort
 from fedsim.engine.content import Content
 from fedsim.engine.cost import Cost, whole
@@ -129,7 +129,8 @@ class Statistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RoundRecord:
-    """A finished round. `before`: the row of the round before, from which totals go on."""
+    """A finished round. `before`: the row of the round before, from which totals go on. `trained`: of each participant
+    that was asked for an update so far."""
 
     run: RunFacts
     round: int
@@ -137,6 +138,7 @@ class RoundRecord:
     report: RoundReport
     before: Row | None
     wall_seconds: float
+    trained: Collection[Trainings] = ()
 
     @property
     def stage(self) -> str:
@@ -156,7 +158,7 @@ class RoundRecord:
         """Of privacy, by name; None where nothing is promised."""
         experiment = self.run.experiment
         nothing = dict.fromkeys(("epsilon", "delta", "noise_multiplier"))
-        return SimpleNamespace(**nothing | {**experiment.algorithm.spent(experiment, self.round)})
+        return SimpleNamespace(**nothing | {**experiment.algorithm.spent(experiment, self.round, self.trained)})
 
     @property
     def clipped_share(self) -> float | None:
@@ -278,6 +280,19 @@ class AttackRecord:
     value: float
     low: float | None
     high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CurveRecord:
+    """A point of the curve of an attack that scores examples. `run`: as of `AttackRecord`."""
+
+    run: Any
+    attack: str
+    knowledge: str
+    round: int
+    client: int | None
+    fpr: float
+    tpr: float
 
 
 def mean_metrics(reports: Sequence[ClientReport]) -> str | None:

@@ -63,6 +63,11 @@ class Results:
         return _joined("attacks", self.directories)
 
     @functools.cached_property
+    def roc(self) -> "pd.DataFrame":
+        """The curves of attacks on membership, one row a point."""
+        return _joined("roc", self.directories)
+
+    @functools.cached_property
     def deployed(self) -> "pd.DataFrame":
         """One row a run and participant: `DEPLOYED`, of the last round in which it was scored. Reads no more."""
         return self._last_rows[0]

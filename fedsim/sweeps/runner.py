@@ -18,6 +18,7 @@ from fedsim.experiment import Experiment
 from fedsim.learning.task import load_task
 from fedsim.results.longer import begin_from, shorter_runs
 from fedsim.results.provenance import code_sha256
+from fedsim.results.published import check_published
 from fedsim.results.store import RunStore, config_of, run_ids_in, runs_in
 from fedsim.results.tables import rows_of
 from fedsim.runtime import Choice
@@ -142,6 +143,7 @@ def run_all(
     profile: bool = False,
     resume_anywhere: bool = False,
     keep_updates: bool = False,
+    publish: bool = False,
 ) -> list[RunFailed]:
     """Compute what is missing, in order: here, or, with `jobs` above 1, so many runs at once, each in its own process.
 
@@ -151,6 +153,7 @@ def run_all(
     - `command`: what was typed, for the runs table. - `profile`: write the table `profile` as well.
     - `resume_anywhere`: go on with a run although the rounds to come would have other bits than its finished ones.
     - `keep_updates`: keep what participants receive and send, for `fedsim audit`.
+    - `publish`: leave what is private out of the tables; refused in a folder whose tables hold such things.
 
     **Returns:** the runs that failed. The caller holds the folder's lock (`locked`) and has made its checks.
 
@@ -162,6 +165,8 @@ def run_all(
     tell = functools.partial(say, console)
     if jobs > 1 and not isinstance(choice, Choice):
         raise ValueError(f"jobs={jobs}: the runtimes of several jobs are made from a fedsim.runtime.Choice")
+    if publish:
+        check_published(out, keep_updates)
     if overview is None:
         overview = overview_for(console) if progress is None else Lines(console, progress)
     compute = functools.partial(
@@ -173,6 +178,7 @@ def run_all(
         profile=profile,
         resume_anywhere=resume_anywhere,
         keep_updates=keep_updates,
+        publish=publish,
         counted={},
     )
 
@@ -235,6 +241,7 @@ def run_in(
     numerics: str | None = None,
     resume_anywhere: bool = False,
     keep_updates: bool = False,
+    publish: bool = False,
     **where: Any,
 ) -> None:
     """`fedsim.run` and `fedsim.sweep`: check the request, lock the folder, and compute what is missing.
@@ -272,6 +279,7 @@ def run_in(
             jobs=jobs,
             resume_anywhere=resume_anywhere,
             keep_updates=keep_updates,
+            publish=publish,
         )
     if failures:
         raise failures[0]

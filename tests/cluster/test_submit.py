@@ -148,6 +148,9 @@ def test_what_is_run_on_the_head() -> None:
         *("python", "-m", "benchmarks.sweep", "--suite", "quick", "text", "--address", "auto", "--out"),
         *("s3://bucket/x", "--seeds", "0", "1", "--only", "fedavg"),
     ]
+    words = entrypoint(options("my.module:study", "--keep-updates"), None, 0.0)
+    assert words[-1] == "--keep-updates"
+    assert entrypoint(options("--suite", "quick", "--publish"), None, 0.0)[-1] == "--publish"
     with pytest.raises(ValueError, match="--seeds: only with --suite"):
         entrypoint(options("my.module:study", "--seeds", "1"), None, 0.0)
 

@@ -5,6 +5,7 @@ import itertools
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,13 +21,15 @@ from fedsim.data.source import digits, pydoc
 from fedsim.experiment import Experiment, Tier
 from fedsim.learning.task import TaskConfig
 from fedsim.models import Form
+from fedsim.privacy import Around, ExampleDP, told
 from fedsim.privacy import audit as auditing
-from fedsim.privacy import told
 from fedsim.privacy.attacks.reconstruction import Inversion
 from fedsim.privacy.attacks.replay import Exchange, Replay, change, knowledge, without_data
 from fedsim.privacy.audit import audit
 from fedsim.privacy.kept import opened_run
+from fedsim.privacy.measures import POINTS
 from fedsim.results.columns import TABLES
+from fedsim.results.pictures import read_pictures
 from fedsim.results.tables import load
 from fedsim.storage.checkpoint import exchanges_of
 from fedsim.testing import Federation
@@ -63,6 +66,15 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auditing, "GRADIENTS", 8)
 
 
+def test_a_private_step_hides_the_image(tmp_path: Path, quickly: None) -> None:
+    """What comes back in closed form after a plain step of SGD (below) does not after a clipped and noised one."""
+    private = ExampleDP(clip=1.0, noise_multiplier=1.0, delta=1e-3)
+    inline(experiment(Around(experiment().algorithm, (private,))), tmp_path, keep_updates=True)
+    audit(tmp_path, None, None, say=lambda text: None)
+    table = load(tmp_path).attacks
+    assert (table[(table.attack == "inputs") & (table.metric == "psnr")].value < 20).all()
+
+
 def test_what_is_kept_changes_no_number_and_is_what_the_server_got(kept: Path, plain: Path) -> None:
     assert_same_numbers(kept, plain)
     run_id = experiment().run_id
@@ -94,6 +106,17 @@ def test_an_audit_writes_one_row_a_value(kept: Path, quickly: None, tmp_path: Pa
     assert (table[(table.attack == "inputs") & (table.metric == "psnr")].value > 60).all()
     (top1,) = table[table.metric == "top1"].value
     assert top1 in (0, 1 / 3, 2 / 3, 1) and load(out).runs.run_id.tolist() == [run_id]
+    roc = load(out).roc
+    assert pq.read_schema(out / "roc" / f"{run_id}.parquet").equals(TABLES["roc"])
+    assert {*roc.attack} == {"loss", "loss_deployed", "likelihood", "alignment", "residual"}
+    lengths = roc.fillna({"client": -1}).groupby(["attack", "knowledge", "round", "client"]).size()
+    assert int(lengths.max()) <= POINTS and {*roc.client.dropna()} == {0, 1, 2}
+    of_loss = [frame[(frame.attack == "loss") & (frame.client == 0) & (frame["round"] == 2)] for frame in (roc, table)]
+    assert of_loss[0].tpr[of_loss[0].fpr <= 0.01].max() == of_loss[1].set_index("metric").value["tpr_at_1_percent"]
+    images = read_pictures(out, run_id)
+    assert {*images} == {"true", "inversion/shared", "inputs/shared"}
+    off = np.abs(images["true"].astype(int) - images["inputs/shared"].astype(int))
+    assert images["true"].shape == (8, 8, 1) and off.max() <= 1 and float(images["true"].std()) > 10
     again = audit(out, run_id, None)
     assert again == {run_id: rows}
 
@@ -134,7 +157,9 @@ def test_a_command_audits_and_clean_frees_what_was_kept(
     shutil.copytree(kept, out)
     assert main(["audit", str(out), "--run", run_id, "--numerics", "native"]) == 0
     assert "loss_deployed" in capsys.readouterr().out
+    assert read_pictures(out, run_id)
     assert main(["clean", str(out)]) == 0
+    assert not read_pictures(out, run_id)
     assert not list((out / "checkpoints").rglob("exchange.*")) and len(load(out).attacks)
     assert main(["audit", str(out), "--numerics", "native"]) == 2
     assert "--keep-updates" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """DP-SGD in local training: clipping of single examples, noise, coins, and who may ask for it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from baselines.analytic import Analytic
 from baselines.fedavg import FedAvg
 from fedgrow_algo.fedgrow import FedGrow
-from fedsim.algorithm import TaskLoss, Training
+from fedsim.algorithm import TaskLoss, Training, Trainings
 from fedsim.core.tree import Tree
 from fedsim.data.config import digits
 from fedsim.experiment import Experiment, Tier
@@ -19,8 +20,10 @@ from fedsim.learning.per_example import PerExample
 from fedsim.learning.task import TaskConfig
 from fedsim.learning.training import LocalSteps, Trained, train
 from fedsim.models import Form
-from fedsim.privacy import Around, ExampleDP
+from fedsim.privacy import Around, ExampleDP, epsilon
+from fedsim.results.tables import load
 from tests.privacy.test_participant_dp import assert_standard_deviation
+from tests.support.inline_runs import Cut, Interrupted, inline
 from tests.support.small_federation import LOCAL, SMALL, Federation, assert_close, distance, without_counting
 
 
@@ -154,6 +157,41 @@ def test_epsilon_is_that_of_the_steps_at_the_rate_of_a_batch() -> None:
     assert mnist.epsilon(examples=100, batch_size=256, epochs=1) > 2, "a small shard is all of every batch"
 
 
+def test_what_is_spent_is_that_of_the_worst_participant() -> None:
+    pair, some = ExampleDP(1.0, 1.3, 1e-5), experiment()
+    assert pair.spent(some, 0)["epsilon"] == 0.0, "nothing has been sent"
+    trained = [Trainings(400, ((32, 3),)), Trainings(100, ((32, 3),)), Trainings(100, ((32, 1),))]
+    of = [pair.epsilon(examples=n, batch_size=32, epochs=epochs) for n, epochs in ((400, 3), (100, 3), (100, 1))]
+    assert pair.spent(some, 3, trained) == {"epsilon": max(of), "delta": 1e-5, "noise_multiplier": 1.3}
+    assert of[1] == max(of) and pair.spent(some, 3, trained[:1])["epsilon"] == of[0]
+    several = [Trainings(100, ((32, 1), (10, 2)))]  # 4 + 20 steps, all counted at the larger rate
+    assert pair.spent(some, 1, several)["epsilon"] == epsilon(
+        sampling_rate=0.32, noise_multiplier=1.3, steps=24, delta=1e-5
+    )
+    assert ExampleDP(1.0, 0.0, 1e-5).spent(some, 3, trained) == {}
+
+
+def test_the_tables_say_it_for_what_everyone_has_trained(tmp_path: Path, tiny_experiment: Experiment) -> None:
+    """Two of four take part in each round; the stages before count once, of whoever has sent something."""
+    pair = ExampleDP(1.0, 2.0, 1e-3)
+    assert isinstance(tiny_experiment.algorithm, FedGrow)
+    method = dataclasses.replace(tiny_experiment.algorithm, small_epochs=1, local_epochs=1, epochs=2, batch_size=16)
+    private = dataclasses.replace(tiny_experiment, algorithm=Around(method, (pair,)), participants=4, cohort=2)
+    with pytest.raises(Interrupted):
+        inline(private, tmp_path, progress=Cut(1))
+    inline(private, tmp_path, resume=True)
+    found = load(tmp_path)
+    clients = found.clients.loc[found.clients.outcome.notna()]
+    assert found.rounds.epsilon[0] == 0.0 and found.rounds.delta.tolist() == [1e-3] * 3
+    for round in (1, 2):
+        sent = clients.loc[clients["round"] <= round].groupby("client")
+        spent = [
+            pair.epsilon(examples=int(rows.num_examples.iloc[0]), batch_size=16, epochs=2 + 2 * len(rows))
+            for _, rows in sent
+        ]
+        assert found.rounds.epsilon[round] == pytest.approx(max(spent)), round
+
+
 # refused --------------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +206,6 @@ def experiment(**fields: Any) -> Experiment:
 
 
 def test_what_cannot_be_private_is_refused() -> None:
-    assert experiment().algorithm.spent(experiment(), 1) == {}, "epsilon is each participant's own"
     mixed = dataclasses.replace(experiment().task, augmentation=Augmentation(mixup=0.8))
     with pytest.raises(ValueError, match=r"task.augmentation.mixup=0.8: must be 0 where examples are private"):
         experiment(task=mixed)

@@ -6,7 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.privacy.measures import auc, mean, nearest, psnr, share, ssim, tpr
+from fedsim.privacy.measures import POINTS, auc, mean, nearest, psnr, roc, share, ssim, tpr
+
+
+def test_a_curve_by_hand() -> None:
+    """Above .6, one member and nobody else; above .1, both members and one of the others; above nothing, all."""
+    assert roc(np.array([0.9, 0.4]), np.array([0.6, 0.1])) == [(0.0, 0.5), (0.5, 1.0), (1.0, 1.0)]
+    assert roc(np.array([0.5, 0.5]), np.array([0.5, 0.5])) == [(0.0, 0.0), (1.0, 1.0)], "ties tell nothing"
+
+
+def test_a_curve_is_thinned_and_agrees_with_the_rates() -> None:
+    stream = np.random.default_rng(0)
+    members, others = stream.normal(1, 1, 3000), stream.normal(0, 1, 2000)
+    found = roc(members, others)
+    assert len(found) <= POINTS and found[0][0] == 0 and found[-1] == (1.0, 1.0) and found == sorted(found)
+    for false, true in found[:-1]:
+        assert true == tpr(members, others, false + 1e-9).value
 
 
 def test_auc_by_hand() -> None:

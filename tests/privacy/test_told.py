@@ -34,7 +34,7 @@ def attacked(federation: Federation) -> tuple[Any, Replay]:
     exchange = Exchange(1, 0, federation.payload(1, 0), federation.update(1, 0).tree)
     replay = Replay(federation.algorithm, exchange, {}, without_data(federation.at_client(1, 0)))
     run = SimpleNamespace(
-        experiment=SimpleNamespace(seed=0, target=federation.target),
+        experiment=SimpleNamespace(seed=0, target=federation.target, algorithm=federation.algorithm),
         task=federation.task,
         shard=lambda client: federation.shards[client],
         replays=lambda round, client: {"shared": replay},

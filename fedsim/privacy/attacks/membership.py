@@ -23,7 +23,7 @@ from fedsim.data.source import Split
 from fedsim.data.text import IGNORED
 from fedsim.learning.task import Task
 from fedsim.privacy.attacks.replay import gradient, seen_by, vector
-from fedsim.privacy.measures import Value, auc, tpr
+from fedsim.privacy.measures import Told, auc, tpr
 
 
 AT_ONCE = 256  # examples
@@ -42,9 +42,10 @@ def matched(members: Tensor, others: Tensor, stream: np.random.Generator) -> tup
     return np.array(chosen[0], np.int64), np.array(chosen[1], np.int64)
 
 
-def readings(members: np.ndarray, others: np.ndarray) -> dict[str, Value]:
+def readings(members: np.ndarray, others: np.ndarray) -> Told:
     """AUC and true-positive rates of scores."""
-    return {"auc": auc(members, others)} | {name: tpr(members, others, rate) for name, rate in RATES.items()}
+    rates = {name: tpr(members, others, rate) for name, rate in RATES.items()}
+    return Told({"auc": auc(members, others)} | rates, scores=(members, others))
 
 
 @torch.no_grad()
