@@ -69,7 +69,7 @@ def figure() -> Figure:
     for method in named_methods().values():
         if method.name not in of[method.leaves]:
             of[method.leaves].append(method.name)
-    rows = [(what, names) for what, names in of.items() if names]
+    rows: list[tuple[Leaves, list[str]]] = [(what, names) for what, names in of.items() if names]
     height, wide, left = 0.9, 1.75, 3.9
     drawn = Figure(figsize=(left + wide * len(WATCHERS) + 0.1, height * (len(rows) + 1) + 0.5))
     axes = drawn.add_axes((0, 0, 1, 1))

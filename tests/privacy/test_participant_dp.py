@@ -337,9 +337,14 @@ WHOLE: dict[str, Any] = {"clip": 1.0, "noise_multiplier": 2.0, "delta": 1e-3, "n
 NUMBERS = FixedPoint(fraction=16)
 
 
+def whole(**changes: Any) -> ParticipantDP:
+    fields: dict[str, Any] = WHOLE | {"cohort": 4} | changes
+    return ParticipantDP(**fields)
+
+
 def test_whole_shares_add_up_to_noise_of_the_whole_round() -> None:
     """Four shares of variance sigma^2 C^2 / 4, in whole steps."""
-    pair, received = ParticipantDP(**WHOLE | {"cohort": 4, "size": 4 * DRAWS}), {"a": torch.zeros(4 * DRAWS)}
+    pair, received = whole(size=4 * DRAWS), {"a": torch.zeros(4 * DRAWS)}
     shares = [sent_by(pair, received, received, client=client).tree["a"] for client in range(4)]
     for share in shares:
         assert share.dtype == torch.float64 and torch.equal(share * 2**16, torch.round(share * 2**16))
@@ -377,13 +382,13 @@ def test_a_sum_of_words_holds_whole_noise_exactly(monkeypatch: pytest.MonkeyPatc
 )
 def test_whole_noise_is_refused_where_nothing_is_known_of_it(changed: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ParticipantDP(**WHOLE | {"cohort": 4} | changed)
+        whole(**changed)
 
 
 def test_whole_noise_asks_for_a_sum_of_words_and_room_for_an_update(tiny_experiment: Experiment) -> None:
     base = dataclasses.replace(tiny_experiment, algorithm=FedAvg(**LOCAL), cohort=None)
     with pytest.raises(ValueError, match=r"algorithm\.pairs=\['ParticipantDP'\]: must be with a SecureSum"):
         calibrated(base, **{name: value for name, value in WHOLE.items() if name != "noise_multiplier"}, epsilon=8.0)
-    pair = ParticipantDP(**WHOLE | {"cohort": 4, "size": 3})
+    pair = whole(size=3)
     with pytest.raises(ValueError, match=r"privacy\.size=3: must be at least 4"):
         sent_by(pair, {"a": torch.zeros(4)}, {"a": torch.zeros(4)})
