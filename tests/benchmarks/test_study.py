@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import when_it_helps
 from benchmarks.study import FORMS, PARTS
-from benchmarks.when_it_helps import PAGE, TABLES, answers, draw, gathered, verdict
+from benchmarks.when_it_helps import PAGE, TABLES, answers, draw, gathered, overview, verdict
 from fedsim.report.readings import by_setting, read
 
 
@@ -73,6 +73,7 @@ def test_the_page_is_made_of_the_committed_tables() -> None:
     runs = by_setting(read(gathered(TABLES), reference=when_it_helps.REFERENCE).runs)
     page, text = json.loads(PAGE.with_suffix(".json").read_text()), PAGE.with_suffix(".md").read_text()
     assert page.keys() == runs.keys()
+    assert overview(page) in text and overview(page) in (TABLES.parents[1] / "README.md").read_text()
     for setting, part in page.items():
         compared = answers(runs[setting], part["form"])
         assert part["verdicts"] == {question: verdict(compared, question) for question in ("P", "A")}
