@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from baselines.private_models import Prototypes
 from fedsim.algorithm import ClientContext, ClientUpdate, Partial, Payload, ServerContext, Steps
 from fedsim.core.fields import check_range
-from fedsim.core.tree import State, Tree
+from fedsim.core.tree import State, Tree, mapped
 from fedsim.learning.features import drawn_matrix, fitted, points_of
 
 
@@ -64,9 +64,10 @@ class FedTGP(Prototypes):
         points, labels = points_of(update.tree["prototypes"] for update in updates if isinstance(update, ClientUpdate))
         if not len(labels):
             return state
+        points = points.double()  # products of matrices this small are rounded otherwise on other processors
         delta = min(widest_gap(points, labels), self.margin)
         trained = fitted(
-            state["trainable"],
+            mapped(Tensor.double, state["trainable"]),
             lambda trainable, some, of: contrastive(some, of, generated(trainable), delta),
             points,
             labels,
@@ -75,7 +76,7 @@ class FedTGP(Prototypes):
             batch_size=self.batch_size,
             generator=ctx.generator("prototypes"),
         )
-        return {"trainable": trained, "known": torch.ones_like(state["known"])}
+        return {"trainable": mapped(Tensor.float, trained), "known": torch.ones_like(state["known"])}
 
     # at a participant -----------------------------------------------------------------------------------------------
 

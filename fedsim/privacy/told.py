@@ -109,6 +109,11 @@ def tokens_of_step(run: Run, replay: Replay, asked: Training) -> dict[str, Value
     if not found or not replay.sends_what_it_receives:
         return None
     model = replay.model(replay.exchange.received)
+    # Parts of an adapter bear the name of the weight that they are added to.
+    whole = {name: model.get_parameter(name.rpartition(PATH)[2]).shape for name, _ in found}
+    found = [(name, spec) for name, spec in found if moved[name].shape == whole[name]]
+    if not found:
+        return None
     layer = model.get_submodule(found[0][0].rpartition(PATH)[2].rpartition(".")[0])
     rows, before = (
         torch.cat([tree[name].T if spec.dims[0] == READS else tree[name] for name, spec in found])
