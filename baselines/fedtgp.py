@@ -64,7 +64,7 @@ class FedTGP(Prototypes):
         points, labels = points_of(update.tree["prototypes"] for update in updates if isinstance(update, ClientUpdate))
         if not len(labels):
             return state
-        points = points.double()  # products of matrices this small are rounded otherwise on other processors
+        points = points.double()  # in float32 the scores of this method have differed between processors (`LOG.md`)
         delta = min(widest_gap(points, labels), self.margin)
         trained = fitted(
             mapped(Tensor.double, state["trainable"]),

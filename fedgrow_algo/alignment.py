@@ -25,7 +25,7 @@ from fedsim.models import Form
 
 
 ROTATION, SHIFT = "rotation", "shift"  # Q, `(d, d)`, and b - a Q, `(d,)`
-LITTLE = 1e-3  # what e is of the mean square
+LITTLE = 1e-3  # what e is of |A - a| |B - b| / d
 
 
 def procrustes(own_nd: Tensor, public_nd: Tensor, centred: bool = True) -> Tree:
