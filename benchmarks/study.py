@@ -152,7 +152,9 @@ class Part:
 
     def grid(self) -> list[Experiment]:
         """A few rounds, scored after the last."""
-        tried = [(name, rate) for name in self.names for rate in self.tried_for(name)] if self.grid_rounds else []
+        if not self.grid_rounds:
+            return []
+        tried = [(name, rate) for name in self.names for rate in self.tried_for(name)]
         return self.compared(tried, rounds=self.grid_rounds, eval_every=self.grid_rounds)
 
     def tried_for(self, name: str) -> tuple[float, ...]:

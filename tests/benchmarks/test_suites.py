@@ -12,6 +12,7 @@ from baselines.fedavg import FedAvg
 from benchmarks import suites
 from benchmarks.federations import PUBLIC
 from benchmarks.methods import DIGITS, methods
+from benchmarks.study import PARTS
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.grown import Grown
 from fedsim.algorithm import LocalTraining
@@ -166,3 +167,16 @@ def test_checkpoints_that_were_not_fetched_are_asked_for(tmp_path: Path, monkeyp
     monkeypatch.setenv("FEDSIM_CACHE_DIR", str(tmp_path))
     with pytest.raises(ValueError, match="'cache:minilm-l3': must be fetched first: fedsim models fetch minilm-l3"):
         suites.checkpoints()
+
+
+@pytest.mark.usefixtures("ladder")
+def test_the_study_takes_rates_that_its_grid_has():
+    """Where a part has no grid of its own, rates are those of the same task among strangers."""
+    grid = suites.study_grid()
+    assert len({each.run_id for each in grid}) == len(grid)
+    assert all(each.rounds == each.eval_every for each in grid)
+    for name, part in PARTS.items():
+        assert bool(part.grid()) == bool(part.grid_rounds)
+        tried = part if part.grid_rounds else PARTS[name.replace("ancestor", "strangers")]
+        for method, rate in part.rates.items():
+            assert rate in tried.tried_for(method), (name, method)
