@@ -120,7 +120,7 @@ def start_of(ladder: Ladder, variant: Variant, device: torch.device) -> tuple[Ta
     """The operator of a variant, its tensors and the small model it grows."""
     task = Task(ladder.config)
     operator = of_rank(rank_of(variant), variant[1], task, ladder.small, ladder.large)
-    small = operator.prepared(operator.stack(task.fresh(ladder.small, 0)), generator(0, "global"))
+    small = operator.prepared(operator.stack(task.fresh(ladder.small, 0)), operator.drawn(generator(0, "global")))
     return task, operator, to(operator.init(generator(0, "global")), device), to(small, device)
 
 

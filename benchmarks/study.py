@@ -258,11 +258,13 @@ PARTS = {
 # The form of Fed-Grow that was best by validation on the tuning seed, by what names the part in the tables.
 FORMS = {
     "from gpt2-24x1, gpt2-32x2": "fedgrow_residual (preserving)",
+    "from gpt2-24x1, grown": "fedgrow_core (preserving)",
     "from vit-24x1, vit-32x2": "fedgrow_core (preserving)",
     "from vit-24x1, grown": "fedgrow_residual (preserving)",
 }
 NAMED = {
     "from gpt2-24x1, gpt2-32x2": "T: next byte of reference text, owners of whole topics; two strangers' models",
+    "from gpt2-24x1, grown": "T; one public ancestor",
     "from vit-24x1, vit-32x2": "F: Fashion-MNIST, skewed labels; two strangers' models",
     "from vit-24x1, grown": "F; one public ancestor",
 }

@@ -56,7 +56,7 @@ class FedGrowAnchored(FedGrowJoint):
 
     @property
     def name(self) -> str:
-        return "fedgrow_anchored"
+        return "fedgrow_anchored" if self.rank is None else "fedgrow_anchored_lowrank"
 
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         super().check(task, forms, intermediate, target)
@@ -72,7 +72,7 @@ class FedGrowAnchored(FedGrowJoint):
 
     def server_init(self, ctx: ServerContext) -> State:
         classes = ctx.task.inputs.num_classes
-        state = server_state({GLOBAL: first_global(self.preset, ctx)}, self.server, self.finetune_after, ctx)
+        state = server_state({GLOBAL: first_global(self.preset, ctx, self.rank)}, self.server, self.finetune_after, ctx)
         none = {
             PROTOTYPES: torch.zeros(classes, ctx.target.width),
             KNOWN: torch.zeros(classes, dtype=torch.bool),

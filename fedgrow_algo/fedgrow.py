@@ -104,7 +104,7 @@ def intermediate_model(
     small = yield from trained_on_own_shard(ctx, init=init, **settings | {"lr": small_lr, "epochs": small_epochs})
     small, objective, frozen = begun(small, ctx)
     local = of_rank(rank, preset, ctx.task, ctx.info.form, ctx.intermediate)
-    prepared = local.prepared(local.stack(small), local_stream(init, ctx))
+    prepared = local.prepared(local.stack(small), local.drawn(local_stream(init, ctx)))
     trained = yield Training(
         GrownLoss(ctx.task, preset, ctx.info.form, ctx.intermediate, checkpoint_growth, rank, objective),
         to(local.init(local_stream(init, ctx)), ctx.device),
@@ -113,7 +113,8 @@ def intermediate_model(
         **settings | {"lr": local_lr, "epochs": local_epochs},
     )
     shared = of_rank(rank, preset, ctx.task, ctx.intermediate, ctx.target)
-    middle = shared.prepared(shared.stack(grown(local, trained.parameters, prepared)), global_stream(ctx))
+    stacked = shared.stack(grown(local, trained.parameters, prepared))
+    middle = shared.prepared(stacked, shared.drawn(global_stream(ctx)))
     return small, as_stored(middle)
 
 

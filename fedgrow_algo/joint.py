@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
+from fedgrow_algo.dual_ligo import GrownLoss, grown, of_rank, operator_between
 from fedgrow_algo.presets import by_name
 from fedgrow_algo.pretrain import Init, check_init, trained_on_own_shard
 from fedgrow_algo.rounds import (
@@ -32,6 +32,7 @@ from fedgrow_algo.rounds import (
     combined,
     fine_tuned,
     first_global,
+    global_stream,
     local_stream,
     own_target,
     payloads,
@@ -39,6 +40,7 @@ from fedgrow_algo.rounds import (
     stage_of,
 )
 from fedsim.algorithm import (
+    LATER,
     ClientContext,
     ClientInfo,
     ClientUpdate,
@@ -62,6 +64,7 @@ from fedsim.models import Form
 
 SMALL, LOCAL = "small", "local"  # parts of a participant's private state: S_i, and Local_i
 GLOBAL = "global"  # beside LOCAL in the tree that is trained
+DRAWN = "drawn"  # of what is frozen: what of Global is never trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,8 @@ class FedGrowJoint(LocalTraining):
     - `server`: what the server makes of the mean.
     - `checkpoint_growth`: keep nothing of the growth to the target for the backward pass but grow again: less memory,
       more time. What lies between S_i and M_i is kept.
+    - `rank`: of what is trained of both operators' maps (`fedgrow_algo.low_rank`); None: whole maps. Fewer bytes; a
+      step still multiplies the new M_i by Global's start, and costs what it does with whole maps.
     """
 
     preset: str = "paper"
@@ -90,17 +95,18 @@ class FedGrowJoint(LocalTraining):
     finetune_epochs: int = 1
     server: ServerOptimizer = AVERAGE
     checkpoint_growth: bool = False
+    rank: int | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         by_name(self.preset)
         check_range(self, "algorithm", "local_lr", "small_lr", "finetune_lr", least=0)
-        check_range(self, "algorithm", "finetune_epochs", least=1)
+        check_range(self, "algorithm", "finetune_epochs", "rank", least=1)
         check_range(self, "algorithm", "small_epochs", "finetune_after", least=0)
 
     @property
     def name(self) -> str:
-        return "fedgrow_joint"
+        return "fedgrow_joint" if self.rank is None else "fedgrow_joint_lowrank"
 
     @property
     def leaves(self) -> Leaves:
@@ -127,7 +133,7 @@ class FedGrowJoint(LocalTraining):
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_init(self, ctx: ServerContext) -> State:
-        return server_state(first_global(self.preset, ctx), self.server, self.finetune_after, ctx)
+        return server_state(first_global(self.preset, ctx, self.rank), self.server, self.finetune_after, ctx)
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:
         return payloads(state, cohort, self.stage(ctx.round))
@@ -141,26 +147,27 @@ class FedGrowJoint(LocalTraining):
     # at a participant -----------------------------------------------------------------------------------------------
 
     def client_init(self, ctx: ClientContext) -> Steps[State]:
-        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
+        local = of_rank(self.rank, self.preset, ctx.task, ctx.info.form, ctx.intermediate)
         tensors = to(local.init(local_stream(self.init, ctx)), ctx.device)
         if self._as_brought(ctx):
             return {LOCAL: tensors}
         settings = self.settings(lr=self.small_lr, epochs=self.small_epochs)
         small = yield from trained_on_own_shard(ctx, init=self.init, **settings)
-        return {LOCAL: tensors, SMALL: as_stored(local.stack(small))}
+        prepared = local.prepared(local.stack(small), local.drawn(local_stream(self.init, ctx)))
+        return {LOCAL: tensors, SMALL: as_stored(prepared)}
 
     def client_update(self, payload: Payload, state: State, ctx: ClientContext) -> Steps[tuple[ClientUpdate, State]]:
         if self.stage(ctx.round) == FINETUNE:
             settings = self.settings(lr=self.finetune_lr, epochs=self.finetune_epochs)
             return (yield from fine_tuned(ctx, self._target(payload, state, ctx), **settings))
         shared, frozen = self.received(payload)
-        growth = GrownLoss(
-            ctx.task, self.preset, ctx.intermediate, ctx.target, self.checkpoint_growth, objective=self.objective(ctx)
-        )
+        forms = ctx.intermediate, ctx.target
+        growth = GrownLoss(ctx.task, self.preset, *forms, self.checkpoint_growth, self.rank, self.objective(ctx))
+        drawn = of_rank(self.rank, self.preset, ctx.task, *forms).drawn(global_stream(ctx))
         trained = yield Training(
             JointLoss(growth, ctx.info.form),
             {LOCAL: state[LOCAL], GLOBAL: shared},
-            {"small": self._small(state, ctx), **frozen},
+            {"small": self._small(state, ctx), DRAWN: to(drawn, ctx.device), **frozen},
             purpose="joint",
             lr_of={LOCAL: self.local_lr},
             **self.settings(),
@@ -176,12 +183,14 @@ class FedGrowJoint(LocalTraining):
         target = own_target(state)
         if target is not None:
             return target
-        local = operator_between(self.preset, ctx.task, ctx.info.form, ctx.intermediate)
-        shared = operator_between(self.preset, ctx.task, ctx.intermediate, ctx.target)
-        return grown(shared, self.received(payload)[0], shared.stack(local.grow(state[LOCAL], self._small(state, ctx))))
+        local = of_rank(self.rank, self.preset, ctx.task, ctx.info.form, ctx.intermediate)
+        shared = of_rank(self.rank, self.preset, ctx.task, ctx.intermediate, ctx.target)
+        stacked = shared.stack(local.grow(state[LOCAL], self._small(state, ctx)))
+        prepared = shared.prepared(stacked, shared.drawn(global_stream(ctx)))
+        return grown(shared, self.received(payload)[0], prepared)
 
     def _small(self, state: State, ctx: ClientContext) -> Tree:
-        """S_i, stacked as Local_i takes it."""
+        """S_i, prepared as Local_i takes it."""
         checkpoint = ctx.info.checkpoint
         if checkpoint is None or not self._as_brought(ctx):
             return state[SMALL]
@@ -189,8 +198,8 @@ class FedGrowJoint(LocalTraining):
         return local.stack(to(load_small(ctx.task, ctx.info.form, checkpoint, ctx.seed), ctx.device))
 
     def _as_brought(self, ctx: ClientContext) -> bool:
-        """Whether S_i is a checkpoint's as it is: all who start from it share what a host has read once."""
-        return ctx.info.checkpoint is not None and not self.small_epochs
+        """Whether S_i is kept as a checkpoint has it: all who start from it share what a host has read once."""
+        return ctx.info.checkpoint is not None and not self.small_epochs and self.rank is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +207,8 @@ class JointLoss:
     """The task's loss of T = Global(Local(S)); trained are both operators' tensors, under `LOCAL` and `GLOBAL`.
 
     - `growth`: from M to T. - `form`: of S.
-    - `frozen["small"]`: S, stacked as Local takes it; the rest is what `growth` reads.
+    - `frozen["small"]`: S, prepared as Local takes it. - `frozen["drawn"]`: what of Global is never trained. The rest
+      is what `growth` reads.
     """
 
     growth: GrownLoss
@@ -206,7 +216,8 @@ class JointLoss:
 
     def __call__(self, parameters: State, frozen: Frozen, batch: Batch) -> Tensor:
         task, preset, middle = self.growth.task, self.growth.preset, self.growth.small
-        local = operator_between(preset, task, self.form, middle)
-        shared = operator_between(preset, task, middle, self.growth.large)
+        local = of_rank(self.growth.rank, preset, task, self.form, middle)
+        shared = of_rank(self.growth.rank, preset, task, middle, self.growth.large)
         stacked = shared.stack(local.grow(parameters[LOCAL], frozen["small"]))
-        return self.growth(parameters[GLOBAL], {**frozen, "small": stacked}, batch)
+        small = shared.prepared(stacked, frozen[DRAWN])
+        return self.growth(parameters[GLOBAL], {**frozen, "small": small}, batch)

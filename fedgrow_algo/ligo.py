@@ -27,7 +27,7 @@ from fedgrow_algo.equations import copies, mix, widen
 from fedgrow_algo.preset import NEXT, READ, Factor
 from fedgrow_algo.sizes import Sizes
 from fedsim.core.submodel import Dim, ParamSpec, join_fused, split_fused
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 
 
 ALIGNED = 16  # columns that are multiplied together are padded to a multiple of this: odd strides are slow
@@ -69,7 +69,11 @@ class Operator(Sizes):
         sizes = [dim.size(self.small_axes) or 1 for dim in spec.parsed]
         return like.new_full(sizes, float(spec.parsed[0].mode == "gain"))
 
-    def prepared(self, stacked: Tree, generator: torch.Generator) -> Tree:
+    def drawn(self, generator: torch.Generator) -> State:
+        """What stays as it was drawn, beside what is trained (`fedgrow_algo.low_rank`): here nothing."""
+        return {}
+
+    def prepared(self, stacked: Tree, drawn: State) -> Tree:
         """What `grow` takes of a small model, made once (`fedgrow_algo.low_rank`): here `stacked` itself."""
         return stacked
 

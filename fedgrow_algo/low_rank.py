@@ -28,7 +28,10 @@ from fedgrow_algo.equations import mix, widen
 from fedgrow_algo.ligo import Operator
 from fedgrow_algo.preset import NEXT
 from fedsim.core.submodel import Dim, ParamSpec, join_fused
-from fedsim.core.tree import State, Tree
+from fedsim.core.tree import State, Tree, to
+
+
+START, COLUMNS = "start", "columns"  # of what is drawn: B0 and V
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +62,28 @@ class LowRank:
         """As `Operator.stack`."""
         return self.full.stack(small)
 
-    def prepared(self, stacked: Mapping[str, Tensor], generator: torch.Generator) -> State:
-        """What of growing does not change in training: `{term: {name or role: tensor}}`.
+    def drawn(self, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> State:
+        """B0 by the name of its map, and V by that of its group: what is never trained.
 
-        A term is "t" and, for each named dimension of a parameter, 0 where B0 has widened it, 1 where V^T has cut it.
-
-        - `generator`: as `init` was given: B0 and V are drawn from it.
+        - `generator`: as `init` was given.
         """
-        like = next(iter(stacked.values()))
-        start = {name: tensor.to(like) for name, tensor in self.full.init(generator, like.dtype).items()}
+        start = self.full.init(generator, dtype)
         for name, shape in self.full.shapes.items():
             if _is_map(name) and len(shape) == 3 and self.full.preset.per == "target":
                 start[name] = start[name][0]
         sizes = {group: self.full.mapped(dim)[0] for group, dim in self.full.groups.items()}
-        V = {group: self._columns(size, generator).to(like) for group, size in sizes.items()}
+        return {
+            START: start,
+            COLUMNS: {group: self._columns(size, generator).to(dtype) for group, size in sizes.items()},
+        }
+
+    def prepared(self, stacked: Mapping[str, Tensor], drawn: State) -> State:
+        """What of growing does not change while U is trained: `{term: {name or role: tensor}}`.
+
+        A term is "t" and, for each named dimension of a parameter, 0 where B0 has widened it, 1 where V^T has cut it.
+        """
+        like = next(iter(stacked.values()))
+        start, V = to(drawn[START], like.device), to(drawn[COLUMNS], like.device)
         terms: State = {}
         for name, spec in self._parameters.items():
             found = {"t": stacked[name] if spec.layer is not None else stacked[name][None]}

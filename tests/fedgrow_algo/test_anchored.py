@@ -111,6 +111,11 @@ def test_bytes_beside_the_operator_are_classes_times_width_and_one() -> None:
     (update,) = federation.run(1, [0])
     extra = nbytes(update.tree) - nbytes(update.tree["global"])
     assert extra == 4 * CLASSES * (WIDTH + 1)
+    low = Federation(anchored(rank=1))
+    (smaller,) = low.run(1, [0])
+    assert low.algorithm.name == "fedgrow_anchored_lowrank"
+    assert nbytes(smaller.tree) - nbytes(smaller.tree["global"]) == extra
+    assert nbytes(smaller.tree["global"]) < nbytes(update.tree["global"]) / 3
 
 
 def test_the_first_round_is_the_joint_forms_and_the_second_is_not() -> None:
@@ -171,8 +176,9 @@ def test_class_means_come_nearer_to_the_prototypes() -> None:
     assert spread(3.0) < 0.7 * spread(0.0)
 
 
-def test_a_batch_of_participants_is_one_by_one_to_rounding() -> None:
-    alone, together, tally = Federation(anchored(weight=3.0)), Federation(anchored(weight=3.0)), Tally()
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_batch_of_participants_is_one_by_one_to_rounding(rank: int | None) -> None:
+    alone, together, tally = *(Federation(anchored(weight=3.0, rank=rank)) for _ in range(2)), Tally()
     for round in (1, 2):
         expected = alone.run(round)
         called = [functools.partial(together.updating, round, client) for client in range(3)]
@@ -183,8 +189,9 @@ def test_a_batch_of_participants_is_one_by_one_to_rounding() -> None:
     assert (tally.batched, tally.alone) == (9, 0)
 
 
-def test_nothing_private_is_sent() -> None:
-    federation = Federation(anchored())
+@pytest.mark.parametrize("rank", [None, 2])
+def test_nothing_private_is_sent(rank: int | None) -> None:
+    federation = Federation(anchored(rank=rank))
     (update,) = federation.run(1, [0])
     kept = federation.state(0)
     assert kept.keys() == {"small", "local"}
@@ -193,8 +200,9 @@ def test_nothing_private_is_sent() -> None:
     assert private.isdisjoint(tensor.numpy().tobytes() for tensor in flat(update.tree).values())
 
 
-def test_the_deployed_model_is_a_plain_one(tmp_path: Path) -> None:
-    federation = Federation(anchored())
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_deployed_model_is_a_plain_one(rank: int | None, tmp_path: Path) -> None:
+    federation = Federation(anchored(rank=rank))
     federation.run(1)
     model = federation.deployed(1, 0)
     with torch.no_grad():

@@ -14,7 +14,18 @@ from fedsim.core.tree import Tree, mapped
 from fedsim.data.config import digits, pydoc
 from fedsim.learning.task import TaskConfig, load_task
 from fedsim.models import Form
-from tests.support.growing import MAIN, accepted, exact, large, operator_between, random, random_tree, small, start
+from tests.support.growing import (
+    MAIN,
+    accepted,
+    exact,
+    large,
+    multiplied_out,
+    operator_between,
+    random,
+    random_tree,
+    small,
+    start,
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,24 +52,13 @@ def case_of(model: str, growth: str, preset: str, rank: int) -> tuple[LowRank, T
 
 
 def full_tensors(low: LowRank, trained: Tree) -> Tree:
-    """B0 + U V^T of each map, multiplied out, one start for all where maps belong to target blocks."""
-    drawn, maps = generator(), {}
-    begun = low.full.init(drawn, torch.float64)
-    V = {group: low._columns(low.full.mapped(dim)[0], drawn) for group, dim in low.full.groups.items()}
-    for name, tensor in begun.items():
-        if not name.startswith("width."):
-            maps[name] = trained[name]
-            continue
-        group = name.removeprefix("width.").removesuffix(".read").removesuffix(".next")
-        B0 = tensor[:1] if tensor.ndim == 3 and low.full.preset.per == "target" else tensor
-        maps[name] = B0 + trained[name] @ V[group].T
-    return maps
+    return multiplied_out(low, trained, low.drawn(generator(), torch.float64))
 
 
 @every_case
 def test_it_grows_what_the_products_grow(model: str, growth: str, preset: str) -> None:
     low, tree, trained = case_of(model, growth, preset, 2)
-    prepared = low.prepared(low.stack(tree), generator())
+    prepared = low.prepared(low.stack(tree), low.drawn(generator(), torch.float64))
     expected = low.full(full_tensors(low, trained), tree)
     grown = low.grow(trained, prepared)
     assert grown.keys() == expected.keys()
@@ -75,7 +75,7 @@ def test_with_the_rank_of_the_small_sizes_it_is_the_operator_of_full_maps(model:
     anywhere = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(low.shapes.items())}
     begun = full_tensors(low, mapped(torch.zeros_like, anywhere))
     U = {name: t - begun[name] if name.startswith("width.") else t for name, t in anywhere.items()}
-    grown = low.grow(U, low.prepared(low.stack(tree), generator()))
+    grown = low.grow(U, low.prepared(low.stack(tree), low.drawn(generator(), torch.float64)))
     for name, expected in low.full(anywhere, tree).items():
         assert_close(grown[name], expected, rtol=1e-9, atol=1e-9)
 
@@ -83,7 +83,9 @@ def test_with_the_rank_of_the_small_sizes_it_is_the_operator_of_full_maps(model:
 @every_case
 def test_it_starts_where_the_preset_does(model: str, growth: str, preset: str) -> None:
     low, tree, _ = case_of(model, growth, preset, 2)
-    begun = low.grow(low.init(generator(), torch.float64), low.prepared(low.stack(tree), generator()))
+    begun = low.grow(
+        low.init(generator(), torch.float64), low.prepared(low.stack(tree), low.drawn(generator(), torch.float64))
+    )
     from_preset = low.full(start(low.full), tree)
     same = all(torch.allclose(begun[name], from_preset[name], rtol=1e-12, atol=1e-12) for name in begun)
     assert same or (preset == "ligo" and not exact(model, growth, preset)), "of ligo's starts, the first block's is all"
@@ -100,17 +102,15 @@ def test_by_hand() -> None:
         n: torch.zeros_like(t) if n.startswith("width.") else t for n, t in low.init(generator(), torch.float64).items()
     }
     U["width.embed"][0], U["width.embed"][8] = 0.5, -1.0
-    drawn = generator()
-    low.full.init(drawn, torch.float64)
-    v = {group: low._columns(low.full.mapped(dim)[0], drawn) for group, dim in low.full.groups.items()}["embed"][0, 0]
-    grown = low.grow(U, low.prepared(low.stack(tree), generator()))[name].flatten()
+    v = low.drawn(generator(), torch.float64)["columns"]["embed"][0, 0]
+    grown = low.grow(U, low.prepared(low.stack(tree), low.drawn(generator(), torch.float64)))[name].flatten()
     assert_close(grown[[0, 8, 1]], torch.stack([3 * (1 + 0.5 * v), 3 * (1 - v), torch.zeros(()).double()]))
 
 
 def test_the_mean_of_operators_is_that_of_their_maps() -> None:
     """Growing is linear in the maps of one side: with P = 0, and so is the mean over clients, to rounding."""
     low, tree, one = case_of("vit", "all", "preserving", 3)
-    prepared = low.prepared(low.stack(tree), generator())
+    prepared = low.prepared(low.stack(tree), low.drawn(generator(), torch.float64))
     other = {name: 0.1 * random(*t.shape, seed=50 + i) for i, (name, t) in enumerate(one.items())}
     mean = {name: 0.25 * one[name] + 0.75 * other[name] for name in one}
     maps, both = full_tensors(low, mean), [full_tensors(low, each) for each in (one, other)]
@@ -131,7 +131,7 @@ def test_in_bf16_the_model_is_what_is_half_and_growth_is_not(family: str) -> Non
     assert task.dataset is not None
     loss = GrownLoss(task, "preserving", small_form, large_form, rank=2)
     operator = of_rank(2, "preserving", task, small_form, large_form)
-    prepared = operator.prepared(operator.stack(task.fresh(small_form, 0)), generator())
+    prepared = operator.prepared(operator.stack(task.fresh(small_form, 0)), operator.drawn(generator()))
     batch = task.batch(task.dataset.train, torch.arange(8), torch.device("cpu"), generator(), None)
     found = []
     for half in (False, True):

@@ -14,8 +14,10 @@ from fedgrow_algo.dual_ligo import GrownLoss, grown, operator_between
 from fedgrow_algo.fedgrow import FedGrow
 from fedgrow_algo.joint import FedGrowJoint, JointLoss
 from fedgrow_algo.ligo import Operator
+from fedgrow_algo.low_rank import LowRank
 from fedgrow_algo.released_code import FedGrowReleasedCode
 from fedsim.algorithm import Algorithm, ClientContext, ClientInfo, ClientUpdate
+from fedsim.core.seeding import generator
 from fedsim.core.tree import State, Tree, clone, mapped, nbytes, numel, sha256, tensors
 from fedsim.data.dataset import Split
 from fedsim.experiment import Experiment
@@ -26,6 +28,7 @@ from fedsim.models.checkpoint import Checkpoint
 from fedsim.testing import MIDDLE, SMALL
 from tests.support import small_federation
 from tests.support.clients import client_init, client_update
+from tests.support.growing import multiplied_out
 from tests.support.procedures import TARGET, Federation, assert_equal, joint, released, shared_operator, staged
 from tests.support.small_federation import assert_close
 
@@ -171,7 +174,8 @@ def test_joint_grows_the_target_from_the_small_model_through_both_operators() ->
     assert_close(federation.model(1, 0), expected, atol=1e-7)
     batch = task.batch(federation.shards[0], torch.arange(4))
     tensors = {"local": state["local"]} | {"global": federation.server}
-    loss = JointLoss(GrownLoss(task, "paper", MIDDLE, TARGET), SMALL)(tensors, {"small": state["small"]}, batch)
+    frozen = {"small": state["small"], "drawn": {}}
+    loss = JointLoss(GrownLoss(task, "paper", MIDDLE, TARGET), SMALL)(tensors, frozen, batch)
     torch.testing.assert_close(loss, TaskLoss(task, TARGET)(expected, {}, batch), rtol=0, atol=1e-6)
 
 
@@ -198,6 +202,44 @@ def test_joint_holds_a_checkpoint_that_it_does_not_train_once_for_all(
         shared_operator(task).stack(grown(local, state["local"], local.stack(small))),
     )
     assert (sha256(model) == sha256(expected)) == (epochs == 0)
+
+
+def test_joint_of_full_rank_is_joint_to_rounding() -> None:
+    """B0 + U: a step moves U as it moves B. Of `ligo`'s starts, which differ by block, low rank has one."""
+    settings: dict[str, Any] = {"preset": "preserving", "weight_decay": 0.0}
+    whole, low = Federation(joint(**settings)), Federation(joint(**settings, rank=10**6))
+    for round in (1, 2):
+        expected, found = whole.run(round), low.run(round)
+        assert {n: t.shape for n, t in expected[0].tree.items()} == {n: t.shape for n, t in found[0].tree.items()}
+        assert_close(whole.model(round, 0), low.model(round, 0), atol=1e-4)
+    with pytest.raises(AssertionError):
+        assert_close(whole.model(2, 0), Federation(joint(**settings)).model(0, 0), atol=1e-2)
+
+
+def test_joint_of_low_rank_grows_through_both_products_and_sends_one_factor(tmp_path: Path) -> None:
+    """T = Global(Local(S)) where each map is B0 + U V^T, multiplied out here; U alone is trained, and Global's sent."""
+    federation = Federation(joint(preset="preserving", rank=2, small_epochs=0))
+    task = federation.task
+    small = task.fresh(SMALL, seed=3)
+    module: Any = task.module(SMALL, small)
+    module.save_pretrained(tmp_path)
+    federation.clients = [dataclasses.replace(c, checkpoint=Checkpoint(str(tmp_path))) for c in federation.clients]
+    own = federation.at_client(0, 0).generator("local")
+    (update,) = federation.run(1, [0])
+    middle, target = (
+        LowRank(operator_between("preserving", task, *forms), 2) for forms in ((SMALL, MIDDLE), (MIDDLE, TARGET))
+    )
+    local = federation.state(0)["local"]
+    for low, tree in ((middle, local), (target, update.tree)):
+        assert {name: tuple(tensor.shape) for name, tensor in tree.items()} == low.shapes
+    drawn = middle.drawn(own)
+    first = multiplied_out(middle, local, drawn)
+    second = multiplied_out(target, update.tree, target.drawn(generator(federation.seed, "global")))
+    assert_close(federation.model(1, 0), target.full(second, middle.full(first, small)), atol=1e-5)
+    begun = {name: 0 * tensor if name.startswith("width.") else tensor for name, tensor in local.items()}
+    start = multiplied_out(middle, begun, drawn)
+    with pytest.raises(AssertionError):
+        assert_close(federation.model(1, 0), target.full(second, middle.full(start, small)), atol=1e-3)
 
 
 def test_joint_clips_the_gradient_of_both_operators_together() -> None:

@@ -18,9 +18,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 from transformers.models.modernbert import modeling_modernbert
 
 from fedgrow_algo.ligo import Operator
+from fedgrow_algo.low_rank import LowRank
 from fedgrow_algo.preset import Preset
 from fedgrow_algo.presets import by_name
-from fedsim.core.tree import Tree
+from fedsim.core.tree import State, Tree
 from fedsim.models import Form, Inputs, get_family
 from tests.support.family_rows import EPS, FAMILIES
 
@@ -251,3 +252,15 @@ def logits(model: str, form: Form, tree: Tree, given: Tree | None = None) -> Ten
     given = batch(model) if given is None else given
     out = functional_call(module(model, form), tree, kwargs=given).logits
     return out[given["attention_mask"] == 1] if out.ndim == 3 else out
+
+
+def multiplied_out(low: LowRank, trained: Tree, drawn: State) -> Tree:
+    """The tensors of full maps, B0 + U V^T of each; one start for all where maps belong to target blocks."""
+    maps = {}
+    for name, tensor in trained.items():
+        if not name.startswith("width."):
+            maps[name] = tensor
+            continue
+        group = name.removeprefix("width.").removesuffix(".read").removesuffix(".next")
+        maps[name] = drawn["start"][name] + tensor @ drawn["columns"][group].T
+    return maps
