@@ -33,7 +33,7 @@ _LARGE, _TARGET = Form(32, 2, heads=4, mlp=64), Form(64, 4, heads=8, mlp=128)
 def on_newsgroups() -> Experiment:
     """600 texts of 20 Newsgroups, 32 tokens of each, among two owners of each MiniLM, of 3 and of 6 blocks."""
     base = on_minilm(1.0)
-    data = replace(base.task.data, name="newsgroups", num_classes=20, max_length=32, limit=600)
+    data = replace(base.task.data, name="newsgroups", num_classes=20, max_length=32, limit=600, test_limit=2000)
     return replace(
         base,
         task=replace(base.task, data=data),
@@ -247,11 +247,12 @@ PARTS = {
     ),
     "newsgroups": Part(
         on_newsgroups,
-        FEW,
+        tuple(name for name in FEW if name != "fedproto"),
         (1e-4, 3e-4, 1e-3),
         wider={},
         rates={},
         batch_size=16,
+        grid_rounds=2,
         public={"name": "r8", "num_classes": 8, "limit": 300},
     ),
 }
