@@ -33,7 +33,7 @@ _LARGE, _TARGET = Form(32, 2, heads=4, mlp=64), Form(64, 4, heads=8, mlp=128)
 def on_newsgroups() -> Experiment:
     """600 texts of 20 Newsgroups, 32 tokens of each, among two owners of each MiniLM, of 3 and of 6 blocks."""
     base = on_minilm(1.0)
-    data = replace(base.task.data, name="newsgroups", num_classes=20, max_length=32, limit=600, test_limit=2000)
+    data = replace(base.task.data, name="newsgroups", num_classes=20, max_length=32, limit=600, test_limit=1000)
     return replace(
         base,
         task=replace(base.task, data=data),
