@@ -1,26 +1,28 @@
 """Results -> one self-contained HTML page, and the same as Markdown.
 
-Nothing is fetched and nothing runs in the page: tables, figures (embedded), the machines, the commands, every run's
-config. What it says is in `templates/report.j2`; here is what that is filled with.
+Nothing is fetched: tables, figures (embedded), the machines, the commands, every run's config; a script of the page's
+own sorts tables and hides methods. What it says is in `templates/report.j2`; here is what that is filled with.
 """
 
+import functools
 import json
 import operator
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedsim.report.comparison import reference_of
+from fedsim.report.comparison import differences, reference_of
+from fedsim.report.drawing import Drawn, svg
 from fedsim.report.figures import (
     AGAINST,
     MOST_LINES,
     accuracy_figure,
     difference_figure,
     labels_figure,
+    places_of,
     savings_figure,
     shown_methods,
     spread_figure,
-    svg,
     time_figure,
 )
 from fedsim.report.leakage import curves, leakage, pictures, rows_of, trade_off
@@ -46,6 +48,9 @@ from fedsim.storage.place import Place, sent, write_atomically
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
+
+READ = (("equal_bytes_accuracy", "At equal bytes"), ("accuracy", "After the last round"))
+NAMED = 4  # methods in a sentence
 
 SUMMARY: Columns = COMPACT | {
     "own labels, %": lambda row: percent(row["accuracy_local"]),
@@ -103,24 +108,25 @@ def _setting(
     means = {against: sum(found) / len(found) for against, found in budgets.items() if found}
     labelled = next((run for run in runs if run["labels"] and _histograms(run["labels"])), None)
     leaked = leakage(runs, attacks)
-    figures = {
-        f"accuracy-{against.lower()}": accuracy_figure(
-            runs, readings.rounds, against=against, budget=means.get(against)
+    drawn: Mapping[str, Callable[..., Drawn | None]] = {
+        f"accuracy-{against.lower()}": functools.partial(
+            accuracy_figure, runs, readings.rounds, against=against, budget=means.get(against)
         )
         for against in AGAINST
     } | {
-        "savings": savings_figure(rows),
-        "differences": difference_figure(rows, "equal_bytes_accuracy"),
-        "participants": spread_figure(runs, results.deployed),
-        "time": time_figure(rows),
-        "data": labels_figure(_histograms(labelled["labels"])) if labelled else None,
-        "roc": roc_figure(curves(runs, roc)),
-        "trade-off": trade_off_figure(trade_off(runs, attacks, readings.rounds)),
-        "pictures": pictures_figure(pictures(runs, results) if leaked else {}),
+        "savings": functools.partial(savings_figure, rows),
+        "differences": functools.partial(difference_figure, rows, "equal_bytes_accuracy"),
+        "participants": functools.partial(spread_figure, runs, results.deployed),
+        "time": functools.partial(time_figure, rows),
+        "roc": functools.partial(roc_figure, curves(runs, roc), places_of(runs)),
+        "trade-off": functools.partial(trade_off_figure, trade_off(runs, attacks, readings.rounds)),
+        "pictures": functools.partial(pictures_figure, pictures(runs, results) if leaked else {}),
+        "data": functools.partial(labels_figure, _histograms(labelled["labels"]) if labelled else []),
     }
     return {
         "name": name,
-        "in_short": _in_short(rows),
+        "in_short": _in_short(rows, runs),
+        "methods": list(places_of(runs)),
         "summary": _grid(rows, SUMMARY),
         "compared": _grid(rows, COMPARED),
         "differences": _grid(rows, DIFFERENCES),
@@ -128,7 +134,7 @@ def _setting(
         "targets": _grid(rows, TARGETS) if any(row["target"] == row["target"] for row in rows) else None,
         "leakage": _grid(leaked, {name: operator.itemgetter(name) for name in leaked[0]}) if leaked else None,
         "per_seed": _grid(runs, PER_SEED, reference_of(runs, readings.reference)),
-        "figures": {key: Picture(f"{number}-{key}", svg(each)) if each else None for key, each in figures.items()},
+        "figures": {key: _picture(f"{number}-{key}", draw) for key, draw in drawn.items()},
         "seeds": len(by_seed),
         "hidden": len(by_method(runs)) - len(shown_methods(runs)),
         "labelled": labelled,
@@ -144,25 +150,50 @@ def _histograms(text: str) -> list[list[int]]:
         return []
 
 
-def _in_short(rows: Sequence[Row]) -> str:
-    """The three things most readers look for, from the numbers alone; nothing if there are none."""
-    parts = []
-    for column, where in (("accuracy", "after the last round"), ("equal_bytes_accuracy", "at equal bytes")):
-        known = [row for row in rows if row[column] == row[column]]
-        if known:
-            best = max(known, key=lambda row: row[column])
-            parts.append(f"{where} **{best['method']}** is best ({percent(best[column])} %)")
+def _picture(name: str, draw: Callable[..., Drawn | None]) -> Picture | None:
+    wide, narrow = draw(narrow=False), draw(narrow=True)
+    return Picture(name, svg(wide.figure), svg(narrow.figure), wide.data) if wide and narrow else None
+
+
+def _in_short(rows: Sequence[Row], runs: Sequence[Row]) -> str:
+    """What most readers look for, from the numbers alone; nothing if there are none.
+
+    - `rows`: of `summary`. - `runs`: those they are means of.
+    """
+    parts = [_highest(rows, runs, column, where) for column, where in READ if any(_known(row, column) for row in rows)]
     by_name = {row["method"]: row for row in rows}
     reference = by_name.get(rows[0]["reference"])
     if reference:
         figures = [f"{percent(reference['accuracy'])} % after the last round"]
-        if reference["saved"] == reference["saved"]:
+        if _known(reference, "saved"):
             figures.append(f"{percent(reference['saved'])} % of FedAvg's upload saved")
-        parts.append(f"the reference, **{reference['method']}**: {', '.join(figures)}")
+        parts.append(f"The reference, **{reference['method']}**: {', '.join(figures)}")
         alone = by_name.get(reference["method"].replace("fedgrow (", "fedgrow_no_federation ("))
         if alone and alone is not reference:
-            parts.append(f"the same without federation: {percent(alone['accuracy'])} %")
-    return "; ".join(parts)
+            parts.append(f"The same without federation: {percent(alone['accuracy'])} %")
+    return ". ".join(parts)
+
+
+def _highest(rows: Sequence[Row], runs: Sequence[Row], column: str, where: str) -> str:
+    """Who is highest at one reading, and who is not told apart from it."""
+    best = max((row for row in rows if _known(row, column)), key=lambda row: row[column])
+    said = f"{where} **{best['method']}** is highest, {percent(best[column])} %"
+    others = differences(runs, column, best["method"])
+    level = [method for method, found in others.items() if not found.p < 0.05]
+    if not others:
+        return said
+    if best["seeds"] < 2:
+        return f"{said}; of one seed, which tells nothing apart"
+    if not level:
+        return f"{said}, ahead of every other"
+    if len(level) == len(others):
+        return f"{said}, and not told apart from any other (paired, Holm)"
+    named = ", ".join(level[:NAMED]) + (f" and {len(level) - NAMED} more" if len(level) > NAMED else "")
+    return f"{said}; not told apart from it (paired, Holm): {named}"
+
+
+def _known(row: Row, column: str) -> bool:
+    return row[column] == row[column]
 
 
 def _grid(rows: Sequence[Row], columns: Columns, strong: str | None = None) -> dict[str, Any]:

@@ -4,17 +4,21 @@
 """
 
 import base64
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedsim.core.text import printable
+from fedsim.report.drawing import inline
 
 
 CODE = ("config", "hardware", "versions", "commands")  # what blocks of code are made of
@@ -22,15 +26,24 @@ CODE = ("config", "hardware", "versions", "commands")  # what blocks of code are
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as SVG, and the name of its file where it is one."""
+    """A figure as SVG, for a wide screen and for a narrow one, its numbers, and the name of its file."""
 
     name: str
-    svg: bytes
+    wide: bytes
+    narrow: bytes
+    data: pd.DataFrame
+
+    def inline(self, width: Literal["wide", "narrow"]) -> Markup:
+        """As a part of a page."""
+        return Markup(inline(getattr(self, width), f"{self.name}-{width}"))
 
     @property
-    def embedded(self) -> str:
-        """As a URL that holds it."""
-        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode("ascii")
+    def csv(self) -> str | None:
+        """Its numbers as a URL that holds them; None where there are none."""
+        if self.data.empty:
+            return None
+        text = self.data.to_csv(index=False, float_format="%.6g")
+        return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
 
 
 def rendered(form: Literal["html", "markdown"], content: Mapping[str, Any]) -> str:
@@ -44,7 +57,9 @@ def rendered(form: Literal["html", "markdown"], content: Mapping[str, Any]) -> s
     )
     environment.filters |= {"marked": _marked, "cells": _cells, "pretty": _pretty}
     environment.tests["alarming"] = _alarming
-    content = _plain(content, form == "markdown")
+    script = files("fedsim.report").joinpath("templates/page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    content = _plain(content, form == "markdown") | {"script": Markup(script), "script_sha256": digest}
     page = environment.get_template("report.j2").render(content, blocks=environment.get_template(f"{form}.j2"))
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
@@ -90,4 +105,4 @@ def write_figures(folder: Path, pictures: Sequence[Picture]) -> None:
     for path in folder.glob("*.svg"):
         path.unlink()
     for picture in pictures:
-        (folder / f"{picture.name}.svg").write_bytes(picture.svg)
+        (folder / f"{picture.name}.svg").write_bytes(picture.wide)

@@ -148,7 +148,7 @@ def test_folders_are_read_as_one_and_reported_together(
     assert main(["report", str(swept), str(other), "--out", str(page), "--reference", "fedavg"]) == 0
     said = page.with_suffix(".md").read_text()
     assert "swept" in page.read_text() and "--reference fedavg" in said
-    assert "the reference, **fedavg**" in said and "without federation" not in said
+    assert "The reference, **fedavg**" in said and "without federation" not in said
     with pytest.raises(ValueError, match="more than one"):
         fedsim.load(swept, swept)
     for path in (other / "runs").iterdir():  # a copy made before its run had finished

@@ -15,7 +15,7 @@ from fedsim.report.readings import read
 from fedsim.results.pictures import TRUE, name_of, path_of, read_pictures, write_pictures
 from fedsim.results.tables import load, read_table, write_table
 from fedsim.results.tables import rows_of as rows_of_table
-from tests.report.test_report import add_quick, add_run
+from tests.report.test_report import add_quick, add_run, written
 
 
 Measured = tuple[str, str, int, int | None, str, float, float | None, float | None]
@@ -163,5 +163,5 @@ def test_names_of_attacks_are_text(tmp_path: Path) -> None:
     audited(tmp_path, run_id, [(bad, bad, 3, None, bad, 0.6, None, None)], [(bad, bad, 3, None, 0.5, 0.5)])
     page = write_report(tmp_path)
     assert isinstance(page, Path)
-    for text in (page.read_text(), (tmp_path / "report.md").read_text()):
+    for text in (written(page.read_text()), (tmp_path / "report.md").read_text()):
         assert "<script" not in text and "\x1b" not in text
