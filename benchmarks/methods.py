@@ -138,11 +138,11 @@ TOKENS = {
 
 def methods(rates: dict[str, float]) -> list[Algorithm]:
     """Every method in `rates`, with its learning rate; `analytic` has none, and takes a gamma."""
-    return [replace(_named()[name], **{RATE.get(name, "lr"): rate}) for name, rate in rates.items()]  # type: ignore
+    return [replace(named()[name], **{RATE.get(name, "lr"): rate}) for name, rate in rates.items()]  # type: ignore
 
 
 @functools.cache
-def _named() -> dict[str, Algorithm]:
+def named() -> dict[str, Algorithm]:
     """All of them, by name and preset."""
     local: dict[str, Any] = {"epochs": 2, "batch_size": 32}
     small: dict[str, Any] = {"small_lr": 3e-3, "small_epochs": 15}

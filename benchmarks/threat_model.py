@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file only
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.methods import _named as named_methods  # noqa: E402
+from benchmarks.methods import named as named_methods  # noqa: E402
 from fedsim.algorithm import Leaves  # noqa: E402
 from fedsim.cli import exit_status  # noqa: E402
 from fedsim.core.fields import path_of  # noqa: E402

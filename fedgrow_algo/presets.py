@@ -1,17 +1,7 @@
 """Presets: which matrices a LiGO operator has, how they are tied and where training starts.
 
-A number in a table always names its preset. Besides Fed-Grow's own (`paper`, `paper-chunked`), the same reading the
-residual stream with a matrix of its own (`paper-untied`), LiGO's (`ligo`) and the project's (`preserving`), the growth
-operators of the literature are starts of the same machinery:
-
-| preset | width | depth | source |
-|---|---|---|---|
-| `net2net` | copies, readers divide (FPI) | copies, the remainder from the top | Net2Net, Chen et al. 2015; bert2BERT |
-| `aki` | the same; new units copy the block above | the same | bert2BERT, Chen et al., ACL 2022 |
-| `stacking` | as `net2net` | block k is block k mod L1 | StackBERT, Gong et al., ICML 2019 |
-| `interlacing` | as `net2net` | block k is block k L1 / L2 | the same, as an alternative |
-| `zero-block` | as `net2net` | as `interlacing`; new blocks add nothing | Net2Net's deeper net, for pre-norm blocks |
-| `hypercloning` | the whole tiled; every ratio an integer | as `zero-block` | HyperCloning, Samragh et al. 2024 |
+A number in a table always names its preset. Besides Fed-Grow's own, LiGO's and the project's, the growth operators of
+the literature are starts of the same machinery: `ABOUT` says what each is, and its source.
 
 Differs from the papers: all of them grow width and depth in one step, biases and normalisations included, copy units in
 turn instead of drawing them at random, and copy whole heads; where a head grows, queries and keys are rescaled so that
@@ -336,4 +326,17 @@ PRESETS = {
         _growth("zero-block", copying(interlaced_blocks, silent=True), exact_silent),
         _growth("hypercloning", copying(interlaced_blocks, silent=True), exact_silent, whole_ratios),
     )
+}
+ABOUT = {
+    "paper": "full matrices, Xavier normal, blocks averaged: as Fed-Grow's text has it; starts at chance",
+    "paper-untied": "the same, reading the residual stream with a matrix of its own",
+    "paper-chunked": "the same, one matrix for all chunks of an MLP",
+    "ligo": "LiGO's official code, Wang et al., ICLR 2023: new units mix old ones, blocks are stacked with noise",
+    "preserving": "ours: unequal copies, the residual axis keeps its statistics, new blocks add nothing",
+    "net2net": "copies, readers divide (FPI); blocks copied, what is left from the top: Net2Net, Chen et al. 2015",
+    "aki": "the same; new units copy the block above: bert2BERT, Chen et al., ACL 2022",
+    "stacking": "width as net2net; block k is block k mod L1: StackBERT, Gong et al., ICML 2019",
+    "interlacing": "width as net2net; block k is block k L1 / L2: the same, as an alternative",
+    "zero-block": "width as net2net; as interlacing, new blocks add nothing: Net2Net's deeper net, for pre-norm blocks",
+    "hypercloning": "the whole tiled, every ratio an integer; depth as zero-block: HyperCloning, Samragh et al. 2024",
 }

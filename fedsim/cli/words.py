@@ -32,6 +32,9 @@ from fedsim.core.terminal import say
 from fedsim.runtime import silent
 
 
+KINDS = ("methods", "presets", "families", "datasets", "models", "devices", "suites")  # of `fedsim list`
+
+
 def main(arguments: Sequence[str] | None = None, alone: bool | None = None) -> int:
     """The console command.
 
@@ -109,6 +112,17 @@ def parser() -> argparse.ArgumentParser:
     add_reference(report)
     report.add_argument("--open", action="store_true", help="show it in a browser")
     report.set_defaults(command="report_command", module="sweep")
+
+    listing = commands.add_parser(
+        "list", help="what there is: methods, presets, families, data, models, devices, suites"
+    )
+    listing.add_argument("kind", choices=KINDS, metavar="|".join(KINDS))
+    listing.set_defaults(command="list_command", module="listing")
+
+    showing = commands.add_parser("show", help="a run of a results folder: cost, result, config; or a line for each")
+    showing.add_argument("directory", metavar="DIR", help="results folder, s3:// or gs://")
+    showing.add_argument("run", nargs="?", metavar="RUN_ID", help="or the begin of one; needed when DIR holds several")
+    showing.set_defaults(command="show_command", module="listing")
 
     inspect = commands.add_parser("inspect", help="parameters, bytes, FLOPs and memory, before spending anything")
     add_experiment(inspect)
