@@ -60,6 +60,11 @@ class HeteroFL(SubModels):
     def name(self) -> str:
         return "heterofl" if self.scaler or self.masks or not self.by_examples else "heterofl_clean"
 
+    @property
+    def sends_statistics(self) -> bool:
+        """Which labels a shard has: rows of the others are not sent, and their logits do not count."""
+        return self.masks
+
     # at the aggregator ----------------------------------------------------------------------------------------------
 
     def server_broadcast(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> Mapping[int, Payload]:

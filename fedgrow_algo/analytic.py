@@ -84,6 +84,10 @@ class FedGrowAnalytic(FedGrow):
     def name(self) -> str:
         return "fedgrow_analytic" if self.align is None else "fedgrow_analytic_aligned"
 
+    @property
+    def sends_statistics(self) -> bool:
+        return True
+
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         super().check(task, forms, intermediate, target)
         check_classes(task)

@@ -58,6 +58,10 @@ class FedGrowAnchored(FedGrowJoint):
     def name(self) -> str:
         return "fedgrow_anchored" if self.rank is None else "fedgrow_anchored_lowrank"
 
+    @property
+    def sends_statistics(self) -> bool:
+        return True
+
     def check(self, task: Task, forms: Sequence[Form], intermediate: Form | None, target: Form) -> None:
         super().check(task, forms, intermediate, target)
         check_classes(task)

@@ -139,6 +139,12 @@ class Algorithm(abc.ABC):
         """
         return False
 
+    @property
+    def sends_statistics(self) -> bool:
+        """Whether more of the data is in what is sent, or in how it is trained, than steps on examples put there: class
+        means or counts, sums over features, which labels a shard has. Private steps do not protect it."""
+        return self.leaves == "statistics"
+
     def stage(self, round: int) -> str:
         """What the `stage` column calls a round after round 0: "federated", or "finetune" or "local" where nothing is
         shared. Costs are those of the last "federated" one."""

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import inspect
 import pickle
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fedsim.data.dataset import Split
 from fedsim.engine.cost import cost_of
 from fedsim.learning.meter import StepCost
 from fedsim.learning.training import Trained, Training, train
+from fedsim.privacy import Around, ExampleDP
 from tests.support.clients import client_init, client_update
 from tests.support.contract import ALSO, CLIENTS, METHODS, PROMISED_NAMES, SEED, TABLE, TASKS, Case
 
@@ -390,3 +393,41 @@ def test_a_round_in_which_nobody_takes_part_changes_nothing(case: Case) -> None:
     assert dict(case.algorithm.server_broadcast(case.server_state, [], case.server())) == {}
     after = case.algorithm.server_aggregate(clone(case.server_state), iter(()), case.server())
     assert sha256(after) == sha256(case.server_state)
+
+
+# what private steps do not protect ------------------------------------------------------------------------------------
+
+
+def untrained(context: ClientContext, result: object, asked_with: list[str]) -> Any:
+    """The result of a client's method whose trainings change nothing: what is left of data is what no step put there.
+
+    - `asked_with`: hashes of what its objectives read go here.
+    """
+    if not inspect.isgenerator(result):
+        return result
+    try:
+        asked = next(result)
+        while True:
+            asked_with.append(sha256(asked.frozen))
+            asked = result.send(Trained(clone(asked.start), 3, 0.5))
+    except StopIteration as end:
+        return end.value
+
+
+def test_only_a_method_that_says_so_uses_more_of_data_than_its_steps_do(case: Case) -> None:
+    """Shards of equal size and other content: with steps that do nothing, updates and what objectives read are equal to
+    the bit, or the method `sends_statistics`, and is then refused with private steps."""
+    split = case.shard(1)
+    by_label = split.labels.reshape(len(split.labels), -1)[:, 0].argsort(stable=True).numpy()
+    used: list[list[str]] = []
+    for shard in (by_label[:8], by_label[-8:]):  # of other labels, too
+        context, found = case.client(train=split.select(shard)), []
+        begun = dataclasses.replace(context, round=0)
+        state = untrained(begun, case.algorithm.client_init(begun), found)
+        payload = {} if case.row.first_mean else clone(case.payload())
+        update, _ = untrained(context, case.algorithm.client_update(payload, clone(state), context), found)
+        used.append([*found, sha256(update.tree)])
+    assert (used[0] != used[1]) == case.algorithm.sends_statistics
+    if case.algorithm.sends_statistics:
+        with pytest.raises(ValueError, match=r"algorithm.method=.*no statistics of data"):
+            Around(case.algorithm, (ExampleDP(1.0, 1.0, 1e-5),)).check_cohort(CLIENTS)

@@ -21,6 +21,7 @@ from fedsim.storage.place import place
 
 
 METHODS = "benchmarks.methods"  # every method that suites compare is named there
+PRESETS = "fedgrow_algo.presets"
 
 
 def list_command(options: argparse.Namespace, console: Console) -> int:
@@ -39,9 +40,7 @@ def _methods() -> Iterator[tuple[str, str]]:
 
 
 def _presets() -> Iterator[tuple[str, str]]:
-    from fedgrow_algo.presets import ABOUT
-
-    yield from ABOUT.items()
+    yield from module_named(PRESETS, "list presets").ABOUT.items()
 
 
 def _families() -> Iterator[tuple[str, str]]:

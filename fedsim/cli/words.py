@@ -113,6 +113,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--open", action="store_true", help="show it in a browser")
     report.set_defaults(command="report_command", module="sweep")
 
+    making = commands.add_parser("new", help="a small study of one's own, in a folder that runs at once")
+    making.add_argument("name", metavar="NAME", help="of the folder, which Python imports")
+    making.set_defaults(command="new_command", module="new")
+
     listing = commands.add_parser(
         "list", help="what there is: methods, presets, families, data, models, devices, suites"
     )

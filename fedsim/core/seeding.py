@@ -7,10 +7,14 @@ and a run that resumes at round r replays nothing.
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+
+
+FIELDS, WORDS = 3, 624  # of the state of a Mersenne twister, in units of 8 bytes
 
 
 def derive(seed: int, purpose: str, round: int = 0, client: int = -1) -> int:
@@ -22,6 +26,18 @@ def derive(seed: int, purpose: str, round: int = 0, client: int = -1) -> int:
 def generator(seed: int, purpose: str, round: int = 0, client: int = -1) -> torch.Generator:
     """A fresh CPU `torch.Generator` for one purpose at one place and time."""
     return torch.Generator().manual_seed(derive(seed, purpose, round, client))
+
+
+def from_system() -> torch.Generator:
+    """A stream that nobody can compute again: all of its state is the operating system's randomness.
+
+    `manual_seed` would leave 32 bits of it to guess, whatever the seed: torch's generator takes no more.
+    """
+    stream = torch.Generator().manual_seed(0)
+    state = stream.get_state().view(torch.int64)  # three fields, the words, as many more fields
+    words = np.frombuffer(os.urandom(4 * WORDS), np.uint32).astype(np.int64)
+    state[FIELDS : FIELDS + WORDS] = torch.from_numpy(words)
+    return stream.set_state(state.view(torch.uint8))
 
 
 def numpy_generator(seed: int, purpose: str, round: int = 0, client: int = -1) -> np.random.Generator:

@@ -14,7 +14,6 @@ the memory of B gradients.
 
 import contextlib
 import dataclasses
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -23,6 +22,7 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsim.core.fields import check_range, check_types
+from fedsim.core.seeding import from_system
 from fedsim.core.tree import Tree, nested
 from fedsim.learning.context import LocalContext
 from fedsim.learning.meter import autocast
@@ -50,7 +50,7 @@ class PerExample:
 
     def stream(self, ctx: LocalContext, purpose: str) -> torch.Generator:
         """Of coins, or of noise."""
-        return torch.Generator().manual_seed(secrets.randbits(63)) if self.deployable else ctx.generator(purpose)
+        return from_system() if self.deployable else ctx.generator(purpose)
 
     def begin(
         self,

@@ -40,7 +40,7 @@ Accountant = Literal["rdp", "pld"]
 Sampled = Literal["poisson", "fixed", "full"]
 WHOLE_ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 512, 1000)  # beyond, binomials overflow
 ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100) if tenth % 10), *WHOLE_ORDERS)
-MOST = 1e6  # a noise multiplier
+LEAST, MOST = 1e-6, 1e6  # a noise multiplier
 FINE = 1.0001  # what is solved for is at most so many times too large
 
 
@@ -139,6 +139,7 @@ def skellam_epsilon(*, variance: float, moved: float, size: int, steps: int, del
     """
     _check_above(variance=variance, moved=moved)
     _check_delta(delta)
+    _check_whole(size=size, steps=steps)
     _, rdp, _ = _library()
     divergences = skellam_divergence(np.array(WHOLE_ORDERS, float), variance, moved, size)
     spent, _ = rdp.compute_epsilon(WHOLE_ORDERS, steps * divergences, delta)
@@ -253,14 +254,21 @@ def _check(sampling_rate: Any, steps: Any, accountant: Any, sampling: Any) -> No
         refuse("sampling_rate", sampling_rate, "1 where sampling='full': without sampling nothing is amplified")
     if accountant == "pld" and sampling == "fixed":
         refuse("accountant", accountant, "'rdp' where sampling='fixed': no theorem composes its privacy losses")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        refuse("steps", steps, "a whole number, at least 1")
+    _check_whole(steps=steps)
 
 
 def _check_above(**values: Any) -> None:
     for name, value in values.items():
         if not _number(value) or not 0 < value < math.inf:
             refuse(name, value, "a finite number greater than 0")
+        if name == "noise_multiplier" and value < LEAST:
+            refuse(name, value, f"at least {LEAST:g}: below, nothing is private")
+
+
+def _check_whole(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            refuse(name, value, "a whole number, at least 1")
 
 
 def _check_delta(delta: Any) -> None:

@@ -31,7 +31,7 @@ def calibrated(
     if (epsilon is None) == (noise_multiplier is None):
         refuse("epsilon, noise_multiplier", (epsilon, noise_multiplier), "one of them given, the other solved for")
     known = {"cohort": expected(experiment), "sampling": sampling_of(experiment), "delta": delta}
-    pair = ParticipantDP(clip, noise_multiplier or 1.0, **known, **fields)
+    pair = ParticipantDP(clip, 1.0 if noise_multiplier is None else noise_multiplier, **known, **fields)
     if epsilon is not None:
         promised = pair.promised(experiment)
         factor, steps = promised.pop("factor"), shared_rounds(experiment, experiment.rounds)

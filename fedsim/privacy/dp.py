@@ -37,7 +37,6 @@ sigma_Delta^-2 = sigma^-2 - (2 sigma_b)^-2.
 
 import dataclasses
 import math
-import secrets
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -58,6 +57,7 @@ from fedsim.algorithm import (
     whole_sum,
 )
 from fedsim.core.fields import check_range, check_types, refuse
+from fedsim.core.seeding import from_system
 from fedsim.core.tree import flat, nested
 from fedsim.experiment import Experiment
 from fedsim.privacy import accounting
@@ -176,6 +176,14 @@ class ParticipantDP(Pair):
     def common(self) -> bool:
         return self._uniform
 
+    @property
+    def sums(self) -> bool:
+        return self._uniform
+
+    @property
+    def noises(self) -> bool:
+        return self._uniform
+
     def check(self, algorithm: Algorithm, participants: int) -> None:
         averages = type(algorithm).combine is not Algorithm.combine
         if self._uniform and (not averages or algorithm.updates_vary):
@@ -198,6 +206,11 @@ class ParticipantDP(Pair):
         noisy = [pair for pair in pairs if isinstance(pair, ParticipantDP) and pair._uniform]
         if len(noisy) > 1:  # their noise would be one stream
             refuse("algorithm.pairs", pairs, "at most one ParticipantDP with noise")
+        if self.noise_multiplier and self.noise != "local" and any(pair.selects for pair in pairs):
+            accepted = (
+                f"without a robust rule where privacy.noise={self.noise!r}: noise hides a sum, and no other choice"
+            )
+            refuse("algorithm.pairs", [type(pair).__name__ for pair in pairs], accepted)
         if self.noise in ("distributed", "skellam"):
             self._check_nobody_missing(experiment)
         if self.noise == "skellam" and not (pairs[-1].hides and getattr(pairs[-1], "numbers", None) == self.numbers):
@@ -313,7 +326,7 @@ class ParticipantDP(Pair):
 
     def _stream(self, purpose: str, ctx: ClientContext | ServerContext) -> torch.Generator:
         if self.deployable:
-            return torch.Generator().manual_seed(secrets.randbits(63))
+            return from_system()
         return ctx.generator(f"privacy/{purpose}")
 
 

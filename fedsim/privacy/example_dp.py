@@ -15,6 +15,7 @@ only as far as it follows from these trainings.
 import dataclasses
 import math
 from collections.abc import Collection
+from typing import Any
 
 from fedsim.algorithm import Algorithm, ClientContext, Training, Trainings
 from fedsim.core.fields import check_types, refuse
@@ -50,11 +51,16 @@ class ExampleDP(Pair):
         return PerExample(self.clip, self.noise_multiplier, self.deployable)
 
     def check(self, algorithm: Algorithm, participants: int) -> None:
-        if algorithm.updates_vary or algorithm.leaves == "statistics":
+        if algorithm.updates_vary or algorithm.sends_statistics:
             refuse("algorithm.method", algorithm.name, "a method that sends what it trained, and no statistics of data")
 
     def check_experiment(self, experiment: Experiment) -> None:
         self.spent(experiment, 0, [Trainings(1, ((1, 1),))])  # what it needs of accounting is missing now, or never
+        method: Any = experiment.algorithm
+        if sum(isinstance(pair, ExampleDP) for pair in method.pairs) > 1:
+            refuse("algorithm.pairs", [type(pair).__name__ for pair in method.pairs], "at most one ExampleDP")
+        if (steps := getattr(method.method, "accumulate", 1)) != 1:
+            refuse("algorithm.accumulate", steps, "1 where examples are private")
         augmentation = experiment.task.augmentation
         for name in ("mixup", "cutmix") if augmentation is not None else ():
             if found := getattr(augmentation, name):
@@ -83,8 +89,11 @@ class ExampleDP(Pair):
 
         - `examples`: n. - `batch_size`: B. - `epochs`: over all of its trainings and rounds, of ceil(n / B) steps each.
 
-        **Raises:** `ValueError` where there is no noise.
+        **Raises:** `ValueError` where there is no noise, and for numbers that are none.
         """
+        for name, value in (("examples", examples), ("batch_size", batch_size), ("epochs", epochs)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                refuse(name, value, "a whole number, at least 1")
         return self._of(*self._taken(Trainings(examples, ((batch_size, epochs),))))
 
     def _of(self, rate: float, steps: int) -> float:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fedsim.learning.task import Task
     from fedsim.models import Form
 
+CUT = "cut"  # in an update's metrics: the share of its numbers that a sum of words cut off
 Arriving = Iterable[ClientUpdate | Partial]
 
 
@@ -62,6 +63,22 @@ class Pair:
     @property
     def hides(self) -> bool:
         """Whether nobody can read what its client's side sends: it is the last, and no other looks at each update."""
+        return False
+
+    @property
+    def sums(self) -> bool:
+        """Whether the server's side hands on one sum: a pair that looks at each update stands outside of it."""
+        return False
+
+    @property
+    def selects(self) -> bool:
+        """Whether the server's side hands on something else than the sum of updates, which is all that noise for a sum
+        makes private."""
+        return False
+
+    @property
+    def noises(self) -> bool:
+        """Whether what the client's side sends has to arrive as it is, for noise is in it, or is measured by it."""
         return False
 
     def check(self, algorithm: Algorithm, participants: int) -> None:
@@ -150,7 +167,15 @@ class Around(Algorithm):
         *others, last = self.pairs
         if any(pair.hides or (last.hides and pair.each) for pair in others):
             accepted = "with the one that hides updates as the last, and none that looks at each of them"
-            refuse("algorithm.pairs", [type(pair).__name__ for pair in self.pairs], accepted)
+            refuse("algorithm.pairs", self._kinds, accepted)
+        for place, pair in enumerate(self.pairs):
+            if pair.sums and any(inner.each for inner in self.pairs[:place]):
+                accepted = f"with pairs that look at each update after {type(pair).__name__}, which adds them up"
+                refuse("algorithm.pairs", self._kinds, accepted)
+
+    @property
+    def _kinds(self) -> list[str]:
+        return [type(pair).__name__ for pair in self.pairs]
 
     @property
     def name(self) -> str:
@@ -167,6 +192,10 @@ class Around(Algorithm):
     @property
     def updates_vary(self) -> bool:
         return self.method.updates_vary
+
+    @property
+    def sends_statistics(self) -> bool:
+        return self.method.sends_statistics
 
     def check(self, task: "Task", forms: "Sequence[Form]", intermediate: "Form | None", target: "Form") -> None:
         self.method.check(task, forms, intermediate, target)
@@ -259,6 +288,8 @@ class Around(Algorithm):
         for place, pair in enumerate(self.pairs if self._shared(ctx.round) else ()):
             of_it = sent.get(str(place), {}) | own.get(str(place), {})
             update = pair.client(update, payload, of_it, ctx)
+        if update.metrics.get(CUT) and any(pair.noises for pair in self.pairs):
+            refuse("numbers.clip", getattr(self.pairs[-1], "numbers", None), "of all numbers that are sent with noise")
         return update, _joined(kept, own) if own else kept
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> "nn.Module":

@@ -247,6 +247,10 @@ class Robust(Pair):
     def each(self) -> bool:
         return self.rule != "mean"
 
+    @property
+    def selects(self) -> bool:
+        return self.each
+
     def check(self, algorithm: Algorithm, participants: int) -> None:
         check_clients(self.rule, participants - (self.rule == "fltrust"), self.settings, "robust")
 

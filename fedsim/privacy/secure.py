@@ -32,7 +32,7 @@ from fedsim.core.fields import check_range, check_types, refuse
 from fedsim.privacy.fixed_point import FixedPoint
 from fedsim.privacy.graph import least_threshold
 from fedsim.privacy.masks import SECRET, add_mask, derived
-from fedsim.privacy.pairs import Arriving, Pair
+from fedsim.privacy.pairs import CUT, Arriving, Pair
 from fedsim.privacy.secure_sum import Client, Keys, Masked, Question, Sealed, Server, Share
 
 
@@ -242,7 +242,7 @@ def encoded(update: ClientUpdate, numbers: FixedPoint, clients: int) -> ClientUp
         beyond += int((np.abs(values) > numbers.clip).sum())
         tree[name] = _tensor(numbers.encode(values, weight))
     sent = {"weight": _tensor(np.array([weight], numbers.word)), "numbers": trees.nested(tree)}
-    metrics = {**update.metrics, "clipped": beyond / max(trees.numel(update.tree), 1)}
+    metrics = {**update.metrics, CUT: beyond / max(trees.numel(update.tree), 1)}
     return ClientUpdate(update.client, sent, 1, metrics)
 
 

@@ -217,7 +217,15 @@ def test_fine_steps_make_it_gaussian_and_coarse_ones_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad, field", [({"variance": 0.0}, "variance"), ({"moved": -1.0}, "moved"), ({"delta": 1.0}, "delta")]
+    "bad, field",
+    [
+        ({"variance": 0.0}, "variance"),
+        ({"moved": -1.0}, "moved"),
+        ({"delta": 1.0}, "delta"),
+        ({"size": -3}, "size"),
+        ({"steps": 1.5}, "steps"),
+        ({"steps": 0}, "steps"),
+    ],
 )
 def test_bad_numbers_of_whole_noise_are_refused(bad: dict, field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field}="):

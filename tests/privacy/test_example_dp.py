@@ -211,6 +211,18 @@ def test_what_cannot_be_private_is_refused() -> None:
         experiment(task=mixed)
     with pytest.raises(ValueError, match=r"algorithm.method=.*: must be a method that sends what it trained"):
         experiment(algorithm=Around(Analytic(), (ExampleDP(1.0, 1.0, 1e-5),)))
+    weak, strong = ExampleDP(1.0, 0.1, 1e-5), ExampleDP(1.0, 1.0, 1e-5)
+    with pytest.raises(ValueError, match=r"algorithm.pairs=.*: must be at most one ExampleDP"):
+        experiment(algorithm=Around(FedAvg(), (strong, weak)))  # the weak one's noise, the strong one's epsilon
+    with pytest.raises(ValueError, match=r"algorithm.accumulate=2: must be 1 where examples are private"):
+        experiment(algorithm=Around(FedAvg(accumulate=2), (strong,)))
+
+
+@pytest.mark.parametrize("name, bad", [("examples", 0), ("batch_size", 3.5), ("epochs", -1), ("examples", "9")])
+def test_numbers_that_are_none_are_refused(name: str, bad: Any) -> None:
+    given: dict[str, Any] = {"examples": 100, "batch_size": 10, "epochs": 1} | {name: bad}
+    with pytest.raises(ValueError, match=rf"{name}={bad!r}: must be a whole number, at least 1"):
+        ExampleDP(1.0, 1.0, 1e-5).epsilon(**given)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from baselines.fedavg import FedAvg
 from baselines.heterofl import heterofl_clean
 from fedsim.algorithm import ClientUpdate, Partial, State, whole_sum
 from fedsim.core.seeding import derive, generator
-from fedsim.core.tree import flat
+from fedsim.core.tree import flat, mapped
 from fedsim.data.config import digits
 from fedsim.devices import Conditions
 from fedsim.experiment import Experiment, Tier
@@ -23,6 +23,9 @@ from fedsim.models import Form
 from fedsim.privacy import Around, ParticipantDP, calibrated, epsilon
 from fedsim.privacy.dp import CLIP, COUNT
 from fedsim.privacy.fixed_point import FixedPoint
+from fedsim.privacy.hostile import Hostile
+from fedsim.privacy.pairs import Pair
+from fedsim.privacy.robust import Robust
 from fedsim.privacy.secure import FixedPointSum, SecureSum
 from tests.support.small_federation import ALIKE, LOCAL, Federation, assert_same_bits, without_counting
 
@@ -312,6 +315,44 @@ def test_where_no_theorem_holds_an_experiment_is_refused(changed: dict, pair: di
     fields = dict(NOISY, **{"sampling": "fixed"} | pair)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(base, algorithm=Around(base.algorithm, (ParticipantDP(**fields),)))
+
+
+def test_noise_for_a_sum_is_refused_where_no_sum_is_released() -> None:
+    """What a median releases moves by more than a sum does: only an update that is private by itself bears it."""
+    fields = dict(NOISY, sampling="fixed")
+    for noise in ("central", "distributed"):
+        with pytest.raises(ValueError, match=r"algorithm.pairs=.*must be without a robust rule where privacy.noise="):
+            experiment(algorithm=Around(FedAvg(), (ParticipantDP(**fields, noise=noise), Robust("median"))))
+    experiment(algorithm=Around(FedAvg(), (ParticipantDP(**fields, noise="local"), Robust("median"))))
+    experiment(algorithm=Around(FedAvg(), (ParticipantDP(clip=1.0), Robust("median"))))
+
+
+@pytest.mark.parametrize("inner", [Robust("median"), Hostile("little", 0.3)])
+def test_who_looks_at_each_update_stands_outside_of_who_adds_them_up(inner: Pair) -> None:
+    """Else it would see one sum, for one update."""
+    pair = ParticipantDP(**NOISY, noise="local")
+    with pytest.raises(ValueError, match=r"algorithm.pairs=.*look at each update after ParticipantDP, which adds them"):
+        Around(FedAvg(), (inner, pair))
+    assert Around(FedAvg(), (inner, ParticipantDP(clip=1.0))), "who clips alone adds nothing up"
+
+
+@pytest.mark.parametrize("kept", [0.9, 1.1])
+def test_noise_that_a_sum_of_words_would_cut_off_is_refused(kept: float) -> None:
+    """A parameter of 1.1 where words hold 1: all of its noise would be lost, and nobody would see it."""
+    numbers = FixedPoint(clip=1.0, fraction=10)
+    pair = ParticipantDP(clip=1e-3, noise_multiplier=1e-3, delta=1e-5, cohort=3, numbers=numbers)
+    federation = Federation(Around(FedAvg(**LOCAL), (pair, FixedPointSum(numbers))))
+    federation.server = mapped(lambda tensor: torch.full_like(tensor, kept), federation.server)
+    if kept > 1:
+        with pytest.raises(ValueError, match=r"numbers.clip=.*of all numbers that are sent with noise"):
+            federation.run(1)
+    else:
+        assert all(update.metrics["cut"] == 0 for update in federation.run(1))
+
+
+def test_what_is_given_as_no_noise_is_none() -> None:
+    (pair,) = calibrated(experiment(), clip=1.0, delta=1e-5, noise_multiplier=0.0).algorithm.pairs  # type: ignore[attr-defined]
+    assert pair.noise_multiplier == 0.0
 
 
 def test_two_of_three_are_asked_for() -> None:

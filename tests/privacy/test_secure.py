@@ -86,7 +86,7 @@ def test_a_sum_of_fixed_point_is_near_the_mean_and_not_the_same(uncounted: None)
     found = flat(held.aggregate(1, sent))
     off = max(float((found[name] - mean[name]).abs().max()) for name in mean)
     assert 0 < off <= 2**-11 + 1e-6
-    assert [update.metrics for update in sent] == [{"clipped": 0.0}] * 3
+    assert [update.metrics for update in sent] == [{"cut": 0.0}] * 3
 
 
 def test_what_is_cut_off_is_counted() -> None:
@@ -94,7 +94,7 @@ def test_what_is_cut_off_is_counted() -> None:
     update = ClientUpdate(0, {"a": torch.tensor([0.5, -3.0, 2.0, 1.0])}, 2, {"other": 1.0})
     sent = pair.client(update, {}, {"clients": torch.arange(3)}, None)  # type: ignore[arg-type]
     assert sent.tree["numbers"]["a"].tolist() == [256, -512, 512, 512] and sent.tree["weight"].tolist() == [2]
-    assert sent.metrics == {"other": 1.0, "clipped": 0.5}
+    assert sent.metrics == {"other": 1.0, "cut": 0.5}, "beside what ParticipantDP clips"
 
 
 @pytest.mark.parametrize(
