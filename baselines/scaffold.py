@@ -41,6 +41,9 @@ from fedsim.learning.server_opt import model_of
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": None, "schedule": "constant", "lr_warmup": 0}
 
 
+CHANGE = "control_change"  # in an update; "control" is received, and pairs count what is sent from what was received
+
+
 @dataclasses.dataclass(frozen=True)
 class Scaffold(Averaging):
     """SCAFFOLD of the target. Plain SGD only, for c_i is computed from its steps."""
@@ -73,8 +76,9 @@ class Scaffold(Averaging):
         total = whole_sum(updates)
         if total is None:
             return state
-        mean, share = total.mean(like=state), total.weight / len(ctx.clients)
-        control = {name: c + share * mean["control"][name] for name, c in state["control"].items()}
+        like = {"model": state["model"], CHANGE: state["control"]}
+        mean, share = total.mean(like), total.weight / len(ctx.clients)
+        control = {name: c + share * mean[CHANGE][name] for name, c in state["control"].items()}
         return {"model": self.server.step(state["model"], mean["model"]), "control": control}
 
     def server_model(self, state: State, ctx: ServerContext) -> nn.Module | None:
@@ -93,7 +97,7 @@ class Scaffold(Averaging):
         y, moved = trained.parameters, trained.steps * self.lr
         kept = {n: own + ((x[n] - y[n]) / moved - c[n]) for n, own in state.items()} if moved else state
         change = {name: kept[name] - own for name, own in state.items()}
-        return ClientUpdate(ctx.info.id, {"model": y, "control": change}, 1), kept
+        return ClientUpdate(ctx.info.id, {"model": y, CHANGE: change}, 1), kept
 
     def client_model(self, payload: Payload, state: State, ctx: ClientContext) -> nn.Module:
         return ctx.task.module(ctx.target, payload["model"])

@@ -405,11 +405,12 @@ def untrained(context: ClientContext, result: object, asked_with: list[str]) -> 
     """
     if not inspect.isgenerator(result):
         return result
+    asking: Any = result
     try:
-        asked = next(result)
+        asked = next(asking)
         while True:
             asked_with.append(sha256(asked.frozen))
-            asked = result.send(Trained(clone(asked.start), 3, 0.5))
+            asked = asking.send(Trained(clone(asked.start), 3, 0.5))
     except StopIteration as end:
         return end.value
 

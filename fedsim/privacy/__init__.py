@@ -5,7 +5,8 @@ from fedsim.privacy.calibration import calibrated
 from fedsim.privacy.dp import ParticipantDP
 from fedsim.privacy.example_dp import ExampleDP
 from fedsim.privacy.hostile import Hostile
-from fedsim.privacy.pairs import Around, Pair
+from fedsim.privacy.pair import Pair
+from fedsim.privacy.pairs import Around
 from fedsim.privacy.robust import Robust, robust_mean
 
 

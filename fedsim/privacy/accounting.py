@@ -41,6 +41,7 @@ Sampled = Literal["poisson", "fixed", "full"]
 WHOLE_ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 512, 1000)  # beyond, binomials overflow
 ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100) if tenth % 10), *WHOLE_ORDERS)
 LEAST, MOST = 1e-6, 1e6  # a noise multiplier
+LEAST_PLD = 0.1  # the same: with less, distributions of losses take minutes and gigabytes
 FINE = 1.0001  # what is solved for is at most so many times too large
 
 
@@ -68,6 +69,8 @@ def epsilon(
     _check(sampling_rate, steps, accountant, sampling)
     _check_above(noise_multiplier=noise_multiplier)
     _check_delta(delta)
+    if accountant == "pld" and noise_multiplier < LEAST_PLD:
+        refuse("noise_multiplier", noise_multiplier, f"at least {LEAST_PLD} where accountant='pld': else 'rdp'")
     return _epsilon(float(sampling_rate), float(noise_multiplier), steps, float(delta), accountant, sampling)
 
 
@@ -89,6 +92,8 @@ def noise_multiplier(
     _check_delta(delta)
 
     def enough(sigma: float) -> bool:
+        if accountant == "pld" and sigma < LEAST_PLD:
+            return False
         return _epsilon(float(sampling_rate), sigma, steps, float(delta), accountant, sampling) <= epsilon
 
     start = 1.0

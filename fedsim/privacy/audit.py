@@ -34,7 +34,7 @@ from fedsim.privacy.attacks.replay import (
 from fedsim.privacy.evidence import Evidence, curves, pictures
 from fedsim.privacy.kept import Run, opened_run
 from fedsim.privacy.measures import Told, Value, mean, share
-from fedsim.privacy.pairs import bare
+from fedsim.privacy.pairs import bare, hidden
 from fedsim.results.columns import row_of
 from fedsim.results.export import deployed
 from fedsim.results.pictures import write_pictures
@@ -72,6 +72,8 @@ def audit(
     by_seed = across_seeds(opened)
     for run in opened:
         say(f"{run.method}, seed {run.experiment.seed}: run {run.run_id}")
+        if hidden(run.experiment.algorithm):
+            say("  what was sent are words of a secure sum: only what is deployed is attacked")
         evidence = list[Evidence]()
         found[run.run_id] = [
             row_of("attacks", record) for record in records(run, by_seed.get(run.run_id, {}), evidence)

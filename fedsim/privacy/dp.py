@@ -64,7 +64,7 @@ from fedsim.privacy import accounting
 from fedsim.privacy.accounting import Accountant, Sampled
 from fedsim.privacy.fixed_point import FixedPoint
 from fedsim.privacy.mechanism import clipped, noised, noised_whole
-from fedsim.privacy.pairs import Arriving, Pair
+from fedsim.privacy.pair import Arriving, Pair
 
 
 COUNT = "privacy.unclipped"  # beside an update: b_k - 1/2

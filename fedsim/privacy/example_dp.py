@@ -23,7 +23,7 @@ from fedsim.experiment import Experiment
 from fedsim.learning.per_example import PerExample
 from fedsim.privacy import accounting
 from fedsim.privacy.accounting import Accountant
-from fedsim.privacy.pairs import Pair
+from fedsim.privacy.pair import Pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,9 @@ class ExampleDP(Pair):
         method: Any = experiment.algorithm
         if sum(isinstance(pair, ExampleDP) for pair in method.pairs) > 1:
             refuse("algorithm.pairs", [type(pair).__name__ for pair in method.pairs], "at most one ExampleDP")
+        if self.noise_multiplier and any(pair.spent(experiment, 0) for pair in method.pairs if pair is not self):
+            accepted = "one whose epsilon the tables are to have: that of participants or that of examples"
+            refuse("algorithm.pairs", [type(pair).__name__ for pair in method.pairs], accepted)
         if (steps := getattr(method.method, "accumulate", 1)) != 1:
             refuse("algorithm.accumulate", steps, "1 where examples are private")
         augmentation = experiment.task.augmentation

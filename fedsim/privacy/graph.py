@@ -45,6 +45,9 @@ def odds(clients: int, degree: int | None, threshold: float, left: int, helpers:
     - `degree`, `threshold`: as in `SecureSum`. - `left`: of the clients leave. - `helpers`: of them tell the server all
       they know. Who does either has nothing to do with the ring.
     """
+    for name, value in (("left", left), ("helpers", helpers)):
+        if not 0 <= value <= clients:
+            refuse(name, value, f"from 0 to clients={clients}")
     k = clients - 1 if degree is None else min(degree, clients - 1)
     t = least_threshold(threshold, k)
     refused = clients * hypergeom.sf(k - t, clients - 1, left, k)

@@ -38,7 +38,7 @@ from fedsim.core.fields import check_range, check_types, refuse
 from fedsim.core.seeding import generator
 from fedsim.data.config import PER_TOKEN
 from fedsim.data.source import Split
-from fedsim.privacy.pairs import Arriving, Pair
+from fedsim.privacy.pair import Arriving, Pair
 from fedsim.privacy.vectors import change, changes, squared_distances, with_change
 
 
@@ -106,6 +106,10 @@ class Hostile(Pair):
     @property
     def each(self) -> bool:
         return self.attack in TOGETHER and self.share > 0
+
+    @property
+    def selects(self) -> bool:
+        return self.each  # what attackers send is made of what others do
 
     def check_task(self, task: "Task") -> None:
         inputs = task.inputs

@@ -16,6 +16,7 @@ from fedsim.learning.meter import StepCost
 from fedsim.learning.task import Task, load_task
 from fedsim.privacy.attacks import membership
 from fedsim.privacy.attacks.replay import Exchange, Replay, knowledge
+from fedsim.privacy.dp import COUNT
 from fedsim.privacy.pairs import bare
 from fedsim.results.export import finished_run, offline
 from fedsim.results.provenance import code_sha256
@@ -61,7 +62,8 @@ class Run:
         """What a participant received and sent, of the method that is inside all pairs."""
         found = exchanges_of(self.private, client).load(round + 1)
         assert found is not None and found.number == round
-        return Exchange(round, client, found.state.get(RECEIVED, {}), found.state.get(SENT, {}))
+        sent = {name: part for name, part in found.state.get(SENT, {}).items() if name != COUNT}  # of an adaptive clip
+        return Exchange(round, client, found.state.get(RECEIVED, {}), sent)
 
     def replays(self, round: int, client: int) -> dict[str, Replay]:
         """An exchange as it looks at each level of knowledge."""

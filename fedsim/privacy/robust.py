@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fedsim.algorithm import Algorithm, ClientUpdate, Payload, ServerContext, State
 from fedsim.core.fields import check_types, dotted, refuse
-from fedsim.privacy.pairs import Arriving, Pair
+from fedsim.privacy.pair import Arriving, Pair
 from fedsim.privacy.vectors import changes, squared_distances, with_change
 
 

@@ -29,10 +29,11 @@ from fedsim.algorithm import (
 )
 from fedsim.core import tree as trees
 from fedsim.core.fields import check_range, check_types, refuse
+from fedsim.experiment import Experiment
 from fedsim.privacy.fixed_point import FixedPoint
 from fedsim.privacy.graph import least_threshold
 from fedsim.privacy.masks import SECRET, add_mask, derived
-from fedsim.privacy.pairs import CUT, Arriving, Pair
+from fedsim.privacy.pair import CUT, Arriving, Pair
 from fedsim.privacy.secure_sum import Client, Keys, Masked, Question, Sealed, Server, Share
 
 
@@ -111,6 +112,10 @@ class SecureSum(WordSum):
             refuse("pair.degree", self.degree, "even: half of the neighbours are on each side in a ring")
 
     # at the aggregator ----------------------------------------------------------------------------------------------
+
+    def check_experiment(self, experiment: Experiment) -> None:
+        if experiment.sampling == "poisson":
+            refuse("sampling", experiment.sampling, "'fixed' with SecureSum: a round may be of one, who has no mask")
 
     def begin(self, state: State, cohort: Sequence[ClientInfo], ctx: ServerContext) -> State:
         """Steps 0 and 1."""

@@ -12,6 +12,7 @@ from baselines.scaffold import Scaffold
 from fedsim.core.tree import Tree
 from fedsim.learning.objectives import Corrected, TaskLoss
 from fedsim.learning.training import Training, train
+from fedsim.privacy import Around, ParticipantDP
 from tests.support.clients import client_update
 from tests.support.small_federation import SIZES, TARGET, Federation, assert_close, assert_same_bits
 
@@ -92,6 +93,15 @@ def test_with_variates_of_zero_scaffold_is_fedavg_of_clients_that_count_alike() 
     second = [dataclasses.replace(fedavg.update(2, client), weight=1) for client in range(3)]
     with pytest.raises(AssertionError):
         assert_close(scaffold.server["model"], fedavg.aggregate(2, second), atol=1e-4)
+
+
+def test_a_pair_that_clips_updates_shortens_the_change_of_a_variate_and_not_the_variate() -> None:
+    """Taken for what was received, a change would be pulled to c, and c would double in a round."""
+    clipped = Federation(Around(Scaffold(**LOCAL), (ParticipantDP(clip=0.05),)))
+    for round in range(1, 7):
+        clipped.run(round)
+    norm = sum(float(tensor.square().sum()) for tensor in clipped.server["control"].values()) ** 0.5
+    assert 0 < norm <= 6 * 0.05
 
 
 def test_whole_batches_of_equal_shards_keep_variates_equal() -> None:

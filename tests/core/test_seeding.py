@@ -19,7 +19,7 @@ def test_a_stream_is_a_function_of_its_coordinates() -> None:
 
 
 def test_a_stream_of_the_system_has_all_of_its_state_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of equal bytes equal draws; of any word that is another, others: not 32 bits, as `manual_seed` takes of a seed."""
+    """Of equal bytes equal draws; of any other word, others: not 32 bits, which is what `manual_seed` takes."""
     asked: list[int] = []
 
     def bytes_with(changed: int | None):

@@ -149,6 +149,8 @@ def test_the_third_is_solved_for(accountant: Accountant, sampling: Sampled, rate
         ({"sampling_rate": 0}, "sampling_rate=0: must be above 0"),
         ({"steps": 0}, "steps=0: must be a whole number, at least 1"),
         ({"steps": True}, "steps=True"),
+        ({"noise_multiplier": 1e-320}, "noise_multiplier=1e-320: must be at least 1e-06"),
+        ({"noise_multiplier": 0.05, "accountant": "pld"}, r"noise_multiplier=0.05: must be at least 0.1 where"),
         ({"sampling": "full"}, r"sampling_rate=0.04: must be 1 where sampling='full'"),
         ({"sampling": "fixed", "accountant": "pld"}, "accountant='pld': must be 'rdp' where sampling='fixed'"),
         ({"sampling": "shuffled"}, "sampling='shuffled': must be 'poisson' or 'fixed' or 'full'"),

@@ -20,7 +20,7 @@ from fedsim.learning.per_example import PerExample
 from fedsim.learning.task import TaskConfig
 from fedsim.learning.training import LocalSteps, Trained, train
 from fedsim.models import Form
-from fedsim.privacy import Around, ExampleDP, epsilon
+from fedsim.privacy import Around, ExampleDP, ParticipantDP, epsilon
 from fedsim.results.tables import load
 from tests.privacy.test_participant_dp import assert_standard_deviation
 from tests.support.inline_runs import Cut, Interrupted, inline
@@ -214,6 +214,8 @@ def test_what_cannot_be_private_is_refused() -> None:
     weak, strong = ExampleDP(1.0, 0.1, 1e-5), ExampleDP(1.0, 1.0, 1e-5)
     with pytest.raises(ValueError, match=r"algorithm.pairs=.*: must be at most one ExampleDP"):
         experiment(algorithm=Around(FedAvg(), (strong, weak)))  # the weak one's noise, the strong one's epsilon
+    with pytest.raises(ValueError, match=r"algorithm.pairs=.*: must be one whose epsilon the tables are to have"):
+        experiment(algorithm=Around(FedAvg(), (strong, ParticipantDP(1.0, 1.0, 1e-5, cohort=2))))
     with pytest.raises(ValueError, match=r"algorithm.accumulate=2: must be 1 where examples are private"):
         experiment(algorithm=Around(FedAvg(accumulate=2), (strong,)))
 

@@ -24,7 +24,7 @@ from fedsim.privacy import Around, ParticipantDP, calibrated, epsilon
 from fedsim.privacy.dp import CLIP, COUNT
 from fedsim.privacy.fixed_point import FixedPoint
 from fedsim.privacy.hostile import Hostile
-from fedsim.privacy.pairs import Pair
+from fedsim.privacy.pair import Pair
 from fedsim.privacy.robust import Robust
 from fedsim.privacy.secure import FixedPointSum, SecureSum
 from tests.support.small_federation import ALIKE, LOCAL, Federation, assert_same_bits, without_counting
@@ -324,6 +324,8 @@ def test_noise_for_a_sum_is_refused_where_no_sum_is_released() -> None:
         with pytest.raises(ValueError, match=r"algorithm.pairs=.*must be without a robust rule where privacy.noise="):
             experiment(algorithm=Around(FedAvg(), (ParticipantDP(**fields, noise=noise), Robust("median"))))
     experiment(algorithm=Around(FedAvg(), (ParticipantDP(**fields, noise="local"), Robust("median"))))
+    with pytest.raises(ValueError, match=r"algorithm.pairs=.*must be without a robust rule"):
+        experiment(algorithm=Around(FedAvg(), (ParticipantDP(**fields), Hostile("little", 0.3))))
     experiment(algorithm=Around(FedAvg(), (ParticipantDP(clip=1.0), Robust("median"))))
 
 

@@ -22,7 +22,8 @@ from fedsim.devices import Conditions, Device
 from fedsim.engine.participant import Participant
 from fedsim.experiment import Experiment
 from fedsim.privacy.fixed_point import FixedPoint
-from fedsim.privacy.pairs import Around, Pair
+from fedsim.privacy.pair import Pair
+from fedsim.privacy.pairs import Around
 from fedsim.privacy.secure import FixedPointSum, SecureSum, packed, unpacked, words_of
 from fedsim.privacy.secure_sum import Keys, Sealed
 from fedsim.results.tables import load
@@ -377,3 +378,11 @@ def test_the_same_bits_on_ray_whatever_is_killed(
     assert run_all([run], out=tmp_path / "out", make_runtime=two_hosts) == []
     assert marks(tmp_path)[0].exists() == (event != "none")
     assert hashes(tmp_path / "out") == hashes(fixed)
+
+
+def test_cohorts_by_coins_are_refused_before_anything_starts(tiny_experiment: Experiment) -> None:
+    """A round of one has no mask; that it failed would say so."""
+    by_coins = dataclasses.replace(tiny_experiment, sampling="poisson", cohort=2)
+    with pytest.raises(ValueError, match=r"sampling='poisson': must be 'fixed' with SecureSum"):
+        dataclasses.replace(by_coins, algorithm=Around(FEDAVG, (SecureSum(),)))
+    dataclasses.replace(by_coins, algorithm=Around(FEDAVG, (FixedPointSum(),)))

@@ -444,3 +444,9 @@ def test_vectors_of_strangers_twice_or_of_another_length_are_refused() -> None:
             server.add(again)
     with pytest.raises(ValueError, match="masked of client 1=4: must be 5 numbers"):
         server.add(clients[1].mask(vectors[1][:4], server.sharers_for(1)))
+
+
+@pytest.mark.parametrize("name, given", [("left", {"left": 9, "helpers": 0}), ("helpers", {"left": 0, "helpers": -1})])
+def test_odds_of_more_than_there_are_are_refused(name: str, given: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{name}={given[name]}: must be from 0 to clients=8"):
+        odds(8, 4, 0.5, **given)

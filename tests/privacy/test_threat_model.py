@@ -3,7 +3,7 @@
 import typing
 from pathlib import Path
 
-from benchmarks.methods import _named as named_methods
+from benchmarks.methods import named as named_methods
 from benchmarks.threat_model import LEGEND, WATCHERS, figure, main, seen
 from fedsim.algorithm import Leaves
 

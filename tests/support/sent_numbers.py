@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from fedsim.algorithm import Algorithm, ClientUpdate, weighted_mean, weighted_sum
-from fedsim.privacy.pairs import Around, Pair
+from fedsim.privacy.pair import Pair
+from fedsim.privacy.pairs import Around
 from fedsim.testing import SMALL, Federation
 
 
