@@ -91,7 +91,7 @@ def test_page_and_markdown_say_the_same(folder: Path) -> None:
     headings = re.findall(r"<h[23]>(.*?)</h[23]>", html)
     assert [*map(unescape, headings)] == re.findall(r"^#{2,3} (.*)$", markdown, re.MULTILINE)
     names = re.findall(r"\]\((report_figures/.*?\.svg)\)", markdown)
-    assert len(names) == html.count("<img") == 8  # savings, 3 curves, differences, participants, time, labels
+    assert len(names) == html.count("<figure id=") == 8  # savings, 3 curves, differences, participants, time, labels
     assert all((folder / name).read_text().startswith("<?xml") for name in names)
     table = re.findall(r"^\| fedavg \|.*$", markdown, re.MULTILINE)[0]
     assert all(f"<td>{cell.strip()}</td>" in html for cell in table.strip("| ").split("|"))
