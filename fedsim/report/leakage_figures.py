@@ -64,7 +64,8 @@ def roc_figure(
         axes.grid(alpha=0.25)
     for axes in list(grid.flat)[len(curves) :]:
         axes.set_axis_off()
-    figure.supxlabel("share of others taken for members", fontsize=9)
+    for axes in list(grid.flat)[max(len(curves) - columns, 0) : len(curves)]:  # the lowest of each column
+        axes.set_xlabel("share of others taken for members", fontsize=8)
     figure.supylabel("share of members found", fontsize=9)
     legend_below(figure, [Line2D([], [], label=label_of(method), **style_of(places[method])) for method in methods])
     columns_of = ["attack", "method", "line", "false positive rate", "true positive rate"]

@@ -17,6 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 if CHROMIUM is None:
     pytest.skip("needs a Chromium", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("browser")  # one is enough
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1400, "height": 900}
 
 
