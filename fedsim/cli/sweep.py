@@ -138,7 +138,7 @@ def list_suites(known: Suites) -> int:
     algorithms = set[str]()
     for name, make in known.items():
         print(f"suite {name}")
-        if name.endswith("-grid"):  # tries rates for a suite's own algorithms
+        if any(name.startswith(f"{other}-") for other in known):  # a variation of that suite: its algorithms
             continue
         try:
             algorithms |= {experiment.algorithm.name for experiment in make(**arguments_of(make, LISTED))}
